@@ -1,0 +1,156 @@
+"""Arguments of the scripts: recipes (YAML) and command lines, read by `HfArgumentParser`."""
+
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from .configuration_noprop import NoPropConfig
+
+
+@dataclass
+class ModelArguments:
+    """The model to build. Sizes that are not given are those of [`NoPropConfig`]."""
+
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": "A tokenizer of the Hub or a local directory. Default: train a byte-level BPE one."},
+    )
+    vocab_size: int | None = field(
+        default=None, metadata={"help": "Entries of the tokenizer to train (4,096 when not given)."}
+    )
+    embeddings_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Take the input embeddings and the tokenizer of this transformers model instead of pretraining."
+        },
+    )
+    hidden_size: int | None = field(default=None, metadata={"help": "Width of the table and of every layer."})
+    num_blocks: int | None = field(default=None, metadata={"help": "Number of denoising blocks."})
+    num_layers_per_block: int | None = field(default=None, metadata={"help": "Transformer layers in a block."})
+    num_attention_heads: int | None = field(default=None, metadata={"help": "Attention heads of a layer."})
+    intermediate_size: int | None = field(default=None, metadata={"help": "Width of the feed-forward layers."})
+    attention_dropout: float | None = field(default=None, metadata={"help": "Dropout of the attention weights."})
+    noise_schedule: str | None = field(
+        default=None, metadata={"help": "'information', 'cosine' or 'linear': how noise levels are shared out."}
+    )
+    loss_type: str | None = field(default=None, metadata={"help": "'cross_entropy' or 'mse'."})
+    denoising_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the denoising loss against the next-token loss on pure noise."}
+    )
+    num_pretraining_layers: int | None = field(
+        default=None, metadata={"help": "Layers of the masked language model of phase 1."}
+    )
+
+    def config_fields(self) -> dict[str, Any]:
+        """What was given of the fields of [`NoPropConfig`]."""
+        names = [name for name in NoPropConfig.__annotations__ if hasattr(self, name)]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass
+class PretrainingArguments:
+    """Phase 1. What is not given is taken from the training arguments of phase 2."""
+
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are masked."})
+    pretraining_max_steps: int | None = field(default=None, metadata={"help": "Optimizer steps of phase 1."})
+    pretraining_num_train_epochs: float | None = field(default=None, metadata={"help": "Epochs of phase 1."})
+    pretraining_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of phase 1."})
+    pretraining_per_device_train_batch_size: int | None = field(
+        default=None, metadata={"help": "Batch size of phase 1."}
+    )
+
+    def __post_init__(self):
+        if not 0 < self.mlm_probability < 1:
+            raise ValueError(f"`mlm_probability` must be between 0 and 1, got {self.mlm_probability}.")
+
+    def training_fields(self) -> dict[str, Any]:
+        """What was given of the fields of [`TrainingArguments`]."""
+        prefix = "pretraining_"
+        given = {name.removeprefix(prefix): value for name, value in vars(self).items() if name.startswith(prefix)}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass
+class BlockArguments:
+    """Phase 2."""
+
+    blocks: str = field(default="all", metadata={"help": "Blocks to train: 'all', or a list such as '0,2-3'."})
+    sample_prompts: list[str] = field(
+        default_factory=lambda: ["The "], metadata={"help": "Prompts that sample text is drawn from."}
+    )
+    sample_max_new_tokens: int = field(default=40, metadata={"help": "Length of the samples, in tokens."})
+
+
+def parse_blocks(blocks: str, num_blocks: int) -> list[int]:
+    """Read a selection of blocks such as `"0,2-3"` or `"all"`.
+
+    Raises:
+        ValueError: it cannot be read, or names a block that is not there.
+    """
+    if blocks == "all":
+        return list(range(num_blocks))
+    selected: set[int] = set()
+    for part in blocks.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ValueError(f"Cannot read the blocks {blocks!r}: write 'all', or a list such as '0,2-3'.")
+        selected.update(range(int(first), int(last if dash else first) + 1))
+    outside = sorted(index for index in selected if index >= num_blocks)
+    if outside or not selected:
+        raise ValueError(
+            f"There is no block {outside[0] if outside else blocks!r}: the model has {num_blocks} blocks, "
+            f"0 to {num_blocks - 1}."
+        )
+    return sorted(selected)
+
+
+def parse_arguments(dataclasses: Sequence[type], description: str, arguments: list[str] | None = None) -> tuple:
+    """Read a recipe and a command line into dataclasses; the command line has the last word.
+
+    Args:
+        dataclasses: the dataclass types to fill.
+        description: what the script does, for `--help`.
+        arguments: `[RECIPE.yaml] [--name value ...]`; those of the process when not given.
+
+    Returns:
+        One instance per dataclass, in order.
+    """
+    parser = HfArgumentParser(dataclasses, description=description)
+    parser.add_argument("recipe", nargs="?", default=None, help="A recipe: a YAML file of the arguments below.")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    recipe = parser.parse_known_args(arguments[:1])[0].recipe if arguments and arguments[0][:1] != "-" else None
+    if recipe is not None:
+        try:
+            arguments = arguments[:1] + _recipe_as_arguments(Path(recipe), parser) + arguments[1:]
+        except (OSError, yaml.YAMLError, ValueError) as error:
+            parser.error(str(error))
+    try:
+        return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[: len(dataclasses)]
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _recipe_as_arguments(path: Path, parser: HfArgumentParser) -> list[str]:
+    if not path.is_file():
+        raise ValueError(f"There is no recipe {str(path)!r}.")
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not a recipe: it must be a YAML file of `name: value` lines.")
+    known = [action.dest for action in parser._actions if action.option_strings and action.dest != "help"]
+    arguments = []
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{path}: there is no argument {name!r}.{hint}")
+        if value is None:
+            continue
+        # One word `--name=value` for single values, so that a value may begin with a dash.
+        arguments += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+    return arguments

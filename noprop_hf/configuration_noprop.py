@@ -1,0 +1,152 @@
+"""NoProp model configuration."""
+
+import math
+
+from transformers.configuration_utils import PreTrainedConfig
+
+from .noise_noprop import prior_levels
+
+
+class NoPropConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`NoPropForCausalLM`], [`NoPropModel`], [`DenoisingBlock`] and [`NoPropForMaskedLM`].
+
+    The defaults give ten blocks of three layers over a BERT vocabulary.
+
+    Args:
+        vocab_size (`int`, defaults to 30522): number of rows of the embedding table.
+        hidden_size (`int`, defaults to 384): width of the table and of every layer.
+        num_blocks (`int`, defaults to 10): number of denoising blocks, trained independently.
+        num_layers_per_block (`int`, defaults to 3): transformer layers in each block.
+        num_attention_heads (`int`, defaults to 4): attention heads of each layer.
+        num_key_value_heads (`int`, *optional*): heads of the keys and values; `num_attention_heads` when not given.
+        intermediate_size (`int`, defaults to 1344): width of the gated feed-forward layer.
+        correction_size (`int`, *optional*): width of the head's correction MLP; `hidden_size` when not given.
+        num_pretraining_layers (`int`, *optional*): layers of the masked language model of phase 1;
+            `num_layers_per_block` when not given.
+        max_position_embeddings (`int`, defaults to 512): longest sequence the model is meant for. Positions are
+            rotary, so it is not a hard limit.
+        noise_schedule (`str`, defaults to `"information"`): `"information"`, `"cosine"` or `"linear"`.
+        noise_levels (`list[float]`, *optional*): signal-to-noise ratio of each block, block 0 (pure noise, 0) first,
+            non-decreasing. Resolved from `noise_schedule` when not given; phase 1 refines the information schedule
+            with the table and the token counts.
+        loss_type (`str`, defaults to `"cross_entropy"`): `"cross_entropy"`, or `"mse"` between the clean embedding
+            and the block's mean embedding (NoProp, arXiv 2503.24322, eq. 8).
+        denoising_weight (`float`, defaults to 0.5): weight of the loss at the block's own noise level; the rest goes
+            to the loss on pure noise, which makes every block a language model as well.
+        initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
+
+    The remaining arguments are those of [`LlamaConfig`], whose layers the blocks are made of.
+    """
+
+    model_type = "noprop"
+    keys_to_ignore_at_inference = ["cache"]
+
+    vocab_size: int = 30522
+    hidden_size: int = 384
+    num_blocks: int = 10
+    num_layers_per_block: int = 3
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int = 1344
+    correction_size: int | None = None
+    num_pretraining_layers: int | None = None
+    max_position_embeddings: int = 512
+    noise_schedule: str = "information"
+    noise_levels: list[float] | None = None
+    loss_type: str = "cross_entropy"
+    denoising_weight: float = 0.5
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    attention_dropout: float = 0.0
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    rope_parameters: dict | None = None
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.correction_size is None:
+            self.correction_size = self.hidden_size
+        if self.num_pretraining_layers is None:
+            self.num_pretraining_layers = self.num_layers_per_block
+        self._check_sizes()
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.noise_levels is None:
+            self.noise_levels = prior_levels(
+                self.noise_schedule, self.num_blocks, self.vocab_size, self.hidden_size
+            )
+        self.noise_levels = [float(level) for level in self.noise_levels]
+        self._check_noise()
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers of all blocks together; what a key-value cache is sized by."""
+        return self.num_blocks * self.num_layers_per_block
+
+    def _check_sizes(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_blocks",
+            "num_layers_per_block",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "intermediate_size",
+            "correction_size",
+            "num_pretraining_layers",
+            "max_position_embeddings",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
+                f"({self.num_attention_heads})."
+            )
+        head_dim = self.head_dim if self.head_dim is not None else self.hidden_size // self.num_attention_heads
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(f"The size of an attention head must be even for rotary positions, got {head_dim}.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
+                f"({self.num_key_value_heads})."
+            )
+
+    def _check_noise(self) -> None:
+        if self.noise_schedule not in ("information", "cosine", "linear"):
+            raise ValueError(
+                f"`noise_schedule` must be 'information', 'cosine' or 'linear', got {self.noise_schedule!r}."
+            )
+        levels = self.noise_levels
+        if len(levels) != self.num_blocks:
+            raise ValueError(
+                f"`noise_levels` must hold one signal-to-noise ratio per block: got {len(levels)} for "
+                f"{self.num_blocks} blocks."
+            )
+        if not all(math.isfinite(level) and level >= 0 for level in levels):
+            raise ValueError(f"`noise_levels` must be finite and not negative, got {levels}.")
+        if levels[0] != 0:
+            raise ValueError(
+                f"`noise_levels[0]` must be 0, since the chain starts from pure noise at block 0; got {levels[0]}."
+            )
+        if any(after < before for before, after in zip(levels, levels[1:], strict=False)):
+            raise ValueError(
+                f"`noise_levels` are signal-to-noise ratios and must not decrease from block to block, got {levels}."
+            )
+        if self.loss_type not in ("cross_entropy", "mse"):
+            raise ValueError(f"`loss_type` must be 'cross_entropy' or 'mse', got {self.loss_type!r}.")
+        if not 0 <= self.denoising_weight <= 1:
+            raise ValueError(f"`denoising_weight` must be between 0 and 1, got {self.denoising_weight}.")
+
+
+__all__ = ["NoPropConfig"]

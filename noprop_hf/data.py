@@ -1,0 +1,331 @@
+"""Text in, windows of tokens out: corpora, tokenizers, packing."""
+
+import ast
+import hashlib
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    List,
+    Value,
+    load_dataset,
+)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+CPYTHON_DOCS = "cpython-docs"
+
+
+@dataclass
+class DataArguments:
+    """What to train and evaluate on."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "A dataset of the Hub or a local dataset directory, or 'cpython-docs': the documentation of the "
+            "running Python, which needs no download."
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Local training data: text, JSON lines (.json, .jsonl), CSV or parquet."}
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "Local validation data, as `train_file`."})
+    test_file: str | None = field(default=None, metadata={"help": "Local test data, as `train_file`."})
+    text_column_name: str = field(default="text", metadata={"help": "The column that holds the text."})
+    validation_split_percentage: float = field(
+        default=5.0, metadata={"help": "Where there is no validation split, hold out this last part of the training one."}
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the dataset as it comes, without a copy on disk. Needs `max_steps`."}
+    )
+    max_length: int = field(default=128, metadata={"help": "Tokens in a window, or the longest sample."})
+    packing: bool = field(
+        default=True,
+        metadata={"help": "Cut the concatenated text into contiguous windows; if not, one row is one padded sample."},
+    )
+    append_eos: bool | None = field(
+        default=None,
+        metadata={
+            "help": "While packing, end every row with the end-of-text token. Default: yes, but for text files, whose "
+            "rows are lines. Say no for datasets of lines, such as wikitext."
+        },
+    )
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first training rows."})
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Use only the first rows of the validation and the test split."}
+    )
+
+    def __post_init__(self):
+        if (self.dataset_name is None) == (self.train_file is None):
+            raise ValueError("Give exactly one of `dataset_name` (try 'cpython-docs') and `train_file`.")
+        if self.max_length < 2:
+            raise ValueError(f"`max_length` must be at least 2, got {self.max_length}.")
+
+    @property
+    def reads_lines(self) -> bool:
+        """Whether rows are lines of text files."""
+        return self.train_file is not None and _builder(self.train_file) == "text"
+
+
+# --- corpora ----------------------------------------------------------------------------------------------------------
+
+
+def cpython_docs() -> Iterator[dict[str, str]]:
+    """The documentation of the running Python: its language reference, then every docstring of its standard library.
+
+    Read from source files without importing them, in a fixed order, each text once. Packages that distributors ship
+    apart, and tests, are left out, so that one Python version gives one corpus. The split is by a hash of the text:
+    a document stays in its split whatever is added around it.
+
+    Yields:
+        `{"text": ..., "split": "train" | "validation" | "test"}`, 90, 5 and 5 in a hundred.
+    """
+    from pydoc_data.topics import topics  # 500 kB, for this corpus alone
+
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "tkinter", "turtledemo", "lib2to3"}
+    left_out |= {"distutils", "ensurepip", "pydoc_data", "__phello__", "lib-dynload"}
+    texts = [topics[name] for name in sorted(topics)]
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if left_out.intersection(parts) or parts[0].startswith("config-"):
+            continue
+        try:
+            tree = ast.parse(path.read_bytes())
+        except SyntaxError:  # templates that are not Python yet
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                texts.append(ast.get_docstring(node) or "")
+    for text in dict.fromkeys(text.strip() for text in texts):
+        if text:
+            bucket = int(hashlib.sha256(text.encode()).hexdigest(), 16) % 20
+            yield {"text": text, "split": {0: "validation", 1: "test"}.get(bucket, "train")}
+
+
+def load_corpus(args: DataArguments) -> DatasetDict | IterableDatasetDict:
+    """Load the raw text of every split there is.
+
+    Returns:
+        A dictionary with `train`, `validation` and, where the corpus has one, `test`; a column
+        `args.text_column_name` in each.
+
+    Raises:
+        ValueError: the text column is not there, or a split is empty.
+    """
+    if args.dataset_name == CPYTHON_DOCS:
+        rows = list(cpython_docs())
+        splits = DatasetDict()
+        for split in ("train", "validation", "test"):
+            texts = [row["text"] for row in rows if row["split"] == split]
+            splits[split] = Dataset.from_dict({args.text_column_name: texts})
+    elif args.dataset_name is not None:
+        splits = load_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming)
+    else:
+        files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
+        files = {split: file for split, file in files.items() if file is not None}
+        for file in files.values():
+            if not Path(file).is_file():
+                raise ValueError(f"There is no file {file!r}.")
+            if Path(file).stat().st_size == 0:
+                raise ValueError(f"The file {file!r} is empty.")
+        builder = _builder(args.train_file)
+        # Lines keep their breaks when they are joined again.
+        options = {"keep_linebreaks": args.packing} if builder == "text" else {}
+        splits = load_dataset(builder, data_files=files, streaming=args.streaming, **options)
+
+    if "train" not in splits:
+        raise ValueError(f"The dataset has no 'train' split, only {sorted(splits)}.")
+    if "validation" not in splits:
+        splits = _hold_out(splits, args)
+    for split in [name for name in splits if name not in ("train", "validation", "test")]:
+        del splits[split]
+    for split, rows in splits.items():
+        columns = rows.column_names
+        if columns is not None and args.text_column_name not in columns:
+            raise ValueError(
+                f"The {split} split has no column {args.text_column_name!r}; it has {columns}. "
+                "Name the one that holds the text with --text_column_name."
+            )
+        limit = args.max_train_samples if split == "train" else args.max_eval_samples
+        if limit is not None:
+            splits[split] = rows.take(limit) if args.streaming else rows.select(range(min(limit, len(rows))))
+        if not args.streaming and len(splits[split]) == 0:
+            raise ValueError(f"The {split} split is empty.")
+    return splits
+
+
+def _builder(file: str) -> str:
+    suffix = Path(file).suffix.lstrip(".").lower()
+    builders = {"txt": "text", "text": "text", "jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}
+    if suffix not in builders:
+        raise ValueError(f"Cannot tell what {file!r} holds: use one of the endings {', '.join(builders)}.")
+    return builders[suffix]
+
+
+def _hold_out(splits: DatasetDict | IterableDatasetDict, args: DataArguments) -> DatasetDict:
+    if args.streaming:
+        raise ValueError("A streamed dataset without a validation split needs --validation_file or another dataset.")
+    held_out = round(len(splits["train"]) * args.validation_split_percentage / 100)
+    if not 0 < held_out < len(splits["train"]):
+        raise ValueError(
+            f"Cannot hold out {args.validation_split_percentage}% of {len(splits['train'])} training rows for "
+            "validation. Give a validation split, or another --validation_split_percentage."
+        )
+    parts = splits["train"].train_test_split(test_size=held_out, shuffle=False)
+    return DatasetDict({**splits, "train": parts["train"], "validation": parts["test"]})
+
+
+# --- tokenizer --------------------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer with pad, mask, bos and eos tokens.
+
+    As in GPT-2, one token ends a text and begins the next.
+    """
+    end, pad, mask = "<|endoftext|>", "<|pad|>", "<|mask|>"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[end, pad, mask],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=end,
+        eos_token=end,
+        pad_token=pad,
+        mask_token=mask,
+        model_max_length=model_max_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """A tokenizer of the Hub or a local directory.
+
+    Raises:
+        ValueError: there is none of that name, with what to do about it.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Cannot load the tokenizer {name_or_path!r}. Give a directory that holds one, or a name on the Hub "
+            "(and a connection to it); leave --tokenizer_name out to train one on the training split."
+        ) from error
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token  # what is padding is told by the attention mask alone
+    return tokenizer
+
+
+def boundary_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, int | None]:
+    """The ids that begin and end a text: bos and eos, or what takes their place in BERT's tokenizers."""
+    eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else eos
+    return bos, eos
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def tokenize(
+    splits: DatasetDict | IterableDatasetDict, tokenizer: PreTrainedTokenizerBase, args: DataArguments
+) -> DatasetDict | IterableDatasetDict:
+    """Tokenize every split: contiguous windows of `max_length` tokens, or one sample a row.
+
+    Packing joins all rows of a split (a streamed one: of every thousand rows) and drops only what is left over after
+    the last whole window.
+
+    Raises:
+        ValueError: a split holds too little text for one window.
+    """
+    bos, eos = boundary_tokens(tokenizer)
+    append_eos = args.append_eos if args.append_eos is not None else not args.reads_lines
+    if args.packing:
+        prefix = [bos] if append_eos and bos is not None and bos != eos else []
+        suffix = [eos] if append_eos and eos is not None else []
+        limit = None
+    else:
+        prefix, suffix = ([] if token is None else [token] for token in (bos, eos))
+        limit = args.max_length - len(prefix) - len(suffix)
+        if tokenizer.pad_token_id is None:
+            raise ValueError("One sample a row needs a tokenizer with a pad token; this one has none.")
+
+    options: dict[str, Any] = {"batched": True}
+    pack_options: dict[str, Any] = {"batched": True, "fn_kwargs": {"length": args.max_length}}
+    if not args.streaming:
+        features = Features({"input_ids": List(Value("int32"))})
+        options |= {"num_proc": args.preprocessing_num_workers, "features": features, "desc": "Tokenizing"}
+        pack_options |= {"batch_size": None, "features": features, "desc": "Packing"}
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        texts = [text or "" for text in batch[args.text_column_name]]
+        rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return {"input_ids": [prefix + row[:limit] + suffix for row in rows if row]}
+
+    tokens = {}
+    for split, rows in splits.items():
+        columns = rows.column_names or [args.text_column_name]
+        tokens[split] = rows.map(encode, remove_columns=columns, **options)
+        if args.packing:
+            tokens[split] = tokens[split].with_format("arrow").map(_pack, **pack_options).with_format(None)
+        if not args.streaming and len(tokens[split]) == 0:
+            raise ValueError(
+                f"The {split} split has too little text for one window of {args.max_length} tokens. "
+                "Give more text or a smaller --max_length."
+            )
+    return (IterableDatasetDict if args.streaming else DatasetDict)(tokens)
+
+
+def _pack(table: pa.Table, length: int) -> pa.Table:
+    """Join the rows of a batch and cut them into windows of `length` tokens."""
+    rows = table["input_ids"].combine_chunks()
+    values = rows.flatten()
+    windows = len(values) // length
+    offsets = pa.array(np.arange(windows + 1) * length, pa.int32())
+    return pa.table({"input_ids": pa.ListArray.from_arrays(offsets, values[: windows * length])})
+
+
+def count_tokens(dataset: Dataset | IterableDataset, vocab_size: int, max_rows: int = 100_000) -> torch.Tensor:
+    """How often each token occurs in the first `max_rows` rows, as a `(vocab_size,)` integer tensor."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for batch in dataset.take(max_rows).iter(batch_size=1000):
+        counts += np.bincount(np.concatenate(batch["input_ids"]), minlength=vocab_size)
+    return torch.from_numpy(counts)
+
+
+@dataclass
+class CausalCollator(DataCollatorWithPadding):
+    """Pads a batch and makes its labels: the tokens themselves, padding ignored (told by the mask, not by the id)."""
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = super().__call__(features)
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        if bool(batch["attention_mask"].all()):
+            del batch["attention_mask"]  # nothing is padded, and attention is faster without a mask
+        return batch

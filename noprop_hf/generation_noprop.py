@@ -1,0 +1,90 @@
+"""Generation: the denoising chain, and `generate` with it."""
+
+import math
+
+import torch
+from torch.nn import functional as F
+from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation.utils import GenerateOutput
+
+from .noise_noprop import sample_evidence
+
+
+class NoPropGenerationMixin(GenerationMixin):
+    """`generate` of transformers, which can also run the chain from pure noise for every token.
+
+    The chain lives in `forward` (`decoding_mode="denoising"` returns the last block's distribution at the end of a
+    sampled trajectory), so streaming, stopping, caching and scores are those of [`GenerationMixin`].
+    """
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args,
+        decoding_mode: str | None = None,
+        num_inference_blocks: int | None = None,
+        num_trajectories: int | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs,
+    ) -> GenerateOutput | torch.LongTensor:
+        """Generate token ids; see [`~transformers.GenerationMixin.generate`] for the common arguments.
+
+        Args:
+            decoding_mode (`str`, *optional*): `"predictive"` (default) decodes from the deterministic predictive
+                distribution; `"denoising"` runs the chain of blocks from pure noise for every token. With the chain,
+                `do_sample=True` draws from the chain's own distribution, and without it the likeliest token of the
+                averaged trajectories is taken.
+            num_inference_blocks (`int`, *optional*): run only the first blocks.
+            num_trajectories (`int`, *optional*): trajectories of the chain to average for each token.
+            generator (`torch.Generator`, *optional*): source of the chain's randomness.
+        """
+        own = {
+            "decoding_mode": decoding_mode,
+            "num_inference_blocks": num_inference_blocks,
+            "num_trajectories": num_trajectories,
+            "generator": generator,
+        }
+        kwargs |= {name: value for name, value in own.items() if value is not None}
+        return super().generate(inputs, generation_config, *args, **kwargs)
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        context_states: list[torch.Tensor],
+        num_trajectories: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """Run the chain from pure noise: `s_{b+1} = s_b + D e_y + sqrt(D) eps` with `y ~ p_b(. | s_b, context)`.
+
+        Drawing a token, where the paper moves to the mean embedding (NoProp, arXiv 2503.24322, section 2), makes a step of
+        any size exact when `p_b` is the true posterior.
+
+        Args:
+            context_states: the context states of the blocks to run, `(..., hidden_size)` each.
+            num_trajectories: independent chains, whose last distributions are averaged.
+
+        Returns:
+            `torch.Tensor` of shape `(..., vocab_size)`: log-probabilities of the next token.
+        """
+        blocks, table = self.model.blocks[: len(context_states)], self.model.embed_tokens
+        shape = (num_trajectories, *context_states[0].shape)
+        evidence, level, log_probs = torch.zeros(shape, device=context_states[0].device), 0.0, None
+        for block, context in zip(blocks, context_states, strict=True):
+            if block.level > level:
+                tokens = sample_categorical(log_probs, generator)
+                evidence = evidence + sample_evidence(table(tokens), block.level - level, generator)
+                level = block.level
+            prediction = block.head(context.expand(shape), evidence).float()
+            logits = F.linear(prediction, table.weight.float(), block.head.bias.float())
+            log_probs = logits.log_softmax(-1)
+        return log_probs.logsumexp(0) - math.log(num_trajectories)
+
+
+def sample_categorical(log_probs: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Draw one index from each row of `(..., num_classes)` log-probabilities; returns shape `(...)`."""
+    rows = log_probs.flatten(0, -2).exp()
+    if generator is not None:
+        rows = rows.to(generator.device)
+    tokens = torch.multinomial(rows, 1, generator=generator).to(log_probs.device)
+    return tokens.view(log_probs.shape[:-1])

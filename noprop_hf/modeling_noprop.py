@@ -1,0 +1,611 @@
+"""NoProp: a causal language model made of independently trained denoising blocks.
+
+    tokens -> frozen table -> context encoder -> h ┐
+                                                    ├-> head -> logits = E (W h + s + correction(h, s)) + b
+    next token -> clean embedding + noise      -> s ┘
+
+Each [`DenoisingBlock`] is one encoder and one head, trained on its own at its own noise level. Nothing flows between
+blocks. [`NoPropForCausalLM`] holds all of them: side by side they give a predictive distribution, in sequence they
+turn noise into a token.
+
+Method: NoProp (Li, Teh, Pascanu 2025, arXiv 2503.24322), with the noise entering as evidence (see `noise_noprop.py`).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_noprop import NoPropConfig
+from .generation_noprop import NoPropGenerationMixin
+from .noise_noprop import sample_evidence, standardize
+
+
+def vocabulary_nats(
+    prediction: torch.Tensor, table: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor, reduction: str = "none"
+) -> torch.Tensor:
+    """Cross-entropy of `softmax(prediction E^T + bias)`, in nats, without holding all logits at once.
+
+    It runs in float32 under autocast too: the evidence makes logits of tens (hundreds with the cosine schedule), where
+    float16 resolves a tenth of a nat at best.
+
+    Args:
+        prediction (`(..., hidden_size)`), table (`(vocab_size, hidden_size)`), bias (`(vocab_size,)`).
+        targets (`(...)`): token ids; -100 is ignored and gives 0.
+        reduction: `"none"`, `"sum"` or `"mean"`.
+    """
+    with torch.autocast(prediction.device.type, enabled=False):
+        nats = F.linear_cross_entropy(
+            prediction.float().flatten(0, -2),
+            table.float(),
+            targets.flatten(),
+            linear_bias=bias.float(),
+            reduction=reduction,
+            # 2^23 logits (32 MB) at a time: on 2 CPU cores a fifth faster than the default of a few dozen rows.
+            options=nn.LinearCrossEntropyOptions(
+                chunking_method=None, batch_chunk_size=max(1, 2**23 // table.shape[0])
+            ),
+        )
+    return nats.view(targets.shape) if reduction == "none" else nats
+
+
+class TokenTable(nn.Embedding):
+    """The frozen embedding table and the unigram statistics found with it.
+
+    `weight` (`(vocab_size, hidden_size)`) has standardized rows; `log_prior` (`(vocab_size,)`) holds the
+    log-probability of each token in the training data (zeros when unknown), where every block's bias starts.
+    """
+
+    def __init__(self, config: NoPropConfig):
+        super().__init__(config.vocab_size, config.hidden_size)
+        self.weight.requires_grad_(False)
+        self.register_buffer("log_prior", torch.zeros(config.vocab_size))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        # Detached, so that not even `model.requires_grad_(True)` trains the table.
+        return F.embedding(input_ids, self.weight.detach())
+
+
+class ContextEncoder(nn.Module):
+    """Pre-norm transformer over clean token embeddings, with rotary positions.
+
+    Args:
+        first_layer_idx: index of the first layer in a key-value cache shared by all blocks.
+        is_causal: whether a position sees only itself and earlier ones.
+    """
+
+    def __init__(self, config: NoPropConfig, num_layers: int, first_layer_idx: int = 0, is_causal: bool = True):
+        super().__init__()
+        self.config = config
+        self.is_causal = is_causal
+        self.input_projection = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, first_layer_idx + i) for i in range(num_layers))
+        for layer in self.layers:
+            layer.self_attn.is_causal = is_causal
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+
+    def attention_inputs(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> dict:
+        """Mask and positions. They are the same for every block, so a model of many blocks computes them once."""
+        if position_ids is None:
+            seen = cache.get_seq_length() if cache is not None else 0
+            position_ids = torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+        mask_arguments = {
+            "config": self.config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "cache": cache,
+        }
+        if self.is_causal:
+            mask = create_causal_mask(position_ids=position_ids, **mask_arguments)
+        else:
+            mask = create_bidirectional_mask(**mask_arguments)
+        return {
+            "attention_mask": mask,
+            "position_ids": position_ids,
+            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
+        }
+
+    def forward(self, inputs_embeds: torch.Tensor, **attention_inputs) -> torch.Tensor:
+        """`(batch, sequence, hidden_size)` clean embeddings to context states of the same shape."""
+        hidden_states = self.input_projection(inputs_embeds)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **attention_inputs)
+        return self.norm(hidden_states)
+
+
+class DenoisingHead(nn.Module):
+    """From a context state and the evidence about the next token to a point `u` in embedding space.
+
+    `u = W h + s + correction(h, s)`, and the block's logits are `u E^T + bias`. Rows of equal norm make `s E^T` exactly
+    what Bayes' rule adds to the logits of the context, so the head learns only what Bayes' rule cannot give it.
+    """
+
+    def __init__(self, config: NoPropConfig, level: float):
+        super().__init__()
+        self.evidence_scale = math.sqrt(level**2 + level)  # root mean square of the evidence at this level
+        self.readout = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.correction = nn.Sequential(
+            nn.Linear(2 * config.hidden_size, config.correction_size),
+            ACT2FN[config.hidden_act],
+            nn.Linear(config.correction_size, config.hidden_size),
+        )
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, context: torch.Tensor, evidence: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            context (`(..., hidden_size)`): states of the context encoder.
+            evidence (`(..., hidden_size)`, *optional*): noised next token at the block's level; none is pure noise.
+
+        Returns:
+            `torch.Tensor` of shape `(..., hidden_size)`, in float32 when there is evidence.
+        """
+        if evidence is None or self.evidence_scale == 0:
+            return self.readout(context) + self.correction(torch.cat([context, torch.zeros_like(context)], dim=-1))
+        seen = (evidence / self.evidence_scale).to(context.dtype)
+        learned = self.readout(context) + self.correction(torch.cat([context, seen], dim=-1))
+        return learned + evidence  # float32 evidence keeps the sum in float32
+
+
+class NoPropPreTrainedModel(PreTrainedModel):
+    config: NoPropConfig
+    config_class = NoPropConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlamaDecoderLayer"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": LlamaDecoderLayer, "attentions": LlamaAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, TokenTable):
+            init.copy_(module.weight, standardize(module.weight))
+            init.zeros_(module.log_prior)
+        elif isinstance(module, DenoisingHead):
+            # Start as Bayes' rule on top of the token bias alone.
+            init.zeros_(module.readout.weight)
+            init.zeros_(module.correction[-1].weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, ContextEncoder):
+            init.eye_(module.input_projection.weight)
+
+
+@dataclass
+class DenoisingBlockOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.Tensor`): what the block is trained on: the weighted mean of the two terms below, per token.
+        denoising_loss (`torch.Tensor`): its term at the block's own level; in nats, or the squared error per coordinate
+            with `loss_type="mse"`.
+        context_loss (`torch.Tensor`): its term on pure noise.
+        context_nats, denoising_nats (`torch.Tensor`): in evaluation mode, the two cross-entropies in nats per token,
+            whatever the loss.
+        bound_nats (`torch.Tensor`): in evaluation mode, the variational bound of a chain of this block alone (on pure
+            noise, then at its own level), which every worker can tell without the other blocks.
+    """
+
+    loss: torch.Tensor | None = None
+    denoising_loss: torch.Tensor | None = None
+    context_loss: torch.Tensor | None = None
+    context_nats: torch.Tensor | None = None
+    denoising_nats: torch.Tensor | None = None
+    bound_nats: torch.Tensor | None = None
+
+
+class DenoisingBlock(NoPropPreTrainedModel):
+    """One block: a causal context encoder and a denoising head, complete in itself.
+
+    Its `forward` is its training objective. It needs the frozen table, which is handed in and never part of it, and
+    knows no other block.
+    """
+
+    accepts_loss_kwargs = True  # tells `Trainer` that the loss is divided by `num_items_in_batch`
+
+    def __init__(self, config: NoPropConfig, block_index: int = 0):
+        super().__init__(config)
+        if not 0 <= block_index < config.num_blocks:
+            raise ValueError(f"`block_index` must be in [0, {config.num_blocks}), got {block_index}.")
+        self.block_index = block_index
+        self.level = config.noise_levels[block_index]
+        num_layers = config.num_layers_per_block
+        self.encoder = ContextEncoder(config, num_layers, first_layer_idx=block_index * num_layers)
+        self.head = DenoisingHead(config, self.level)
+        self.gradient_checkpointing = False
+        self.post_init()
+        # `Trainer` counts predicted tokens as for any causal model: position 0 predicts, but is not predicted.
+        self.loss_type = "ForCausalLM"
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        labels: torch.LongTensor,
+        table: TokenTable,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> DenoisingBlockOutput:
+        """The local loss: recover the next token from its noised embedding and the clean context.
+
+        Args:
+            input_ids (`(batch, sequence)`): clean tokens.
+            labels (`(batch, sequence)`): the same tokens, not shifted; -100 is not predicted.
+            table: the frozen table.
+            num_items_in_batch: what to divide the summed losses by (gradient accumulation); the number of predicted
+                tokens of this batch when not given.
+            generator: source of the noise; torch's global one when not given.
+        """
+        inputs_embeds = table(input_ids)
+        attention_inputs = self.encoder.attention_inputs(inputs_embeds, attention_mask, position_ids)
+        context = self.encoder(inputs_embeds, **attention_inputs)[:, :-1]
+        targets = labels[:, 1:]
+        if num_items_in_batch is None:
+            num_items_in_batch = (targets != -100).sum()
+
+        predictions = {"context": self.head(context)}
+        if self.level > 0:
+            evidence = sample_evidence(table(targets.clamp(min=0)), self.level, generator)
+            predictions["denoising"] = self.head(context, evidence)
+        losses = {
+            name: self._local_loss(prediction, table.weight.detach(), targets) / num_items_in_batch
+            for name, prediction in predictions.items()
+        }
+        # On pure noise the two terms are one.
+        context_loss, denoising_loss = losses["context"], losses.get("denoising", losses["context"])
+        weight = self.config.denoising_weight
+        output = DenoisingBlockOutput(
+            loss=torch.lerp(context_loss, denoising_loss, weight),
+            denoising_loss=denoising_loss,
+            context_loss=context_loss,
+        )
+        if not self.training:
+            if self.level > 0:
+                predictions["updated"] = predictions["context"] + evidence  # Bayes' rule
+            nats = {
+                name: vocabulary_nats(prediction, table.weight, self.head.bias, targets, reduction="sum")
+                / num_items_in_batch
+                for name, prediction in predictions.items()
+            }
+            output.context_nats = nats["context"]
+            output.denoising_nats = nats.get("denoising", nats["context"])
+            output.bound_nats = nats["context"]
+            if self.level > 0:
+                output.bound_nats = nats["context"] + nats["denoising"] - nats["updated"]
+        return output
+
+    def _local_loss(self, prediction: torch.Tensor, embeddings: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss summed over predicted tokens, for `config.loss_type`."""
+        if self.config.loss_type == "cross_entropy":
+            return vocabulary_nats(prediction, embeddings, self.head.bias, targets, reduction="sum")
+        # NoProp, arXiv 2503.24322, eq. 8: the block's answer is the mean embedding of its distribution. In chunks whose
+        # logits are recomputed in the backward pass, for the same reason as in `vocabulary_nats`.
+        kept = targets != -100
+        errors = [
+            checkpoint(self._squared_error, u, embeddings, y, use_reentrant=False)
+            for u, y in zip(prediction[kept].split(1024), targets[kept].split(1024), strict=True)
+        ]
+        return torch.stack(errors).sum()
+
+    def _squared_error(self, prediction: torch.Tensor, embeddings: torch.Tensor, targets: torch.Tensor):
+        with torch.autocast(prediction.device.type, enabled=False):
+            embeddings = embeddings.float()
+            probabilities = (prediction.float() @ embeddings.T + self.head.bias.float()).softmax(-1)
+            return (probabilities @ embeddings - embeddings[targets]).pow(2).mean(-1).sum()
+
+
+@dataclass
+class NoPropModelOutput(BaseModelOutputWithPast):
+    """
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): where the blocks, on
+            their mean, expect the embedding of the next token, knowing the context alone.
+        context_states (`tuple[torch.Tensor]`): the context states of each block, `(batch_size, sequence_length,
+            hidden_size)` each.
+
+    `hidden_states` and `attentions`, when asked for, run through the layers of block 0, then block 1, and so on.
+    """
+
+    context_states: tuple[torch.Tensor, ...] | None = None
+
+
+class NoPropModel(NoPropPreTrainedModel):
+    """The frozen table and all blocks. The blocks read the same clean context and do not depend on one another."""
+
+    def __init__(self, config: NoPropConfig):
+        super().__init__(config)
+        self.embed_tokens = TokenTable(config)
+        self.blocks = nn.ModuleList(DenoisingBlock(config, index) for index in range(config.num_blocks))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        num_inference_blocks: int | None = None,
+        **kwargs,
+    ) -> NoPropModelOutput:
+        """
+        Args:
+            input_ids (`(batch_size, sequence_length)`): token ids; or `inputs_embeds`, their rows of the table.
+            num_inference_blocks (`int`, *optional*): run only the first blocks; all when not given.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if num_inference_blocks is None:
+            num_inference_blocks = len(self.blocks)
+        elif not 1 <= num_inference_blocks <= len(self.blocks):
+            raise ValueError(
+                f"`num_inference_blocks` must be between 1 and {len(self.blocks)}, got {num_inference_blocks}."
+            )
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+
+        blocks = self.blocks[:num_inference_blocks]
+        attention_inputs = blocks[0].encoder.attention_inputs(inputs_embeds, attention_mask, position_ids, cache)
+        context_states = tuple(
+            block.encoder(inputs_embeds, cache=cache, use_cache=use_cache, **attention_inputs, **kwargs)
+            for block in blocks
+        )
+        predictions = [block.head(context) for block, context in zip(blocks, context_states, strict=True)]
+        return NoPropModelOutput(
+            last_hidden_state=torch.stack(predictions).mean(0),
+            cache=cache,
+            context_states=context_states,
+        )
+
+
+@dataclass
+class NoPropBoundOutput(ModelOutput):
+    """
+    Args:
+        bound (`torch.Tensor`): variational bound on the negative log-likelihood, in nats per token.
+        block_nats (`torch.Tensor` of shape `(num_blocks,)`): its split by block. Entry 0 is the cross-entropy of block
+            0 on pure noise; entry b is what block b changes against a Bayes update of block b-1 (negative is a gain).
+        token_nats (`torch.Tensor` of shape `(num_blocks, num_tokens)`): the same for every predicted token.
+        context_nats (`torch.Tensor` of shape `(num_blocks,)`): cross-entropy of each block alone on pure noise.
+    """
+
+    bound: torch.Tensor | None = None
+    block_nats: torch.Tensor | None = None
+    token_nats: torch.Tensor | None = None
+    context_nats: torch.Tensor | None = None
+
+
+class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
+    """The language model: a predictive distribution over the next token, a chain that samples it, and a bound."""
+
+    def __init__(self, config: NoPropConfig):
+        super().__init__(config)
+        self.model = NoPropModel(config)
+        self.post_init()
+
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_inference_blocks: int | None = None,
+        decoding_mode: str = "predictive",
+        num_trajectories: int = 1,
+        generator: torch.Generator | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            input_ids (`(batch_size, sequence_length)`): token ids.
+            labels (`(batch_size, sequence_length)`, *optional*): the same tokens, not shifted; -100 is ignored.
+            logits_to_keep (`int` or `torch.Tensor`): compute the logits of the last positions only; 0 is all.
+            num_inference_blocks (`int`, *optional*): run only the first blocks; all when not given.
+            decoding_mode (`str`): with `"predictive"`, `logits` are the log-probabilities of a normalised, causal,
+                deterministic distribution: the normalised geometric mean of the blocks' distributions given the context
+                alone. With `"denoising"` they are those of the last block at the end of a chain sampled from pure
+                noise, for generation: random, and no measure of likelihood (see [`~NoPropForCausalLM.bound`]).
+            num_trajectories (`int`): chains to average in the denoising mode.
+            generator (`torch.Generator`, *optional*): source of randomness of the denoising mode.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            num_inference_blocks=num_inference_blocks,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if decoding_mode == "predictive":
+            bias = torch.stack([block.head.bias for block in self.model.blocks[: len(outputs.context_states)]]).mean(0)
+            prediction = outputs.last_hidden_state[:, keep]
+            logits = F.linear(prediction, self.model.embed_tokens.weight.detach(), bias)
+            logits = logits.float().log_softmax(-1)
+        elif decoding_mode == "denoising":
+            context_states = [context[:, keep] for context in outputs.context_states]
+            logits = self.denoise(context_states, num_trajectories, generator)
+        else:
+            raise ValueError(f"`decoding_mode` must be 'predictive' or 'denoising', got {decoding_mode!r}.")
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            cache=outputs.cache,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @torch.no_grad()
+    def variational_bound(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> NoPropBoundOutput:
+        r"""An upper bound on the negative log-likelihood of the chain that `decoding_mode="denoising"` samples from.
+
+        With the evidence `s_b` on the true path of the next token `y`, and `l_{b-1} -> s_b` the logits of block b-1
+        updated by Bayes' rule to `s_b`,
+
+            -log p(y) <= CE(l_0; s_0) + sum_{b>=1} [ CE(l_b; s_b) - CE(l_{b-1} -> s_b; s_b) ]
+
+        in expectation over the path: the negative evidence lower bound of a chain whose step draws a token from
+        block b-1 and moves on with its embedding (after NoProp, arXiv 2503.24322, section 2, with that transition).
+
+        Args:
+            input_ids, attention_mask (`(batch_size, sequence_length)`).
+            labels (`(batch_size, sequence_length)`, *optional*): not shifted; `input_ids` under the mask when not given.
+            generator: source of the path's noise; torch's global one when not given.
+        """
+        if labels is None:
+            labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
+        context_states = self.model(input_ids, attention_mask=attention_mask, use_cache=False).context_states
+        targets = labels[:, 1:]
+        kept = targets != -100
+        targets = targets[kept]
+        table, blocks = self.model.embed_tokens.weight, self.model.blocks
+        clean = self.model.embed_tokens(targets)
+
+        evidence = torch.zeros_like(clean, dtype=torch.float32)
+        level, updated, token_nats, context_nats = 0.0, None, [], []
+        for block, states in zip(blocks, context_states, strict=True):
+            context = states[:, :-1][kept]
+            if block.level > level:
+                step = sample_evidence(clean, block.level - level, generator)
+                evidence, level = evidence + step, block.level
+                updated = updated + step
+            prediction = block.head(context, evidence).float()
+            nats = vocabulary_nats(prediction, table, block.head.bias, targets)
+            context_nats.append(vocabulary_nats(block.head(context), table, block.head.bias, targets).mean())
+            if updated is None:
+                token_nats.append(nats)
+            else:
+                token_nats.append(nats - vocabulary_nats(updated, table, previous_bias, targets))  # noqa: F821
+            updated, previous_bias = prediction, block.head.bias  # noqa: F841
+        token_nats = torch.stack(token_nats)
+        return NoPropBoundOutput(
+            bound=token_nats.sum(0).mean(),
+            block_nats=token_nats.mean(1),
+            token_nats=token_nats,
+            context_nats=torch.stack(context_nats),
+        )
+
+
+class NoPropForMaskedLM(NoPropPreTrainedModel):
+    """Phase 1: a bidirectional encoder whose tied input and output table becomes the frozen table of the blocks.
+
+    The rows are centred and scaled on the way in *and* out, so that the table is trained in the very geometry in
+    which it is used afterwards. [`~NoPropForMaskedLM.token_table`] gives it.
+    """
+
+    def __init__(self, config: NoPropConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.encoder = ContextEncoder(config, config.num_pretraining_layers, is_causal=False)
+        self.readout = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            init.zeros_(self.readout.weight)
+            init.zeros_(self.bias)
+
+    def token_table(self) -> torch.Tensor:
+        """The standardized table, `(vocab_size, hidden_size)`."""
+        return standardize(self.embed_tokens.weight)
+
+    @can_return_tuple
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> MaskedLMOutput:
+        """
+        Args:
+            input_ids (`(batch_size, sequence_length)`): tokens, some of them masked.
+            labels (`(batch_size, sequence_length)`, *optional*): the masked tokens; -100 everywhere else. While
+                training, only their positions go through the vocabulary and no logits are returned.
+        """
+        table = self.token_table()
+        inputs_embeds = F.embedding(input_ids, table)
+        attention_inputs = self.encoder.attention_inputs(inputs_embeds, attention_mask, position_ids)
+        prediction = self.readout(self.encoder(inputs_embeds, **attention_inputs, **kwargs))
+
+        loss = None
+        if labels is not None:
+            masked = labels != -100
+            if num_items_in_batch is None:
+                num_items_in_batch = masked.sum()
+            nats = vocabulary_nats(prediction[masked], table, self.bias, labels[masked], reduction="sum")
+            loss = nats / num_items_in_batch
+        logits = None
+        if labels is None or not self.training:
+            logits = F.linear(prediction, table.to(prediction.dtype), self.bias.to(prediction.dtype))
+        return MaskedLMOutput(loss=loss, logits=logits)
+
+
+__all__ = [
+    "DenoisingBlock",
+    "NoPropForCausalLM",
+    "NoPropForMaskedLM",
+    "NoPropModel",
+    "NoPropPreTrainedModel",
+]

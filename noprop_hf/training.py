@@ -1,0 +1,470 @@
+"""Training: the embedding table first, then each block on its own.
+
+    pretrain_embeddings   phase 1, masked language modelling with the stock `Trainer`
+    train_blocks          phase 2, one `BlockTrainer` per block
+
+Both write into one model directory (see `hub.py`) and go on where an interrupted run stopped.
+"""
+
+import copy
+import dataclasses
+import gc
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import (
+    AutoModel,
+    DataCollatorForLanguageModeling,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.utils import logging
+
+from .arguments import BlockArguments, ModelArguments, PretrainingArguments, parse_blocks
+from .configuration_noprop import NoPropConfig
+from .data import (
+    CausalCollator,
+    DataArguments,
+    boundary_tokens,
+    count_tokens,
+    load_corpus,
+    load_tokenizer,
+    tokenize,
+    train_tokenizer,
+)
+from .hub import (
+    EMBEDDINGS_SHARD,
+    MASKED_LM_FOLDER,
+    block_is_trained,
+    create_model_directory,
+    load_table,
+    save_block,
+)
+from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForMaskedLM, TokenTable
+from .noise_noprop import information_levels, standardize
+
+
+logger = logging.get_logger(__name__)
+
+CHECKPOINTS_FOLDER = "checkpoints"
+
+
+# --- phase 1: the table -----------------------------------------------------------------------------------------------
+
+
+def pretrain_embeddings(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    pretraining_args: PretrainingArguments,
+    training_args: TrainingArguments,
+) -> Path:
+    """Make the frozen table and write the model directory around it.
+
+    The table comes from masked language modelling, or from `model_args.embeddings_from`. When the directory holds one
+    already, that one is kept.
+
+    Returns:
+        The model directory, `training_args.output_dir`.
+
+    Raises:
+        ValueError: a tokenizer without a mask token, a corpus that cannot be used, or a directory of another model.
+    """
+    directory = Path(training_args.output_dir)
+    if (directory / EMBEDDINGS_SHARD).is_file():
+        config = load_config(directory, model_args)
+        load_table(directory, config)
+        logger.warning(f"{directory} holds an embedding table already: phase 1 is skipped.")
+        return directory
+
+    corpus = load_corpus(data_args)
+    source, tokenizer = None, None
+    if model_args.embeddings_from is not None:
+        source = _source_embeddings(model_args.embeddings_from)
+        tokenizer = load_tokenizer(model_args.tokenizer_name or model_args.embeddings_from)
+    elif model_args.tokenizer_name is not None:
+        tokenizer = load_tokenizer(model_args.tokenizer_name)
+    else:
+        texts = (text or "" for text in corpus["train"][data_args.text_column_name])
+        tokenizer = train_tokenizer(texts, model_args.vocab_size or 4096, data_args.max_length)
+    if source is None and tokenizer.mask_token is None:
+        raise ValueError(
+            f"The tokenizer {model_args.tokenizer_name!r} has no mask token, which masked language modelling needs. "
+            "Use a tokenizer that has one, or take the table of a model with --embeddings_from."
+        )
+    config = build_config(model_args, data_args, tokenizer, source)
+    dataset = tokenize(corpus, tokenizer, data_args)
+
+    table = TokenTable(config)
+    if source is not None:
+        table.weight.copy_(standardize(source))
+    else:
+        model = _pretrain_masked_lm(config, tokenizer, dataset, pretraining_args, training_args)
+        table.weight.copy_(model.token_table())
+        model.save_pretrained(directory / MASKED_LM_FOLDER)
+    counts = count_tokens(dataset["train"], config.vocab_size)
+    table.log_prior.copy_(((counts + 1) / (counts + 1).sum()).log())
+    if config.noise_schedule == "information":
+        config.noise_levels = information_levels(table.weight, table.log_prior, config.num_blocks)
+    create_model_directory(directory, config, tokenizer, table)
+    logger.warning(
+        f"The embedding table is in {directory}; noise levels {[round(level, 4) for level in config.noise_levels]}."
+    )
+    return directory
+
+
+def _pretrain_masked_lm(
+    config: NoPropConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: dict[str, Dataset | IterableDataset],
+    pretraining_args: PretrainingArguments,
+    training_args: TrainingArguments,
+) -> NoPropForMaskedLM:
+    set_seed(training_args.seed)
+    model = NoPropForMaskedLM(config)
+    args = dataclasses.replace(
+        training_args,
+        output_dir=str(Path(training_args.output_dir) / CHECKPOINTS_FOLDER / MASKED_LM_FOLDER),
+        push_to_hub=False,
+        **pretraining_args.training_fields(),
+    )
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=dataset["train"],
+        eval_dataset=dataset["validation"],
+        data_collator=DataCollatorForLanguageModeling(
+            tokenizer, mlm_probability=pretraining_args.mlm_probability, seed=training_args.seed
+        ),
+    )
+    trainer.args.prediction_loss_only = True
+    show_progress(trainer, "embeddings")
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    return model.cpu().eval()
+
+
+def _source_embeddings(name_or_path: str) -> torch.Tensor:
+    try:
+        model = AutoModel.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Cannot load the model {name_or_path!r} to take its embeddings. Give a local directory or a name on the "
+            "Hub (and a connection to it)."
+        ) from error
+    return model.get_input_embeddings().weight.detach().float()
+
+
+def build_config(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    source: torch.Tensor | None = None,
+) -> NoPropConfig:
+    """The configuration for a tokenizer and, where the table comes from another model, for its `source` embeddings.
+
+    Raises:
+        ValueError: sizes that do not fit together.
+    """
+    fields = model_args.config_fields()
+    vocab_size = len(tokenizer) if source is None else source.shape[0]
+    if model_args.vocab_size not in (None, vocab_size) and (model_args.tokenizer_name or source is not None):
+        raise ValueError(
+            f"`vocab_size` is {model_args.vocab_size}, but the tokenizer or table has {vocab_size} entries. "
+            "Leave --vocab_size out."
+        )
+    if source is not None:
+        if len(tokenizer) > vocab_size:
+            raise ValueError(
+                f"The table of {model_args.embeddings_from!r} is too small for the tokenizer: {vocab_size} rows for "
+                f"{len(tokenizer)} tokens. Use the model's own tokenizer."
+            )
+        if fields.setdefault("hidden_size", source.shape[1]) != source.shape[1]:
+            raise ValueError(
+                f"The table of {model_args.embeddings_from!r} has {source.shape[1]} dimensions, but `hidden_size` is "
+                f"{fields['hidden_size']}. Leave --hidden_size out, or set it to {source.shape[1]}."
+            )
+    bos, eos = boundary_tokens(tokenizer)
+    fields |= {
+        "vocab_size": vocab_size,
+        "max_position_embeddings": data_args.max_length,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+    }
+    return NoPropConfig(**fields)
+
+
+def load_config(directory: Path, model_args: ModelArguments) -> NoPropConfig:
+    """The configuration of a model directory.
+
+    Raises:
+        ValueError: it is not the one that `model_args` ask for.
+    """
+    config = NoPropConfig.from_pretrained(directory)
+    for name, value in model_args.config_fields().items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"{directory} holds a model with {name}={getattr(config, name)}, but {name}={value} is asked for. "
+                "Use another --output_dir, or the settings it was made with."
+            )
+    return config
+
+
+# --- phase 2: the blocks ----------------------------------------------------------------------------------------------
+
+
+class BlockTrainer(Trainer):
+    """Trains one [`DenoisingBlock`] on its local loss.
+
+    The block, its optimizer and its scheduler are those of a plain `Trainer`; the shared frozen table is handed to the
+    block with every batch and nothing else is on the device.
+
+    Args:
+        model ([`DenoisingBlock`]): the block.
+        table ([`TokenTable`]): the frozen table.
+        kwargs: arguments of [`Trainer`].
+    """
+
+    def __init__(self, model: DenoisingBlock, table: TokenTable, **kwargs):
+        super().__init__(model=model, **kwargs)
+        self.table = table.to(self.args.device)
+        self._terms: dict[str, torch.Tensor] = {}  # summed since the last log
+        self._eval_terms: list[torch.Tensor] = []
+        self._eval_generator: torch.Generator | None = None
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None
+    ):
+        inputs = {**inputs, "table": self.table}
+        if not model.training:
+            inputs["generator"] = self._eval_generator
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            for name in ("denoising_loss", "context_loss"):
+                self._terms[name] = self._terms.get(name, 0) + outputs[name].detach()
+        else:
+            count = (inputs["labels"][:, 1:] != -100).sum()
+            nats = [outputs.context_nats, outputs.denoising_nats, outputs.bound_nats]
+            self._eval_terms.append(torch.stack([*(term * count for term in nats), count]).detach())
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        steps = self.state.global_step - getattr(self, "_last_logged_step", self.state.global_step - 1)
+        if "loss" in logs and self._terms:
+            logs |= {name: term.item() / max(steps, 1) for name, term in self._terms.items()}
+            self._terms = {}
+            self._last_logged_step = self.state.global_step
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        """Evaluate with the same noise every time, and add the nats of the block and of its own bound."""
+        self._eval_terms = []
+        self._eval_generator = torch.Generator().manual_seed(self.args.seed)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._eval_terms:
+            totals = self.accelerator.reduce(torch.stack(self._eval_terms).sum(0), reduction="sum")
+            values = (totals[:-1] / totals[-1]).tolist()
+            for name, value in zip(("context_nats", "denoising_nats", "bound_nats"), values, strict=True):
+                output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
+
+def block_seed(seed: int, block_index: int) -> int:
+    """The seed of a block: of the run's seed and the block's index, and of nothing else."""
+    return int(np.random.SeedSequence([seed, block_index]).generate_state(1)[0] >> 1)
+
+
+def train_blocks(
+    data_args: DataArguments,
+    block_args: BlockArguments,
+    training_args: TrainingArguments,
+    model_args: ModelArguments | None = None,
+) -> Path:
+    """Train the selected blocks, one after the other, and write a shard for each.
+
+    A block depends on the table, the data, the seed and its index alone. Blocks whose shard is there are skipped, and a
+    block that was interrupted goes on from its last checkpoint.
+
+    Returns:
+        The model directory, `training_args.output_dir`.
+
+    Raises:
+        FileNotFoundError: phase 1 has not been run.
+        ValueError: blocks out of range, or a directory or shard of another model.
+    """
+    directory = Path(training_args.output_dir)
+    if not (directory / EMBEDDINGS_SHARD).is_file():
+        load_table(directory, NoPropConfig())  # tells what to do
+    config = load_config(directory, model_args or ModelArguments())
+    table = load_table(directory, config)
+    selected = parse_blocks(block_args.blocks, config.num_blocks)
+    waiting = [index for index in selected if not block_is_trained(directory, config, table, index)]
+    for index in sorted(set(selected) - set(waiting)):
+        logger.warning(f"Block {index} is trained already: skipped.")
+    if not waiting:
+        return directory
+    tokenizer = load_tokenizer(str(directory))
+    dataset = tokenize(load_corpus(data_args), tokenizer, data_args)
+    for index in waiting:
+        train_block(index, config, table, tokenizer, dataset, block_args, training_args)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return directory
+
+
+def train_block(
+    block_index: int,
+    config: NoPropConfig,
+    table: TokenTable,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: dict[str, Dataset | IterableDataset],
+    block_args: BlockArguments,
+    training_args: TrainingArguments,
+) -> dict[str, float]:
+    """Train one block and write its shard into `training_args.output_dir`.
+
+    Returns:
+        The metrics of its last evaluation.
+    """
+    directory = Path(training_args.output_dir)
+    seed = block_seed(training_args.seed, block_index)
+    args = dataclasses.replace(
+        training_args,
+        output_dir=str(directory / CHECKPOINTS_FOLDER / f"block-{block_index:02d}"),
+        seed=seed,
+        push_to_hub=False,
+    )
+    set_seed(seed)
+    block = DenoisingBlock(config, block_index)
+    with torch.no_grad():
+        block.head.bias.copy_(table.log_prior)
+    trainer = BlockTrainer(
+        block,
+        table,
+        args=args,
+        train_dataset=dataset["train"],
+        eval_dataset=dataset["validation"],
+        data_collator=CausalCollator(tokenizer),
+    )
+    trainer.args.prediction_loss_only = True
+    show_progress(trainer, f"block {block_index} of 0-{config.num_blocks - 1}")
+    if args.eval_strategy != "no" and block_args.sample_prompts:
+        trainer.add_callback(SampleCallback(table, tokenizer, block_args))
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    metrics = trainer.evaluate()
+    kept = {name: f"{metrics[f'eval_{name}']:.6f}" for name in ("context_nats", "denoising_nats", "bound_nats")}
+    save_block(directory, block, table, {"steps": str(trainer.state.global_step), "seed": str(seed), **kept})
+    return metrics
+
+
+def last_checkpoint(output_dir: str) -> str | None:
+    """The newest complete checkpoint in a directory. `Trainer` writes its state last, so that tells a whole one."""
+    steps = {}
+    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json"):
+        step = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.parent.name)
+        if step:
+            steps[int(step[1])] = path.parent
+    return str(steps[max(steps)]) if steps else None
+
+
+# --- what a person sees -----------------------------------------------------------------------------------------------
+
+
+class NamedProgressCallback(ProgressCallback):
+    """The progress bar of transformers with a name, and one short line per log."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def on_train_begin(self, args, state: TrainerState, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.name)
+
+    def on_log(self, args, state: TrainerState, control, logs=None, **kwargs):
+        shown = {k: v for k, v in (logs or {}).items() if k.endswith(("loss", "nats", "learning_rate"))}
+        if shown and state.is_world_process_zero and self.training_bar is not None:
+            figures = ", ".join(f"{k} {v:.4g}" for k, v in shown.items() if isinstance(v, float))
+            self.training_bar.write(f"[{self.name}] step {state.global_step}: {figures}", file=sys.stderr)
+
+
+def show_progress(trainer: Trainer, name: str) -> None:
+    """Put the name of what is trained beside the progress bar."""
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(NamedProgressCallback(name))
+
+
+def single_block_model(block: DenoisingBlock, table: TokenTable) -> NoPropForCausalLM:
+    """The language model that one block is by itself. It shares the block's and the table's memory.
+
+    Its layers keep their place in the cache of the full model, so use it with `use_cache=False`.
+    """
+    config = copy.deepcopy(block.config)
+    config.num_blocks, config.noise_levels = 1, [0.0]
+    with torch.device("meta"):
+        model = NoPropForCausalLM(config)
+    model.model.embed_tokens = table
+    model.model.blocks = nn.ModuleList([block])
+    return model
+
+
+class SampleCallback(TrainerCallback):
+    """At every evaluation, logs text that the block alone writes. It leaves the random numbers of training alone."""
+
+    def __init__(self, table: TokenTable, tokenizer: PreTrainedTokenizerBase, block_args: BlockArguments):
+        self.table = table
+        self.tokenizer = tokenizer
+        self.block_args = block_args
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control, model: DenoisingBlock, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        was_training = model.training
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed)
+            alone = single_block_model(model, self.table).eval()
+            for prompt, text in sample_texts(
+                alone, self.tokenizer, self.block_args.sample_prompts, self.block_args.sample_max_new_tokens
+            ):
+                logger.warning(f"[block {model.block_index}] step {state.global_step}: {prompt!r} -> {text!r}")
+        model.train(was_training)
+
+
+def sample_texts(
+    model: NoPropForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    max_new_tokens: int,
+    **generate_kwargs,
+) -> list[tuple[str, str]]:
+    """Continue each prompt by sampling; returns pairs of prompt and continuation."""
+    bos, eos = boundary_tokens(tokenizer)
+    texts = []
+    for prompt in prompts:
+        ids = [] if bos is None else [bos]
+        ids += tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        input_ids = torch.tensor([ids], device=model.model.embed_tokens.weight.device)
+        options = {"do_sample": True, "top_k": 50, "use_cache": len(model.model.blocks) > 1} | generate_kwargs
+        output = model.generate(
+            input_ids,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=eos,
+            **options,
+        )
+        texts.append((prompt, tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)))
+    return texts
