@@ -1,8 +1,10 @@
 """Evaluation: nats per token of a model and of counting baselines, on the same tokens."""
 
+import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +14,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .data import CausalCollator
+from .arguments import BlockArguments
+from .data import CausalCollator, DataArguments, boundary_tokens, load_corpus, load_tokenizer, tokenize
 from .modeling_noprop import NoPropForCausalLM
 
 
@@ -156,4 +159,89 @@ def results_table(rows: list[tuple[str, dict[str, float]]], splits: list[str]) -
     for name, nats in rows:
         cells = [cell for split in splits for cell in (f"{nats[split]:15.3f}", f"{math.exp(nats[split]):15.1f}")]
         lines.append(f"| {name:{names}} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def sample_texts(
+    model: NoPropForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    max_new_tokens: int,
+    **generate_kwargs,
+) -> list[tuple[str, str]]:
+    """Continue each prompt by sampling; returns pairs of prompt and continuation."""
+    bos, eos = boundary_tokens(tokenizer)
+    texts = []
+    for prompt in prompts:
+        ids = [] if bos is None else [bos]
+        ids += tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        input_ids = torch.tensor([ids], device=model.model.embed_tokens.weight.device)
+        options = {"do_sample": True, "top_k": 50, "use_cache": len(model.model.blocks) > 1} | generate_kwargs
+        output = model.generate(
+            input_ids,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=eos,
+            **options,
+        )
+        texts.append((prompt, tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)))
+    return texts
+
+
+def report(directory: Path, data_args: DataArguments, block_args: BlockArguments, batch_size: int, seed: int) -> str:
+    """What a trained model is worth: a table against counting baselines, the bound by block, and samples.
+
+    The figures are kept in `results.json` in the model directory.
+
+    Args:
+        directory: a model directory with all blocks.
+        data_args: the corpus; its validation and test splits are measured, its training split is counted.
+        block_args: prompts and length of the samples.
+
+    Returns:
+        The report, as text.
+    """
+    tokenizer = load_tokenizer(str(directory))
+    model = NoPropForCausalLM.from_pretrained(directory).eval()
+    if torch.cuda.is_available():
+        model.cuda()
+    dataset = tokenize(load_corpus(data_args), tokenizer, data_args)
+    splits = [split for split in ("validation", "test") if split in dataset]
+    measured = {
+        split: evaluate_model(model, dataset[split], tokenizer, batch_size, seed, f"Evaluating on {split}")
+        for split in splits
+    }
+    counts = CountingBaseline(dataset["train"], model.config.vocab_size).fit(dataset["validation"])
+    unigram, bigram = zip(*(counts.nats(dataset[split]) for split in splits), strict=True)
+    rows = [
+        ("NoProp, all blocks", {split: measured[split].predictive for split in splits}),
+        ("NoProp, bound of the chain", {split: measured[split].bound for split in splits}),
+        ("NoProp, first block alone", {split: measured[split].context[0] for split in splits}),
+        ("interpolated bigram counts", dict(zip(splits, bigram, strict=True))),
+        ("unigram counts", dict(zip(splits, unigram, strict=True))),
+    ]
+    results = {"nats_per_token": dict(rows), "details": {split: asdict(measured[split]) for split in splits}}
+    (directory / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+    last = splits[-1]
+    gains = ", ".join(
+        f"block {block} {nats:+.4f} ± {error:.4f}"
+        for block, (nats, error) in enumerate(
+            zip(measured[last].block_nats, measured[last].block_errors, strict=True)
+        )
+        if block > 0
+    )
+    lines = [results_table(rows, splits), "", f"What each block adds to the bound on {last}: {gains or 'one block'}", ""]
+    torch.manual_seed(seed)
+    for prompt, text in sample_texts(model, tokenizer, block_args.sample_prompts, block_args.sample_max_new_tokens):
+        lines.append(f"Sample: {prompt}|{text!r}")
+    lines += [
+        "",
+        f"The model is in {directory}. What comes next:",
+        f'  python scripts/generate.py {directory} "{block_args.sample_prompts[0]}"',
+        f"  python scripts/evaluate_perplexity.py {directory} --dataset_name {data_args.dataset_name}"
+        if data_args.dataset_name
+        else f"  python scripts/evaluate_perplexity.py {directory} --train_file {data_args.train_file}",
+        f"  AutoModelForCausalLM.from_pretrained({str(directory)!r}, trust_remote_code=True)",
+    ]
     return "\n".join(lines)

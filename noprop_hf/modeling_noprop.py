@@ -11,8 +11,10 @@ turn noise into a token.
 Method: NoProp (Li, Teh, Pascanu 2025, arXiv 2503.24322), with the noise entering as evidence (see `noise_noprop.py`).
 """
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -30,7 +32,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, ModelOutput, can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -198,6 +200,27 @@ class NoPropPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, ContextEncoder):
             init.eye_(module.input_projection.weight)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Load a model as every model of transformers; a directory whose blocks are not all trained is refused."""
+        missing = missing_shards(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if missing:
+            raise OSError(
+                f"{pretrained_model_name_or_path} is not fully trained: {', '.join(missing)} missing. Train what is "
+                "missing with scripts/train_blocks.py, whose --blocks selects blocks by number."
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
+
+def missing_shards(directory: str | Path, subfolder: str = "") -> list[str]:
+    """The weight files that a local model directory's index names and that are not there."""
+    folder = Path(str(directory), subfolder)
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        return []
+    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return sorted(shard for shard in shards if not (folder / shard).is_file())
 
 
 @dataclass

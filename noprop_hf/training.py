@@ -44,6 +44,7 @@ from .data import (
     tokenize,
     train_tokenizer,
 )
+from .evaluation import sample_texts
 from .hub import (
     EMBEDDINGS_SHARD,
     MASKED_LM_FOLDER,
@@ -239,7 +240,8 @@ class BlockTrainer(Trainer):
     def __init__(self, model: DenoisingBlock, table: TokenTable, **kwargs):
         super().__init__(model=model, **kwargs)
         self.table = table.to(self.args.device)
-        self._terms: dict[str, torch.Tensor] = {}  # summed since the last log
+        self._terms: dict[str, torch.Tensor] = {}  # the loss by term, summed since the last log
+        self._terms_since = 0  # the step of that log
         self._eval_terms: list[torch.Tensor] = []
         self._eval_generator: torch.Generator | None = None
 
@@ -251,6 +253,8 @@ class BlockTrainer(Trainer):
             inputs["generator"] = self._eval_generator
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
+            if not self._terms:
+                self._terms_since = self.state.global_step
             for name in ("denoising_loss", "context_loss"):
                 self._terms[name] = self._terms.get(name, 0) + outputs[name].detach()
         else:
@@ -260,11 +264,10 @@ class BlockTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        steps = self.state.global_step - getattr(self, "_last_logged_step", self.state.global_step - 1)
-        if "loss" in logs and self._terms:
-            logs |= {name: term.item() / max(steps, 1) for name, term in self._terms.items()}
+        steps = self.state.global_step - self._terms_since
+        if "loss" in logs and steps > 0:
+            logs |= {name: term.item() / steps for name, term in self._terms.items()}
             self._terms = {}
-            self._last_logged_step = self.state.global_step
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
@@ -442,29 +445,3 @@ class SampleCallback(TrainerCallback):
             ):
                 logger.warning(f"[block {model.block_index}] step {state.global_step}: {prompt!r} -> {text!r}")
         model.train(was_training)
-
-
-def sample_texts(
-    model: NoPropForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    max_new_tokens: int,
-    **generate_kwargs,
-) -> list[tuple[str, str]]:
-    """Continue each prompt by sampling; returns pairs of prompt and continuation."""
-    bos, eos = boundary_tokens(tokenizer)
-    texts = []
-    for prompt in prompts:
-        ids = [] if bos is None else [bos]
-        ids += tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        input_ids = torch.tensor([ids], device=model.model.embed_tokens.weight.device)
-        options = {"do_sample": True, "top_k": 50, "use_cache": len(model.model.blocks) > 1} | generate_kwargs
-        output = model.generate(
-            input_ids,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=eos,
-            **options,
-        )
-        texts.append((prompt, tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)))
-    return texts

@@ -1,0 +1,25 @@
+#!/usr/bin/env python
+"""The main job from one recipe: pretrain the table, train all blocks, evaluate, write samples.
+
+    python scripts/train.py recipes/demo.yaml
+    python scripts/train.py recipes/demo.yaml --max_steps 1000 --output_dir runs/longer
+"""
+
+from transformers import TrainingArguments
+
+from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments, parse_arguments
+from noprop_hf.data import DataArguments
+from noprop_hf.evaluation import report
+from noprop_hf.training import pretrain_embeddings, train_blocks
+
+
+def main() -> None:
+    types = (ModelArguments, DataArguments, PretrainingArguments, BlockArguments, TrainingArguments)
+    model_args, data_args, pretraining_args, block_args, training_args = parse_arguments(types, __doc__)
+    pretrain_embeddings(model_args, data_args, pretraining_args, training_args)
+    directory = train_blocks(data_args, block_args, training_args, model_args)
+    print(report(directory, data_args, block_args, training_args.per_device_eval_batch_size, training_args.seed))
+
+
+if __name__ == "__main__":
+    main()
