@@ -2,6 +2,7 @@
 
 import difflib
 import sys
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +10,12 @@ from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.utils import cached_file
 
 from .configuration_noprop import NoPropConfig
+
+
+CORPUS_FILE = "corpus.yaml"  # in a model directory: the data arguments it was trained with
 
 
 @dataclass
@@ -110,30 +115,47 @@ def parse_blocks(blocks: str, num_blocks: int) -> list[int]:
     return sorted(selected)
 
 
-def parse_arguments(dataclasses: Sequence[type], description: str, arguments: list[str] | None = None) -> tuple:
+def parse_arguments(
+    dataclasses: Sequence[type],
+    description: str,
+    arguments: list[str] | None = None,
+    model: bool = False,
+) -> tuple:
     """Read a recipe and a command line into dataclasses; the command line has the last word.
 
     Args:
         dataclasses: the dataclass types to fill.
         description: what the script does, for `--help`.
         arguments: `[RECIPE.yaml] [--name value ...]`; those of the process when not given.
+        model: instead of a recipe, the first word is a model, whose own `corpus.yaml` is read where it has one.
 
     Returns:
-        One instance per dataclass, in order.
+        One instance per dataclass, in order; with `model`, its name comes first.
     """
-    parser = HfArgumentParser(dataclasses, description=description)
-    parser.add_argument("recipe", nargs="?", default=None, help="A recipe: a YAML file of the arguments below.")
+    parser = HfArgumentParser(dataclasses, description=description, formatter_class=RawDescriptionHelpFormatter)
+    if model:
+        parser.add_argument("model", help="A model directory, or a repository of the Hub.")
+    else:
+        parser.add_argument("recipe", nargs="?", default=None, help="A recipe: a YAML file of the arguments below.")
     arguments = sys.argv[1:] if arguments is None else arguments
-    recipe = parser.parse_known_args(arguments[:1])[0].recipe if arguments and arguments[0][:1] != "-" else None
-    if recipe is not None:
-        try:
-            arguments = arguments[:1] + _recipe_as_arguments(Path(recipe), parser) + arguments[1:]
-        except (OSError, yaml.YAMLError, ValueError) as error:
-            parser.error(str(error))
+    first = arguments[0] if arguments and not arguments[0].startswith("-") else None
     try:
-        return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[: len(dataclasses)]
-    except ValueError as error:
+        recipe = first if not model or first is None else find_corpus_file(first)
+        if recipe is not None:
+            arguments = arguments[:1] + _recipe_as_arguments(Path(recipe), parser) + arguments[1:]
+        *parsed, rest = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    except (OSError, yaml.YAMLError, ValueError) as error:
         parser.error(str(error))
+    return (rest.model, *parsed) if model else tuple(parsed)
+
+
+def find_corpus_file(model: str) -> str | None:
+    """Where a model says what it was trained on, if it does.
+
+    Raises:
+        OSError: there is no such model.
+    """
+    return cached_file(model, CORPUS_FILE, _raise_exceptions_for_missing_entries=False)
 
 
 def _recipe_as_arguments(path: Path, parser: HfArgumentParser) -> list[str]:

@@ -79,10 +79,14 @@ class DataArguments:
         if self.max_length < 2:
             raise ValueError(f"`max_length` must be at least 2, got {self.max_length}.")
 
-    @property
-    def reads_lines(self) -> bool:
-        """Whether rows are lines of text files."""
-        return self.train_file is not None and _builder(self.train_file) == "text"
+    def files(self) -> dict[str, str]:
+        """The local files, by split."""
+        files = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
+        return {split: file for split, file in files.items() if file is not None}
+
+    def has_lines(self, split: str) -> bool:
+        """Whether the rows of a split are the lines of a text file."""
+        return split in self.files() and _builder(self.files()[split]) == "text"
 
 
 # --- corpora ----------------------------------------------------------------------------------------------------------
@@ -137,20 +141,14 @@ def load_corpus(args: DataArguments) -> DatasetDict | IterableDatasetDict:
         for split in ("train", "validation", "test"):
             texts = [row["text"] for row in rows if row["split"] == split]
             splits[split] = Dataset.from_dict({args.text_column_name: texts})
+        if args.streaming:
+            splits = IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in splits.items()})
     elif args.dataset_name is not None:
         splits = load_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming)
     else:
-        files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
-        files = {split: file for split, file in files.items() if file is not None}
-        for file in files.values():
-            if not Path(file).is_file():
-                raise ValueError(f"There is no file {file!r}.")
-            if Path(file).stat().st_size == 0:
-                raise ValueError(f"The file {file!r} is empty.")
-        builder = _builder(args.train_file)
-        # Lines keep their breaks when they are joined again.
-        options = {"keep_linebreaks": args.packing} if builder == "text" else {}
-        splits = load_dataset(builder, data_files=files, streaming=args.streaming, **options)
+        splits = (IterableDatasetDict if args.streaming else DatasetDict)()
+    for split, file in args.files().items():  # files take the place of what the dataset has
+        splits[split] = _load_file(file, args)
 
     if "train" not in splits:
         raise ValueError(f"The dataset has no 'train' split, only {sorted(splits)}.")
@@ -171,6 +169,17 @@ def load_corpus(args: DataArguments) -> DatasetDict | IterableDatasetDict:
         if not args.streaming and len(splits[split]) == 0:
             raise ValueError(f"The {split} split is empty.")
     return splits
+
+
+def _load_file(file: str, args: DataArguments) -> Dataset | IterableDataset:
+    if not Path(file).is_file():
+        raise ValueError(f"There is no file {file!r}.")
+    if Path(file).stat().st_size == 0:
+        raise ValueError(f"The file {file!r} is empty.")
+    builder = _builder(file)
+    # Lines keep their breaks when they are joined again.
+    options = {"keep_linebreaks": args.packing} if builder == "text" else {}
+    return load_dataset(builder, data_files=file, split="train", streaming=args.streaming, **options)
 
 
 def _builder(file: str) -> str:
@@ -265,16 +274,8 @@ def tokenize(
         ValueError: a split holds too little text for one window.
     """
     bos, eos = boundary_tokens(tokenizer)
-    append_eos = args.append_eos if args.append_eos is not None else not args.reads_lines
-    if args.packing:
-        prefix = [bos] if append_eos and bos is not None and bos != eos else []
-        suffix = [eos] if append_eos and eos is not None else []
-        limit = None
-    else:
-        prefix, suffix = ([] if token is None else [token] for token in (bos, eos))
-        limit = args.max_length - len(prefix) - len(suffix)
-        if tokenizer.pad_token_id is None:
-            raise ValueError("One sample a row needs a tokenizer with a pad token; this one has none.")
+    if not args.packing and tokenizer.pad_token_id is None:
+        raise ValueError("One sample a row needs a tokenizer with a pad token; this one has none.")
 
     options: dict[str, Any] = {"batched": True}
     pack_options: dict[str, Any] = {"batched": True, "fn_kwargs": {"length": args.max_length}}
@@ -283,15 +284,28 @@ def tokenize(
         options |= {"num_proc": args.preprocessing_num_workers, "features": features, "desc": "Tokenizing"}
         pack_options |= {"batch_size": None, "features": features, "desc": "Packing"}
 
-    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+    def encode(
+        batch: dict[str, list[str]], prefix: list[int], suffix: list[int], limit: int | None
+    ) -> dict[str, list[list[int]]]:
         texts = [text or "" for text in batch[args.text_column_name]]
         rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         return {"input_ids": [prefix + row[:limit] + suffix for row in rows if row]}
 
     tokens = {}
     for split, rows in splits.items():
-        columns = rows.column_names or [args.text_column_name]
-        tokens[split] = rows.map(encode, remove_columns=columns, **options)
+        append_eos = not args.has_lines(split) if args.append_eos is None else args.append_eos
+        prefix, suffix = ([] if token is None else [token] for token in (bos, eos))
+        if args.packing and bos == eos:
+            prefix = []  # the end of a text begins the next one
+        if args.packing and not append_eos:
+            prefix, suffix = [], []
+        limit = None if args.packing else args.max_length - len(prefix) - len(suffix)
+        tokens[split] = rows.map(
+            encode,
+            remove_columns=rows.column_names or [args.text_column_name],
+            fn_kwargs={"prefix": prefix, "suffix": suffix, "limit": limit},
+            **options,
+        )
         if args.packing:
             tokens[split] = tokens[split].with_format("arrow").map(_pack, **pack_options).with_format(None)
         if not args.streaming and len(tokens[split]) == 0:

@@ -162,6 +162,13 @@ def results_table(rows: list[tuple[str, dict[str, float]]], splits: list[str]) -
     return "\n".join(lines)
 
 
+def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """A prompt as the beginning of a text: `(1, length)` token ids, bos first and no end."""
+    bos, _ = boundary_tokens(tokenizer)
+    ids = [] if bos is None else [bos]
+    return torch.tensor([ids + tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+
+
 def sample_texts(
     model: NoPropForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -170,21 +177,13 @@ def sample_texts(
     **generate_kwargs,
 ) -> list[tuple[str, str]]:
     """Continue each prompt by sampling; returns pairs of prompt and continuation."""
-    bos, eos = boundary_tokens(tokenizer)
+    _, eos = boundary_tokens(tokenizer)
+    options = {"do_sample": True, "top_k": 50, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": eos}
     texts = []
     for prompt in prompts:
-        ids = [] if bos is None else [bos]
-        ids += tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        input_ids = torch.tensor([ids], device=model.model.embed_tokens.weight.device)
-        options = {"do_sample": True, "top_k": 50, "use_cache": len(model.model.blocks) > 1} | generate_kwargs
-        output = model.generate(
-            input_ids,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=eos,
-            **options,
-        )
-        texts.append((prompt, tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)))
+        input_ids = encode_prompt(prompt, tokenizer).to(model.model.embed_tokens.weight.device)
+        output = model.generate(input_ids, max_new_tokens=max_new_tokens, **options | generate_kwargs)
+        texts.append((prompt, tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)))
     return texts
 
 
@@ -239,9 +238,7 @@ def report(directory: Path, data_args: DataArguments, block_args: BlockArguments
         "",
         f"The model is in {directory}. What comes next:",
         f'  python scripts/generate.py {directory} "{block_args.sample_prompts[0]}"',
-        f"  python scripts/evaluate_perplexity.py {directory} --dataset_name {data_args.dataset_name}"
-        if data_args.dataset_name
-        else f"  python scripts/evaluate_perplexity.py {directory} --train_file {data_args.train_file}",
+        f"  python scripts/evaluate_perplexity.py {directory}",
         f"  AutoModelForCausalLM.from_pretrained({str(directory)!r}, trust_remote_code=True)",
     ]
     return "\n".join(lines)

@@ -295,12 +295,13 @@ class DenoisingBlock(NoPropPreTrainedModel):
         if num_items_in_batch is None:
             num_items_in_batch = (targets != -100).sum()
 
+        embeddings = table.weight.detach()
         predictions = {"context": self.head(context)}
         if self.level > 0:
             evidence = sample_evidence(table(targets.clamp(min=0)), self.level, generator)
             predictions["denoising"] = self.head(context, evidence)
         losses = {
-            name: self._local_loss(prediction, table.weight.detach(), targets) / num_items_in_batch
+            name: self._local_loss(prediction, embeddings, targets) / num_items_in_batch
             for name, prediction in predictions.items()
         }
         # On pure noise the two terms are one.
@@ -315,7 +316,7 @@ class DenoisingBlock(NoPropPreTrainedModel):
             if self.level > 0:
                 predictions["updated"] = predictions["context"] + evidence  # Bayes' rule
             nats = {
-                name: vocabulary_nats(prediction, table.weight, self.head.bias, targets, reduction="sum")
+                name: vocabulary_nats(prediction, embeddings, self.head.bias, targets, reduction="sum")
                 / num_items_in_batch
                 for name, prediction in predictions.items()
             }

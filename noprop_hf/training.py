@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import (
@@ -32,7 +33,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from transformers.utils import logging
 
-from .arguments import BlockArguments, ModelArguments, PretrainingArguments, parse_blocks
+from .arguments import CORPUS_FILE, BlockArguments, ModelArguments, PretrainingArguments, parse_blocks
 from .configuration_noprop import NoPropConfig
 from .data import (
     CausalCollator,
@@ -118,6 +119,9 @@ def pretrain_embeddings(
     table.log_prior.copy_(((counts + 1) / (counts + 1).sum()).log())
     if config.noise_schedule == "information":
         config.noise_levels = information_levels(table.weight, table.log_prior, config.num_blocks)
+    directory.mkdir(parents=True, exist_ok=True)
+    corpus_fields = {name: value for name, value in vars(data_args).items() if value is not None}
+    (directory / CORPUS_FILE).write_text(yaml.safe_dump(corpus_fields, sort_keys=False), encoding="utf-8")
     create_model_directory(directory, config, tokenizer, table)
     logger.warning(
         f"The embedding table is in {directory}; noise levels {[round(level, 4) for level in config.noise_levels]}."
@@ -441,7 +445,11 @@ class SampleCallback(TrainerCallback):
             torch.manual_seed(args.seed)
             alone = single_block_model(model, self.table).eval()
             for prompt, text in sample_texts(
-                alone, self.tokenizer, self.block_args.sample_prompts, self.block_args.sample_max_new_tokens
+                alone,
+                self.tokenizer,
+                self.block_args.sample_prompts,
+                self.block_args.sample_max_new_tokens,
+                use_cache=False,
             ):
                 logger.warning(f"[block {model.block_index}] step {state.global_step}: {prompt!r} -> {text!r}")
         model.train(was_training)

@@ -1,0 +1,47 @@
+#!/usr/bin/env python
+"""Perplexity of a model, in nats per token, and the variational bound of its chain, split by block.
+
+    python scripts/evaluate_perplexity.py runs/demo
+    python scripts/evaluate_perplexity.py runs/demo --test_file my_text.txt
+
+The corpus is the one the model was trained on, unless another one is named.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from noprop_hf.arguments import parse_arguments
+from noprop_hf.data import DataArguments, load_corpus, load_tokenizer, tokenize
+from noprop_hf.evaluation import evaluate_model
+
+
+@dataclass
+class EvaluationArguments:
+    split: str = field(default="test", metadata={"help": "'test', 'validation' or 'train'."})
+    batch_size: int = field(default=32, metadata={"help": "Windows evaluated at once."})
+    seed: int = field(default=0, metadata={"help": "Seed of the noise of the bound."})
+
+
+def main() -> None:
+    name, args, data_args = parse_arguments((EvaluationArguments, DataArguments), __doc__, model=True)
+    model = AutoModelForCausalLM.from_pretrained(name)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(name)
+    corpus = load_corpus(data_args)
+    if args.split not in corpus:
+        raise SystemExit(f"The corpus has no {args.split!r} split, only {', '.join(corpus)}: choose one with --split.")
+    corpus = {args.split: corpus[args.split]}
+    rows = tokenize(corpus, tokenizer, data_args)[args.split]
+    nats = evaluate_model(model, rows, tokenizer, args.batch_size, args.seed)
+    print(f"{nats.num_tokens} tokens of {args.split}")
+    print(f"  predictive distribution  {nats.predictive:.4f} nats per token, perplexity {math.exp(nats.predictive):.2f}")
+    print(f"  bound of the chain       {nats.bound:.4f} nats per token, perplexity {math.exp(nats.bound):.2f}")
+    for block, (gain, error) in enumerate(zip(nats.block_nats, nats.block_errors, strict=True)):
+        print(f"    block {block}: {gain:+.4f} ± {error:.4f} (alone on pure noise: {nats.context[block]:.4f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+import os
+
+
+# Nothing in the tests may reach for the network: what is not on this machine is an error, at once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import datasets
+import pytest
+import torch
+from datasets import DatasetDict
+
+from noprop_hf import NoPropConfig, NoPropForCausalLM
+from noprop_hf.data import DataArguments, load_corpus, train_tokenizer
+
+
+WORDS = "the cat sat on a mat while old dogs slept near warm stones and birds sang over green hills".split()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quiet_and_cached(tmp_path_factory):
+    datasets.disable_progress_bars()
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+
+
+@pytest.fixture
+def config() -> NoPropConfig:
+    return NoPropConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_blocks=3,
+        num_layers_per_block=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+    )
+
+
+@pytest.fixture
+def model(config) -> NoPropForCausalLM:
+    """A model whose every part does something: the zeros it starts from are replaced."""
+    torch.manual_seed(0)
+    model = NoPropForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.model.blocks.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """Sentences of random words."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(WORDS), (count, 8), generator=generator).tolist()
+    return [" ".join(WORDS[i] for i in row) + "." for row in rows]
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("corpus") / "train.txt"
+    path.write_text("\n".join(sentences(400)) + "\n")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def corpus(corpus_file) -> DatasetDict:
+    return load_corpus(DataArguments(train_file=corpus_file))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus):
+    return train_tokenizer(corpus["train"]["text"], vocab_size=300, model_max_length=32)

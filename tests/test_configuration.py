@@ -1,0 +1,44 @@
+import pytest
+
+from noprop_hf import NoPropConfig
+
+
+def test_levels_are_resolved_and_stored(tmp_path):
+    config = NoPropConfig(num_blocks=4, noise_schedule="cosine")
+    # DESIGN: cosine levels of four blocks
+    assert config.noise_levels == pytest.approx([0, 0.1716, 1.0, 5.8284], abs=1e-4)
+    assert NoPropConfig(num_blocks=4, noise_schedule="linear").noise_levels == pytest.approx([0, 1 / 3, 1, 3])
+    config.save_pretrained(tmp_path)
+    assert NoPropConfig.from_pretrained(tmp_path).noise_levels == config.noise_levels
+
+
+@pytest.mark.parametrize("schedule", ["information", "cosine", "linear"])
+@pytest.mark.parametrize("num_blocks", [1, 2, 7])
+def test_levels_start_at_pure_noise_and_do_not_decrease(schedule, num_blocks):
+    levels = NoPropConfig(num_blocks=num_blocks, noise_schedule=schedule).noise_levels
+    assert len(levels) == num_blocks
+    assert levels[0] == 0
+    assert levels == sorted(levels)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"noise_schedule": "quadratic"}, "'information', 'cosine' or 'linear'"),
+        ({"num_blocks": 3, "noise_levels": [0.0, 0.1]}, "one signal-to-noise ratio per block"),
+        ({"num_blocks": 3, "noise_levels": [0.0, 0.2, 0.1]}, "must not decrease"),
+        ({"num_blocks": 2, "noise_levels": [0.0, float("nan")]}, "finite"),
+        ({"num_blocks": 2, "noise_levels": [0.0, float("inf")]}, "finite"),
+        ({"num_blocks": 2, "noise_levels": [0.1, 0.2]}, "pure noise"),
+        ({"hidden_size": 30, "num_attention_heads": 4}, "multiple of `num_attention_heads`"),
+        ({"hidden_size": 12, "num_attention_heads": 4}, "even"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"num_blocks": 0}, "`num_blocks` must be a positive integer"),
+        ({"vocab_size": -5}, "`vocab_size` must be a positive integer"),
+        ({"loss_type": "hinge"}, "'cross_entropy' or 'mse'"),
+        ({"denoising_weight": 1.5}, "between 0 and 1"),
+    ],
+)
+def test_nonsense_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        NoPropConfig(**fields)

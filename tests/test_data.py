@@ -1,0 +1,205 @@
+import json
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import AutoTokenizer
+
+from conftest import sentences
+from noprop_hf.data import (
+    CausalCollator,
+    DataArguments,
+    count_tokens,
+    cpython_docs,
+    load_corpus,
+    load_tokenizer,
+    tokenize,
+    train_tokenizer,
+)
+
+
+@pytest.fixture(scope="module")
+def docs() -> list[dict[str, str]]:
+    return list(cpython_docs())
+
+
+def test_cpython_docs(docs):
+    texts = [row["text"] for row in docs]
+    assert sum(map(len, texts)) > 1_500_000
+    assert len(set(texts)) == len(texts)
+    assert docs == list(cpython_docs())
+    shares = {split: sum(row["split"] == split for row in docs) / len(docs) for split in ("train", "validation", "test")}
+    assert shares["train"] == pytest.approx(0.9, abs=0.02)
+    assert shares["validation"] == pytest.approx(0.05, abs=0.01)
+    assert any("The compound statements" in text or "compound statement" in text for text in texts)
+
+
+def test_a_document_stays_in_its_split(docs):
+    """The split is told by the text alone: known texts, known splits."""
+    import hashlib
+
+    for row in docs[::50]:
+        bucket = int.from_bytes(hashlib.sha256(row["text"].encode()).digest(), "big") % 20
+        assert row["split"] == ["validation", "test"][bucket] if bucket < 2 else row["split"] == "train"
+
+
+def test_tokenizer_round_trip_and_special_tokens(tmp_path):
+    tokenizer = train_tokenizer(sentences(200), 320, 64)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.is_fast and len(loaded) <= 320
+    for text in ("the cat sat.", "  Ünïcode\n\tand  spaces — 漢字 🙂", ""):
+        assert loaded.decode(loaded(text)["input_ids"]) == text
+    for token in (loaded.pad_token, loaded.mask_token, loaded.bos_token, loaded.eos_token):
+        assert len(loaded(token)["input_ids"]) == 1
+    assert loaded.pad_token_id != loaded.eos_token_id
+
+
+def test_packed_windows_are_the_raw_text(tokenizer):
+    texts = [*sentences(50), "", "  two  spaces "]
+    splits = DatasetDict(train=Dataset.from_dict({"text": texts}))
+    args = DataArguments(dataset_name="some/documents", max_length=16)
+    rows = tokenize(splits, tokenizer, args)["train"]["input_ids"]
+    assert all(len(row) == 16 for row in rows)
+    joined = "".join(text + tokenizer.eos_token for text in texts if text)
+    packed = tokenizer.decode([token for row in rows for token in row])
+    assert joined.startswith(packed)
+    left = tokenizer(joined[len(packed) :])["input_ids"]
+    assert len(left) < 16
+
+
+def test_lines_of_a_text_file_are_joined_as_they_were(tmp_path, tokenizer):
+    text = "\n".join(sentences(60)[:30] + ["", "  indented"] + sentences(60)[30:]) + "\n"
+    (tmp_path / "text.txt").write_text(text)
+    args = DataArguments(
+        train_file=str(tmp_path / "text.txt"), validation_file=str(tmp_path / "text.txt"), max_length=8
+    )
+    rows = tokenize(load_corpus(args), tokenizer, args)["train"]["input_ids"]
+    packed = tokenizer.decode([token for row in rows for token in row])
+    assert text.startswith(packed) and len(text) - len(packed) < 40
+
+
+def test_one_line_is_one_sample(corpus_file, tokenizer):
+    args = DataArguments(train_file=corpus_file, packing=False, max_length=6)
+    rows = tokenize(load_corpus(args), tokenizer, args)
+    assert len(rows["train"]) + len(rows["validation"]) == 400
+    assert max(map(len, rows["train"]["input_ids"])) <= 6
+    wide = DataArguments(train_file=corpus_file, packing=False, max_length=64)
+    rows = tokenize(load_corpus(wide), tokenizer, wide)["train"]
+    first = rows[0]["input_ids"]
+    assert first[0] == tokenizer.bos_token_id and first[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(first[1:-1]) == sentences(400)[0]
+    batch = CausalCollator(tokenizer)([rows[i] for i in range(8)])
+    padding = batch["attention_mask"] == 0
+    assert padding.any()
+    assert (batch["input_ids"][padding] == tokenizer.pad_token_id).all()
+    assert torch.equal(batch["labels"] == -100, padding)
+    assert torch.equal(batch["labels"][~padding], batch["input_ids"][~padding])
+
+
+def test_end_of_text_is_learnt_even_where_it_pads(corpus_file, tokenizer):
+    import copy
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    batch = CausalCollator(tokenizer)([{"input_ids": [5, 6, tokenizer.eos_token_id]}, {"input_ids": [5]}])
+    assert batch["labels"].tolist() == [[5, 6, tokenizer.eos_token_id], [5, -100, -100]]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet", "csv"])
+def test_file_formats(tmp_path, ending):
+    rows = Dataset.from_dict({"body": sentences(40), "other": list(range(40))})
+    path = str(tmp_path / f"data.{ending}")
+    if ending == "parquet":
+        rows.to_parquet(path)
+    elif ending == "csv":
+        rows.to_csv(path)
+    else:
+        with open(path, "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    corpus = load_corpus(DataArguments(train_file=path, text_column_name="body", validation_split_percentage=10))
+    assert corpus["train"]["body"] == sentences(40)[:36]
+    assert corpus["validation"]["body"] == sentences(40)[36:]
+
+
+def test_a_local_dataset_directory(tmp_path, tokenizer):
+    for split in ("train", "validation", "test"):
+        Dataset.from_dict({"text": sentences(30)}).to_parquet(str(tmp_path / f"{split}.parquet"))
+    corpus = load_corpus(DataArguments(dataset_name=str(tmp_path)))
+    assert set(corpus) == {"train", "validation", "test"}
+
+
+def test_streaming_gives_the_same_windows(corpus_file, tokenizer):
+    args = DataArguments(train_file=corpus_file, validation_file=corpus_file, max_length=16)
+    stored = tokenize(load_corpus(args), tokenizer, args)["train"]
+    args.streaming = True
+    streamed = tokenize(load_corpus(args), tokenizer, args)["train"]
+    rows = [row["input_ids"] for row in streamed]
+    assert rows == stored["input_ids"][: len(rows)] and len(rows) == len(stored)
+    assert torch.equal(count_tokens(streamed, len(tokenizer)), count_tokens(stored, len(tokenizer)))
+
+
+def test_windows_do_not_depend_on_the_number_of_workers(corpus_file, tokenizer):
+    rows = []
+    for workers in (None, 2):
+        args = DataArguments(train_file=corpus_file, max_length=16, preprocessing_num_workers=workers)
+        rows.append(tokenize(load_corpus(args), tokenizer, args)["train"]["input_ids"])
+    assert rows[0] == rows[1]
+
+
+def test_count_tokens(tokenizer):
+    rows = Dataset.from_dict({"input_ids": [[1, 2, 2], [5, 2, 1]]})
+    assert count_tokens(rows, 7).tolist() == [0, 2, 3, 0, 0, 1, 0]
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_empty_file(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ValueError, match="is empty"):
+        load_corpus(DataArguments(train_file=str(tmp_path / "empty.txt")))
+
+
+def test_empty_split(tmp_path):
+    Dataset.from_dict({"text": sentences(3)}).to_parquet(str(tmp_path / "train.parquet"))
+    args = DataArguments(train_file=str(tmp_path / "train.parquet"), validation_split_percentage=0)
+    with pytest.raises(ValueError, match="hold out"):
+        load_corpus(args)
+    args = DataArguments(train_file=str(tmp_path / "train.parquet"), validation_split_percentage=40, max_train_samples=0)
+    with pytest.raises(ValueError, match="train split is empty"):
+        load_corpus(args)
+
+
+def test_too_little_text(tmp_path, tokenizer):
+    (tmp_path / "short.txt").write_text("the cat\nsat\n")
+    args = DataArguments(train_file=str(tmp_path / "short.txt"), validation_split_percentage=50, max_length=64)
+    with pytest.raises(ValueError, match="too little text"):
+        tokenize(load_corpus(args), tokenizer, args)
+
+
+def test_missing_column(corpus_file):
+    with pytest.raises(ValueError, match="no column 'body'; it has \\['text'\\]"):
+        load_corpus(DataArguments(train_file=corpus_file, text_column_name="body"))
+
+
+def test_missing_file():
+    with pytest.raises(ValueError, match="no file 'nowhere.txt'"):
+        load_corpus(DataArguments(train_file="nowhere.txt"))
+
+
+def test_unknown_ending(tmp_path):
+    (tmp_path / "data.xyz").write_text("text")
+    with pytest.raises(ValueError, match="use one of the endings"):
+        load_corpus(DataArguments(train_file=str(tmp_path / "data.xyz")))
+
+
+def test_unknown_tokenizer():
+    with pytest.raises(ValueError, match="Cannot load the tokenizer 'no/such-tokenizer'"):
+        load_tokenizer("no/such-tokenizer")
+
+
+@pytest.mark.parametrize("fields", [{}, {"dataset_name": "a", "train_file": "b.txt"}])
+def test_one_source_of_data(fields):
+    with pytest.raises(ValueError, match="exactly one"):
+        DataArguments(**fields)

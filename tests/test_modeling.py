@@ -1,0 +1,369 @@
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM
+from noprop_hf.modeling_noprop import TokenTable, vocabulary_nats
+
+
+def tokens(*shape: int, vocab_size: int = 50) -> torch.Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(7))
+
+
+# --- the head and Bayes' rule -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_index", [1, 2])
+def test_bayes_skip_is_the_posterior_by_brute_force(config, block_index):
+    """Without a correction, a block's logits are the posterior under Gaussian densities, summed out token by token."""
+    torch.manual_seed(0)
+    block = DenoisingBlock(config, block_index).eval()
+    table = TokenTable(config)
+    block._init_weights(table)
+    torch.nn.init.normal_(block.head.readout.weight)
+    torch.nn.init.normal_(block.head.bias)
+    context = torch.randn(6, config.hidden_size)
+    evidence = torch.randn(6, config.hidden_size)
+    logits = block.head(context, evidence) @ table.weight.T + block.head.bias
+
+    prior = (block.head(context) @ table.weight.T + block.head.bias).double().softmax(-1)
+    gamma = torch.tensor(config.noise_levels[block_index], dtype=torch.float64)
+    for row in range(6):
+        joint = [
+            prior[row, y].log()
+            + torch.distributions.Normal(gamma * table.weight[y].double(), gamma.sqrt())
+            .log_prob(evidence[row].double())
+            .sum()
+            for y in range(config.vocab_size)
+        ]
+        assert torch.allclose(logits[row].double().softmax(-1), torch.stack(joint).softmax(-1), atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_vocabulary_nats_is_cross_entropy(reduction):
+    torch.manual_seed(0)
+    prediction = torch.randn(4, 7, 16, requires_grad=True)
+    table, bias = torch.randn(50, 16), torch.randn(50, requires_grad=True)
+    targets = tokens(4, 7)
+    targets[0, :3] = -100
+    ours = vocabulary_nats(prediction, table, bias, targets, reduction)
+    theirs = F.cross_entropy(
+        (prediction @ table.T + bias).flatten(0, 1), targets.flatten(), reduction=reduction
+    ).view(ours.shape)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    grads = [torch.autograd.grad(loss.sum(), (prediction, bias)) for loss in (ours, theirs)]
+    for mine, reference in zip(*grads, strict=True):
+        assert torch.allclose(mine, reference, atol=1e-5)
+
+
+# --- one block --------------------------------------------------------------------------------------------------------
+
+
+def reference_losses(model, block_index, input_ids, labels, generator):
+    """The two terms of a block's loss, from whole logits."""
+    block, table = model.model.blocks[block_index], model.model.embed_tokens.weight
+    embeds = table[input_ids]
+    states = block.encoder(embeds, **block.encoder.attention_inputs(embeds))[:, :-1]
+    targets = labels[:, 1:]
+    clean = table[targets.clamp(min=0)]
+    eps = torch.randn(clean.shape, generator=generator)
+    evidence = block.level * clean + block.level**0.5 * eps
+    terms = {}
+    for name, s in (("context", None), ("denoising", evidence)):
+        logits = block.head(states, s) @ table.T + block.head.bias
+        if block.config.loss_type == "mse":
+            errors = (logits.softmax(-1) @ table - clean).pow(2).mean(-1)
+            terms[name] = errors[targets != -100].mean()
+        else:
+            terms[name] = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    return terms
+
+
+@pytest.mark.parametrize("loss_type", ["cross_entropy", "mse"])
+@pytest.mark.parametrize("block_index", [0, 2])
+def test_block_loss_is_the_weighted_mean_of_its_terms(model, loss_type, block_index):
+    model.config.loss_type, model.config.denoising_weight = loss_type, 0.3
+    block = model.model.blocks[block_index].train()
+    input_ids, labels = tokens(3, 9), tokens(3, 9)
+    labels[1, 5:] = -100
+    terms = reference_losses(model, block_index, input_ids, labels, torch.Generator().manual_seed(5))
+    if block_index == 0:
+        terms["denoising"] = terms["context"]
+    output = block(input_ids, labels, model.model.embed_tokens, generator=torch.Generator().manual_seed(5))
+    assert torch.allclose(output.denoising_loss, terms["denoising"], atol=1e-5)
+    assert torch.allclose(output.context_loss, terms["context"], atol=1e-5)
+    assert torch.allclose(output.loss, 0.3 * terms["denoising"] + 0.7 * terms["context"], atol=1e-5)
+    halves = block(
+        input_ids, labels, model.model.embed_tokens, num_items_in_batch=40, generator=torch.Generator().manual_seed(5)
+    )
+    assert torch.allclose(halves.loss * 40, output.loss * (labels[:, 1:] != -100).sum())
+
+
+def test_bound_of_a_block_alone_is_the_bound_of_a_chain_of_it(model):
+    """The block's own bound is the variational bound of a two-block model that uses it twice."""
+    level = model.config.noise_levels[1]
+    config = NoPropConfig(**{**model.config.to_dict(), "num_blocks": 2, "noise_levels": [0.0, level]})
+    twice = NoPropForCausalLM(config).eval()
+    twice.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
+    for block in twice.model.blocks:
+        block.load_state_dict(model.model.blocks[1].state_dict())
+    input_ids = tokens(2, 8)
+    chain = twice.variational_bound(input_ids, generator=torch.Generator().manual_seed(1))
+    alone = model.model.blocks[1](
+        input_ids, input_ids, model.model.embed_tokens, generator=torch.Generator().manual_seed(1)
+    )
+    assert torch.allclose(alone.bound_nats, chain.bound, atol=1e-5)
+
+
+@pytest.mark.parametrize("unfrozen", [False, True])
+def test_the_table_never_gets_a_gradient(model, unfrozen):
+    assert not model.model.embed_tokens.weight.requires_grad
+    if unfrozen:
+        model.requires_grad_(True)
+    input_ids = tokens(2, 8)
+    model(input_ids, labels=input_ids).loss.backward()
+    model.model.blocks[1](input_ids, input_ids, model.model.embed_tokens).loss.backward()
+    assert model.model.embed_tokens.weight.grad is None
+    assert all(parameter.grad is not None for parameter in model.model.blocks[1].parameters())
+
+
+def test_block_index_out_of_range(config):
+    with pytest.raises(ValueError, match="block_index"):
+        DenoisingBlock(config, 3)
+
+
+# --- the whole model --------------------------------------------------------------------------------------------------
+
+
+def test_logits_are_the_normalised_mean_of_the_blocks(model):
+    input_ids = tokens(2, 8)
+    logits = model(input_ids).logits
+    assert torch.allclose(logits.exp().sum(-1), torch.ones(2, 8), atol=1e-5)
+    table = model.model.embed_tokens.weight
+    embeds, each = table[input_ids], []
+    for block in model.model.blocks:
+        states = block.encoder(embeds, **block.encoder.attention_inputs(embeds))
+        each.append(block.head(states) @ table.T + block.head.bias)
+    assert torch.allclose(logits, torch.stack(each).mean(0).log_softmax(-1), atol=1e-4)
+    assert torch.equal(logits, model(input_ids).logits)
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_future_tokens_change_no_earlier_logits(model, attn_implementation):
+    model.set_attn_implementation(attn_implementation)
+    input_ids = tokens(2, 12)
+    changed = input_ids.clone()
+    changed[:, 7] = (changed[:, 7] + 1) % 50
+    before, after = model(input_ids).logits, model(changed).logits
+    assert torch.allclose(before[:, :7], after[:, :7], atol=1e-6)
+    assert not torch.allclose(before[:, 7:], after[:, 7:], atol=1e-3)
+
+
+def test_loss_is_the_cross_entropy_of_the_logits(model):
+    input_ids = tokens(2, 8)
+    labels = input_ids.masked_fill(torch.arange(8) < 3, -100)
+    output = model(input_ids, labels=labels)
+    reference = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert torch.allclose(output.loss, reference, atol=1e-6)
+
+
+def test_cached_logits_equal_uncached_ones(model):
+    input_ids = tokens(2, 10)
+    whole = model(input_ids, use_cache=False).logits
+    cache, pieces = DynamicCache(config=model.config), []
+    for piece in input_ids.split([4, 1, 3, 2], dim=1):
+        pieces.append(model(piece, cache=cache, use_cache=True).logits)
+    assert torch.allclose(torch.cat(pieces, dim=1), whole, atol=1e-5)
+    assert len(cache.layers) == model.config.num_hidden_layers == 6
+
+
+def test_a_padded_batch_gives_what_each_prompt_gives_alone(model):
+    short, long = tokens(1, 4), tokens(1, 9)
+    batch = torch.cat([F.pad(short, (5, 0)), long])
+    mask = torch.cat([F.pad(torch.ones_like(short), (5, 0)), torch.ones_like(long)])
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits = model(batch, attention_mask=mask, position_ids=positions).logits
+    assert torch.allclose(logits[:1, 5:], model(short).logits, atol=1e-5)
+    assert torch.allclose(logits[1:], model(long).logits, atol=1e-5)
+
+
+# --- the bound and the chain, by enumeration --------------------------------------------------------------------------
+
+
+def tiny_model() -> NoPropForCausalLM:
+    """Five tokens in the plane and two blocks that disagree."""
+    torch.manual_seed(4)
+    config = NoPropConfig(
+        vocab_size=5,
+        hidden_size=2,
+        num_blocks=2,
+        num_layers_per_block=1,
+        num_attention_heads=1,
+        intermediate_size=4,
+        noise_levels=[0.0, 0.7],
+    )
+    model = NoPropForCausalLM(config).eval()
+    with torch.no_grad():
+        for block in model.model.blocks:
+            for parameter in block.head.parameters():
+                parameter.normal_(0, 0.7)
+    return model
+
+
+def chain_by_quadrature(model: NoPropForCausalLM, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact distribution of the chain's token after the first input, and the exact bound for each token.
+
+    A chain of two blocks: `p(y) = sum_y0 p_0(y0) E[p_1(y | s)]`, `s ~ N(g e_y0, g I)`, integrated on a grid.
+    """
+    first, second = model.model.blocks
+    table = model.model.embed_tokens.weight.double()
+    gamma = second.level
+    axis = torch.linspace(-12, 12, 601, dtype=torch.float64)
+    grid = torch.cartesian_prod(axis, axis)
+    cell = (axis[1] - axis[0]) ** 2
+    embeds = model.model.embed_tokens(input_ids)
+    h0, h1 = (block.encoder(embeds, **block.encoder.attention_inputs(embeds))[0, 0] for block in (first, second))
+    with torch.no_grad():
+        log_p0 = (first.head(h0).double() @ table.T + first.head.bias).log_softmax(-1)
+        prediction = second.head(h1.expand(len(grid), 2), grid.float()).double()
+        log_p1 = (prediction @ table.T + second.head.bias).log_softmax(-1)
+        updated = (log_p0 + grid @ table.T).log_softmax(-1)
+    densities = torch.stack(
+        [torch.distributions.Normal(gamma * e, gamma**0.5).log_prob(grid).sum(-1).exp() * cell for e in table]
+    )
+    assert torch.allclose(densities.sum(-1), torch.ones(5, dtype=torch.float64), atol=1e-6)
+    exact = log_p0.exp() @ densities @ log_p1.exp()
+    brackets = torch.stack([densities[y] @ (updated[:, y] - log_p1[:, y]) for y in range(5)])
+    return exact, -log_p0 + brackets
+
+
+def test_bound_is_above_the_exact_likelihood_and_is_what_enumeration_gives():
+    model = tiny_model()
+    exact, exact_bound = chain_by_quadrature(model, torch.tensor([[3, 0]]))
+    assert (exact_bound >= -exact.log()).all()
+    assert (exact_bound + exact.log()).max() > 0.05  # these blocks are not exact, so the bound is not tight
+    for y in range(5):
+        pairs = torch.tensor([[3, y]]).expand(20_000, 2)
+        output = model.variational_bound(pairs, generator=torch.Generator().manual_seed(y))
+        per_token = output.token_nats.sum(0)
+        error = per_token.std() / len(per_token) ** 0.5
+        assert abs(output.bound - exact_bound[y]) < 4 * error
+        assert torch.allclose(output.block_nats.sum(), output.bound, atol=1e-5)
+
+
+def test_bound_is_tight_for_exact_blocks(config):
+    """Untrained blocks are Bayes' rule on one prior: the exact posterior of a token that no context tells."""
+    model = NoPropForCausalLM(config).eval()
+    prior = torch.randn(config.vocab_size).log_softmax(-1)
+    with torch.no_grad():
+        for block in model.model.blocks:
+            block.head.bias.copy_(prior)
+    input_ids = tokens(2, 9)
+    output = model.variational_bound(input_ids)
+    exact = -prior[input_ids[:, 1:]].flatten()
+    assert torch.allclose(output.token_nats[0], exact, atol=1e-5)
+    assert output.token_nats[1:].abs().max() < 1e-4
+
+
+def test_chain_samples_the_distribution_of_enumeration():
+    model = tiny_model()
+    exact, _ = chain_by_quadrature(model, torch.tensor([[3]]))
+    prompts = torch.tensor([[3]]).expand(40_000, 1)
+    torch.manual_seed(0)
+    output = model.generate(
+        prompts, max_new_tokens=1, do_sample=True, top_k=0, decoding_mode="denoising", pad_token_id=0
+    )
+    frequencies = output[:, 1].bincount(minlength=5) / len(output)
+    assert torch.allclose(frequencies.double(), exact, atol=4 * (0.25 / 40_000) ** 0.5)
+
+
+def test_averaged_trajectories_approach_the_exact_distribution():
+    model = tiny_model()
+    exact, _ = chain_by_quadrature(model, torch.tensor([[3]]))
+    logits = model(
+        torch.tensor([[3]]),
+        decoding_mode="denoising",
+        num_trajectories=20_000,
+        generator=torch.Generator().manual_seed(0),
+    ).logits
+    assert torch.allclose(logits[0, 0].exp().double(), exact, atol=0.02)
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_generation_takes_the_likeliest_token(model):
+    prompt = tokens(2, 4)
+    output = model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    reference = prompt
+    for _ in range(6):
+        reference = torch.cat([reference, model(reference).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(output, reference)
+
+
+@pytest.mark.parametrize("options", [{}, {"decoding_mode": "denoising", "num_trajectories": 2}])
+def test_sampling_is_reproducible_and_the_cache_changes_nothing(model, options):
+    outputs = []
+    for use_cache in (True, True, False):
+        torch.manual_seed(3)
+        outputs.append(
+            model.generate(
+                tokens(2, 4), max_new_tokens=8, do_sample=True, pad_token_id=0, use_cache=use_cache, **options
+            )
+        )
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+def test_chain_takes_its_randomness_from_a_generator(model):
+    outputs = []
+    for seed, noise in itertools.product((1, 2), (10, 20)):
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(noise)
+        outputs.append(
+            model(tokens(1, 4), decoding_mode="denoising", generator=generator).logits
+        )
+    assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
+    assert not torch.equal(outputs[0], outputs[1])
+
+
+def test_fewer_blocks(model):
+    input_ids = tokens(1, 5)
+    table, block = model.model.embed_tokens.weight, model.model.blocks[0]
+    states = block.encoder(table[input_ids], **block.encoder.attention_inputs(table[input_ids]))
+    expected = (block.head(states) @ table.T + block.head.bias).log_softmax(-1)
+    assert torch.allclose(model(input_ids, num_inference_blocks=1).logits, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="num_inference_blocks"):
+        model(input_ids, num_inference_blocks=4)
+
+
+def test_unknown_decoding_mode(model):
+    with pytest.raises(ValueError, match="decoding_mode"):
+        model(tokens(1, 4), decoding_mode="magic")
+
+
+# --- phase 1 ----------------------------------------------------------------------------------------------------------
+
+
+def test_masked_lm_sees_both_sides_and_ties_its_table(config):
+    torch.manual_seed(0)
+    model = NoPropForMaskedLM(config).eval()
+    with torch.no_grad():
+        torch.nn.init.normal_(model.readout.weight, std=0.3)
+        model.bias.normal_()
+    input_ids = tokens(2, 9)
+    changed = input_ids.clone()
+    changed[:, 8] = (changed[:, 8] + 1) % 50
+    assert not torch.allclose(model(input_ids).logits[:, 0], model(changed).logits[:, 0], atol=1e-5)
+
+    table = model.token_table()
+    assert torch.allclose(table.norm(dim=-1), torch.full((50,), 4.0))
+    labels = input_ids.masked_fill(torch.arange(9) % 3 != 0, -100)
+    output = model(input_ids, labels=labels)
+    reference = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
+    assert torch.allclose(output.loss, reference, atol=1e-5)
+    model.train()
+    assert torch.allclose(model(input_ids, labels=labels).loss, reference, atol=1e-5)
