@@ -1,6 +1,7 @@
 """Arguments of the scripts: recipes (YAML) and command lines, read by `HfArgumentParser`."""
 
 import difflib
+import json
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -142,7 +143,7 @@ def parse_arguments(
     try:
         recipe = first if not model or first is None else find_corpus_file(first)
         if recipe is not None:
-            arguments = arguments[:1] + _recipe_as_arguments(Path(recipe), parser) + arguments[1:]
+            parser.set_defaults(**_read_recipe(Path(recipe), parser))
         *parsed, rest = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     except (OSError, yaml.YAMLError, ValueError) as error:
         parser.error(str(error))
@@ -158,21 +159,18 @@ def find_corpus_file(model: str) -> str | None:
     return cached_file(model, CORPUS_FILE, _raise_exceptions_for_missing_entries=False)
 
 
-def _recipe_as_arguments(path: Path, parser: HfArgumentParser) -> list[str]:
+def _read_recipe(path: Path, parser: HfArgumentParser) -> dict[str, Any]:
+    """The values of a recipe, as `argparse` takes defaults: words, which it converts like those of a command line."""
     if not path.is_file():
         raise ValueError(f"There is no recipe {str(path)!r}.")
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a recipe: it must be a YAML file of `name: value` lines.")
     known = [action.dest for action in parser._actions if action.option_strings and action.dest != "help"]
-    arguments = []
-    for name, value in values.items():
+    for name in values:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{path}: there is no argument {name!r}.{hint}")
-        if value is None:
-            continue
-        # One word `--name=value` for single values, so that a value may begin with a dash.
-        arguments += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
-    return arguments
+    words = {dict: json.dumps, list: list}
+    return {name: words.get(type(value), str)(value) for name, value in values.items() if value is not None}

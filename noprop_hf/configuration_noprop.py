@@ -80,9 +80,7 @@ class NoPropConfig(PreTrainedConfig):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.noise_levels is None:
-            self.noise_levels = prior_levels(
-                self.noise_schedule, self.num_blocks, self.vocab_size, self.hidden_size
-            )
+            self.noise_levels = prior_levels(self.noise_schedule, self.num_blocks, self.vocab_size, self.hidden_size)
         self.noise_levels = [float(level) for level in self.noise_levels]
         self._check_noise()
         super().__post_init__(**kwargs)

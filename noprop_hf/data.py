@@ -50,7 +50,7 @@ class DataArguments:
     test_file: str | None = field(default=None, metadata={"help": "Local test data, as `train_file`."})
     text_column_name: str = field(default="text", metadata={"help": "The column that holds the text."})
     validation_split_percentage: float = field(
-        default=5.0, metadata={"help": "Where there is no validation split, hold out this last part of the training one."}
+        default=5.0, metadata={"help": "Without a validation split, hold out this last part of the training one."}
     )
     streaming: bool = field(
         default=False, metadata={"help": "Read the dataset as it comes, without a copy on disk. Needs `max_steps`."}

@@ -105,9 +105,7 @@ class CountingBaseline:
                 unigrams += np.bincount(row, minlength=vocab_size)
                 keys.append(row[:-1] * vocab_size + row[1:])
         self._pairs, self._pair_counts = np.unique(np.concatenate(keys), return_counts=True)
-        self._history_counts = np.bincount(
-            self._pairs // vocab_size, weights=self._pair_counts, minlength=vocab_size
-        )
+        self._history_counts = np.bincount(self._pairs // vocab_size, weights=self._pair_counts, minlength=vocab_size)
         self._unigram = unigrams / unigrams.sum()
 
     def fit(self, dataset: Dataset | IterableDataset) -> "CountingBaseline":
@@ -225,12 +223,12 @@ def report(directory: Path, data_args: DataArguments, block_args: BlockArguments
     last = splits[-1]
     gains = ", ".join(
         f"block {block} {nats:+.4f} ± {error:.4f}"
-        for block, (nats, error) in enumerate(
-            zip(measured[last].block_nats, measured[last].block_errors, strict=True)
-        )
+        for block, (nats, error) in enumerate(zip(measured[last].block_nats, measured[last].block_errors, strict=True))
         if block > 0
     )
-    lines = [results_table(rows, splits), "", f"What each block adds to the bound on {last}: {gains or 'one block'}", ""]
+    lines = [results_table(rows, splits), ""]
+    if gains:
+        lines += [f"What each block adds to the bound on {last}: {gains}", ""]
     torch.manual_seed(seed)
     for prompt, text in sample_texts(model, tokenizer, block_args.sample_prompts, block_args.sample_max_new_tokens):
         lines.append(f"Sample: {prompt}|{text!r}")

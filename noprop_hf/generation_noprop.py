@@ -57,8 +57,8 @@ class NoPropGenerationMixin(GenerationMixin):
     ) -> torch.Tensor:
         """Run the chain from pure noise: `s_{b+1} = s_b + D e_y + sqrt(D) eps` with `y ~ p_b(. | s_b, context)`.
 
-        Drawing a token, where the paper moves to the mean embedding (NoProp, arXiv 2503.24322, section 2), makes a step of
-        any size exact when `p_b` is the true posterior.
+        Drawing a token, where the paper moves to the mean embedding (NoProp, arXiv 2503.24322, section 2), makes a step
+        of any size exact when `p_b` is the true posterior.
 
         Args:
             context_states: the context states of the blocks to run, `(..., hidden_size)` each.

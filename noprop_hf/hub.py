@@ -67,7 +67,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def fingerprint(config: NoPropConfig, table: torch.Tensor) -> str:
-    """What a block depends on besides data and seed: its architecture, its objective and the frozen table, as a hash."""
+    """A hash of what a block depends on besides data and seed: architecture, objective and frozen table."""
     own_fields = _own_fields(config)
     digest = hashlib.sha256(json.dumps(own_fields, sort_keys=True).encode())
     digest.update(table.detach().float().cpu().contiguous().numpy().tobytes())

@@ -470,7 +470,7 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
             decoding_mode (`str`): with `"predictive"`, `logits` are the log-probabilities of a normalised, causal,
                 deterministic distribution: the normalised geometric mean of the blocks' distributions given the context
                 alone. With `"denoising"` they are those of the last block at the end of a chain sampled from pure
-                noise, for generation: random, and no measure of likelihood (see [`~NoPropForCausalLM.bound`]).
+                noise, for generation: random, and no measure of likelihood (`variational_bound` is).
             num_trajectories (`int`): chains to average in the denoising mode.
             generator (`torch.Generator`, *optional*): source of randomness of the denoising mode.
         """
@@ -527,7 +527,7 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
 
         Args:
             input_ids, attention_mask (`(batch_size, sequence_length)`).
-            labels (`(batch_size, sequence_length)`, *optional*): not shifted; `input_ids` under the mask when not given.
+            labels (`(batch_size, sequence_length)`, *optional*): not shifted; `input_ids` where not padded by default.
             generator: source of the path's noise; torch's global one when not given.
         """
         if labels is None:

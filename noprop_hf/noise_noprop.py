@@ -64,9 +64,7 @@ def prior_levels(noise_schedule: str, num_blocks: int, vocab_size: int, hidden_s
     elif noise_schedule == "information":
         return [2 * math.log(vocab_size) / hidden_size * fraction for fraction in fractions]
     else:
-        raise ValueError(
-            f"`noise_schedule` must be 'information', 'cosine' or 'linear', got {noise_schedule!r}."
-        )
+        raise ValueError(f"`noise_schedule` must be 'information', 'cosine' or 'linear', got {noise_schedule!r}.")
     return [a / (1 - a) for a in signal]
 
 

@@ -37,8 +37,8 @@ def main() -> None:
     rows = tokenize(corpus, tokenizer, data_args)[args.split]
     nats = evaluate_model(model, rows, tokenizer, args.batch_size, args.seed)
     print(f"{nats.num_tokens} tokens of {args.split}")
-    print(f"  predictive distribution  {nats.predictive:.4f} nats per token, perplexity {math.exp(nats.predictive):.2f}")
-    print(f"  bound of the chain       {nats.bound:.4f} nats per token, perplexity {math.exp(nats.bound):.2f}")
+    for name, value in (("predictive distribution", nats.predictive), ("bound of the chain", nats.bound)):
+        print(f"  {name:24} {value:.4f} nats per token, perplexity {math.exp(value):.2f}")
     for block, (gain, error) in enumerate(zip(nats.block_nats, nats.block_errors, strict=True)):
         print(f"    block {block}: {gain:+.4f} ± {error:.4f} (alone on pure noise: {nats.context[block]:.4f})")
 

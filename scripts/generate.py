@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Continue a prompt.
 
-    python scripts/generate.py runs/demo "Return the "
-    python scripts/generate.py runs/demo "Return the " --decoding_mode denoising --num_trajectories 4
+python scripts/generate.py runs/demo "Return the "
+python scripts/generate.py runs/demo "Return the " --decoding_mode denoising --num_trajectories 4
 """
 
 import argparse

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Phase 1: make the frozen embedding table and the model directory around it.
 
-    python scripts/pretrain_embeddings.py recipes/demo.yaml
+python scripts/pretrain_embeddings.py recipes/demo.yaml
 """
 
 from transformers import TrainingArguments

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """The main job from one recipe: pretrain the table, train all blocks, evaluate, write samples.
 
-    python scripts/train.py recipes/demo.yaml
-    python scripts/train.py recipes/demo.yaml --max_steps 1000 --output_dir runs/longer
+python scripts/train.py recipes/demo.yaml
+python scripts/train.py recipes/demo.yaml --max_steps 1000 --output_dir runs/longer
 """
 
 from transformers import TrainingArguments

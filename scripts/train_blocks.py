@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Phase 2: train all denoising blocks, or some of them, beside a table that phase 1 made.
 
-    python scripts/train_blocks.py recipes/demo.yaml --blocks 0,2-3
+python scripts/train_blocks.py recipes/demo.yaml --blocks 0,2-3
 """
 
 from transformers import TrainingArguments

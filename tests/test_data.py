@@ -28,7 +28,8 @@ def test_cpython_docs(docs):
     assert sum(map(len, texts)) > 1_500_000
     assert len(set(texts)) == len(texts)
     assert docs == list(cpython_docs())
-    shares = {split: sum(row["split"] == split for row in docs) / len(docs) for split in ("train", "validation", "test")}
+    splits = ("train", "validation", "test")
+    shares = {split: sum(row["split"] == split for row in docs) / len(docs) for split in splits}
     assert shares["train"] == pytest.approx(0.9, abs=0.02)
     assert shares["validation"] == pytest.approx(0.05, abs=0.01)
     assert any("The compound statements" in text or "compound statement" in text for text in texts)
@@ -166,7 +167,7 @@ def test_empty_split(tmp_path):
     args = DataArguments(train_file=str(tmp_path / "train.parquet"), validation_split_percentage=0)
     with pytest.raises(ValueError, match="hold out"):
         load_corpus(args)
-    args = DataArguments(train_file=str(tmp_path / "train.parquet"), validation_split_percentage=40, max_train_samples=0)
+    args.validation_split_percentage, args.max_train_samples = 40, 0
     with pytest.raises(ValueError, match="train split is empty"):
         load_corpus(args)
 

@@ -50,9 +50,9 @@ def test_vocabulary_nats_is_cross_entropy(reduction):
     targets = tokens(4, 7)
     targets[0, :3] = -100
     ours = vocabulary_nats(prediction, table, bias, targets, reduction)
-    theirs = F.cross_entropy(
-        (prediction @ table.T + bias).flatten(0, 1), targets.flatten(), reduction=reduction
-    ).view(ours.shape)
+    theirs = F.cross_entropy((prediction @ table.T + bias).flatten(0, 1), targets.flatten(), reduction=reduction).view(
+        ours.shape
+    )
     assert torch.allclose(ours, theirs, atol=1e-5)
     grads = [torch.autograd.grad(loss.sum(), (prediction, bias)) for loss in (ours, theirs)]
     for mine, reference in zip(*grads, strict=True):
@@ -323,9 +323,7 @@ def test_chain_takes_its_randomness_from_a_generator(model):
     for seed, noise in itertools.product((1, 2), (10, 20)):
         torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(noise)
-        outputs.append(
-            model(tokens(1, 4), decoding_mode="denoising", generator=generator).logits
-        )
+        outputs.append(model(tokens(1, 4), decoding_mode="denoising", generator=generator).logits)
     assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
     assert not torch.equal(outputs[0], outputs[1])
 

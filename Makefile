@@ -1,0 +1,26 @@
+# make demo   the main job: pretrain, train, evaluate, sample (two cores, under ten minutes after the installation)
+# make test   lint and all tests
+# Both create .venv and install the tested versions of constraints.txt when they are missing.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/demo.installed
+	$(VENV)/bin/python scripts/train.py recipes/demo.yaml
+
+test: lint
+	$(VENV)/bin/python -m pytest -m "slow or not slow" --durations 5
+
+lint: $(VENV)/dev.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+$(VENV)/%.installed: setup.cfg pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

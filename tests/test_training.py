@@ -1,0 +1,338 @@
+import dataclasses
+import gc
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import BertConfig, BertModel, TrainerCallback, TrainingArguments
+
+from noprop_hf import DenoisingBlock, NoPropConfig
+from noprop_hf import training as training_module
+from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments
+from noprop_hf.data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize, train_tokenizer
+from noprop_hf.hub import block_shard, load_table, read_metadata
+from noprop_hf.noise_noprop import information_levels, standardize
+from noprop_hf.training import (
+    BlockTrainer,
+    block_seed,
+    last_checkpoint,
+    pretrain_embeddings,
+    train_blocks,
+)
+
+
+MODEL = ModelArguments(
+    vocab_size=300,
+    hidden_size=16,
+    num_blocks=4,
+    num_layers_per_block=1,
+    num_attention_heads=2,
+    intermediate_size=24,
+    attention_dropout=0.1,
+)
+BLOCKS = BlockArguments(sample_prompts=["the cat"], sample_max_new_tokens=4)
+
+
+def arguments(output_dir: Path, **options) -> TrainingArguments:
+    defaults = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 8,
+        "learning_rate": 5e-3,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "save_steps": 3,
+        "logging_steps": 2,
+        "disable_tqdm": True,
+        "seed": 11,
+        "use_cpu": True,
+    }
+    return TrainingArguments(output_dir=str(output_dir), **(defaults | options))
+
+
+@pytest.fixture(scope="module")
+def data(corpus_file) -> DataArguments:
+    return DataArguments(train_file=corpus_file, max_length=16, max_eval_samples=40)
+
+
+@pytest.fixture(scope="module")
+def phase1(data, tmp_path_factory) -> Path:
+    """A model directory without blocks."""
+    directory = tmp_path_factory.mktemp("phase1") / "model"
+    return pretrain_embeddings(MODEL, data, PretrainingArguments(pretraining_max_steps=8), arguments(directory))
+
+
+@pytest.fixture
+def directory(phase1, tmp_path) -> Path:
+    return Path(shutil.copytree(phase1, tmp_path / "model"))
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# --- phase 1 ----------------------------------------------------------------------------------------------------------
+
+
+def test_phase_1_writes_a_directory_without_blocks(phase1, data):
+    config = NoPropConfig.from_pretrained(phase1)
+    table = load_table(phase1, config)
+    assert torch.allclose(table.weight.norm(dim=-1), torch.full((config.vocab_size,), 4.0))
+    assert config.noise_levels == information_levels(table.weight, table.log_prior, 4)
+    tokenizer = load_tokenizer(str(phase1))
+    assert (config.pad_token_id, config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    rows = tokenize(load_corpus(data), tokenizer, data)["train"]["input_ids"]
+    counts = torch.tensor([token for row in rows for token in row]).bincount(minlength=config.vocab_size) + 1
+    assert torch.allclose(table.log_prior.exp(), counts / counts.sum())
+
+
+def test_masked_language_modelling_moves_the_table(phase1, data, tmp_path):
+    again = tmp_path / "again"
+    pretrain_embeddings(MODEL, data, PretrainingArguments(pretraining_max_steps=8), arguments(again))
+    tables = [load_file(path / "embeddings.safetensors")["model.embed_tokens.weight"] for path in (phase1, again)]
+    assert torch.equal(*tables)  # same seed, same bits
+    short = tmp_path / "short"
+    pretrain_embeddings(MODEL, data, PretrainingArguments(pretraining_max_steps=1), arguments(short))
+    other = load_file(short / "embeddings.safetensors")["model.embed_tokens.weight"]
+    assert not torch.allclose(tables[0], other, atol=1e-3)
+
+
+def test_phase_1_is_skipped_when_the_table_is_there(directory, data):
+    before = digest(directory / "embeddings.safetensors")
+    pretrain_embeddings(MODEL, data, PretrainingArguments(pretraining_max_steps=2), arguments(directory, seed=99))
+    assert digest(directory / "embeddings.safetensors") == before
+    with pytest.raises(ValueError, match="hidden_size=16, but hidden_size=32"):
+        other = dataclasses.replace(MODEL, hidden_size=32)
+        pretrain_embeddings(other, data, PretrainingArguments(), arguments(directory))
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory, corpus) -> Path:
+    """A tiny encoder with its own tokenizer, as a stand-in for `bert-base-uncased`."""
+    directory = tmp_path_factory.mktemp("bert")
+    tokenizer = train_tokenizer(corpus["train"]["text"], 290, 64)
+    tokenizer.save_pretrained(directory)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    BertModel(config).save_pretrained(directory)
+    return directory
+
+
+def test_embeddings_from_another_model(bert, data, tmp_path):
+    model = ModelArguments(
+        embeddings_from=str(bert), num_blocks=2, num_layers_per_block=1, num_attention_heads=2, intermediate_size=16
+    )
+    directory = pretrain_embeddings(model, data, PretrainingArguments(), arguments(tmp_path / "model"))
+    table = load_file(directory / "embeddings.safetensors")["model.embed_tokens.weight"]
+    source = BertModel.from_pretrained(bert).get_input_embeddings().weight.detach()
+    assert torch.equal(table, standardize(source))
+    assert not (directory / "masked_lm").exists()
+
+
+def test_table_of_the_wrong_size(bert, data, directory, tmp_path):
+    model = ModelArguments(embeddings_from=str(bert), hidden_size=16, num_attention_heads=2)
+    with pytest.raises(ValueError, match="has 12 dimensions, but `hidden_size` is 16"):
+        pretrain_embeddings(model, data, PretrainingArguments(), arguments(tmp_path / "other"))
+    config = NoPropConfig.from_pretrained(directory)
+    config.vocab_size += 1
+    config.save_pretrained(directory)
+    with pytest.raises(ValueError, match=r"is of size \(300, 16\), but the configuration asks for \(301, 16\)"):
+        train_blocks(data, BLOCKS, arguments(directory))
+
+
+def test_tokenizer_without_a_mask_token(data, tmp_path, tokenizer):
+    import copy
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.mask_token = None
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    model = dataclasses.replace(MODEL, tokenizer_name=str(tmp_path / "tokenizer"), vocab_size=None)
+    with pytest.raises(ValueError, match="no mask token.*--embeddings_from"):
+        pretrain_embeddings(model, data, PretrainingArguments(), arguments(tmp_path / "model"))
+
+
+# --- phase 2 ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(phase1, data, tmp_path_factory) -> Path:
+    """All four blocks trained in order."""
+    directory = Path(shutil.copytree(phase1, tmp_path_factory.mktemp("trained") / "model"))
+    return train_blocks(data, BLOCKS, arguments(directory), MODEL)
+
+
+def test_a_block_alone_is_bit_for_bit_the_block_among_all(trained, directory, data):
+    train_blocks(data, dataclasses.replace(BLOCKS, blocks="3"), arguments(directory))
+    alone, among = (load_file(path / block_shard(3)) for path in (directory, trained))
+    assert alone.keys() == among.keys()
+    assert all(torch.equal(alone[name], among[name]) for name in alone)
+    assert [path.name for path in sorted(directory.glob("block-*"))] == [block_shard(3)]
+
+
+def test_blocks_differ_and_so_do_seeds(trained, directory, data):
+    name = "encoder.layers.0.mlp.up_proj.weight"
+    weights = [load_file(trained / block_shard(b))[f"model.blocks.{b}.{name}"] for b in range(4)]
+    assert not any(torch.equal(weights[0], other) for other in weights[1:])
+    train_blocks(data, dataclasses.replace(BLOCKS, blocks="0"), arguments(directory, seed=12))
+    assert not torch.equal(weights[0], load_file(directory / block_shard(0))[f"model.blocks.0.{name}"])
+    assert len({block_seed(seed, block) for seed in range(50) for block in range(50)}) == 2500
+
+
+def test_only_one_block_exists_while_it_trains_and_the_table_stays(directory, data, monkeypatch):
+    """At every step, every parameter alive in the process is the block's own, the optimizer holds exactly those, and
+    the table is what it was."""
+    gc.collect()
+    before = {id(p) for p in gc.get_objects() if isinstance(p, nn.Parameter)}
+    table_bits = load_file(directory / "embeddings.safetensors")["model.embed_tokens.weight"]
+    seen = []
+
+    class Inspect(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+            table = trainers[-1].table
+            own = {id(parameter) for parameter in model.parameters()}
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            gc.collect()
+            alive = {id(p) for p in gc.get_objects() if isinstance(p, nn.Parameter) and p.device.type != "meta"}
+            assert held == own
+            assert alive - before <= own | {id(table.weight)}
+            blocks = [o for o in gc.get_objects() if isinstance(o, DenoisingBlock) and o.device.type != "meta"]
+            assert [block for block in blocks if id(next(block.parameters())) not in before] == [model]
+            assert torch.equal(table.weight, table_bits) and table.weight.grad is None
+            seen.append(model.block_index)
+
+    trainers = []
+
+    class InspectedTrainer(BlockTrainer):
+        def __init__(self, *args, **kwargs):
+            trainers[:] = [self]
+            super().__init__(*args, callbacks=[Inspect()], **kwargs)
+
+    monkeypatch.setattr(training_module, "BlockTrainer", InspectedTrainer)
+    shard = digest(directory / "embeddings.safetensors")
+    train_blocks(data, dataclasses.replace(BLOCKS, blocks="1-2"), arguments(directory))
+    assert seen == [1] * 6 + [2] * 6
+    assert digest(directory / "embeddings.safetensors") == shard
+
+
+def test_finished_blocks_are_skipped(directory, data):
+    train_blocks(data, dataclasses.replace(BLOCKS, blocks="0"), arguments(directory))
+    stamp = (directory / block_shard(0)).stat().st_mtime_ns
+    train_blocks(data, dataclasses.replace(BLOCKS, blocks="0-1"), arguments(directory))
+    assert (directory / block_shard(0)).stat().st_mtime_ns == stamp
+    assert (directory / block_shard(1)).is_file()
+
+
+@pytest.mark.parametrize("stop_at", [4, 5])
+def test_an_interrupted_block_ends_with_the_same_bits(trained, directory, data, monkeypatch, stop_at):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == stop_at:
+                raise KeyboardInterrupt
+
+    class StoppedTrainer(BlockTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, callbacks=[Stop()], **kwargs)
+
+    only = dataclasses.replace(BLOCKS, blocks="2")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training_module, "BlockTrainer", StoppedTrainer)
+        train_blocks(data, only, arguments(directory))
+    assert not (directory / block_shard(2)).exists()
+    checkpoints = directory / "checkpoints" / "block-02"
+    assert last_checkpoint(str(checkpoints)).endswith("checkpoint-3")
+    half_written = checkpoints / "checkpoint-5"
+    half_written.mkdir()
+    (half_written / "model.safetensors").write_bytes(b"half a file")
+    train_blocks(data, only, arguments(directory))
+    resumed, straight = (load_file(path / block_shard(2)) for path in (directory, trained))
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+
+def test_training_lowers_the_loss_and_reports_nats(trained, directory, data):
+    config = NoPropConfig.from_pretrained(directory)
+    table, tokenizer = load_table(directory, config), load_tokenizer(str(directory))
+    dataset = tokenize(load_corpus(data), tokenizer, data)
+    args = arguments(directory / "x", max_steps=40, logging_steps=10, eval_steps=20)
+    trainer = BlockTrainer(
+        DenoisingBlock(config, 1),
+        table,
+        args=args,
+        train_dataset=dataset["train"],
+        eval_dataset=dataset["validation"],
+        data_collator=CausalCollator(tokenizer),
+    )
+    trainer.train()
+    history = trainer.state.log_history
+    losses = [entry for entry in history if "loss" in entry]
+    assert losses[-1]["loss"] < losses[0]["loss"] - 0.3
+    for entry in losses:
+        mean = (entry["denoising_loss"] + entry["context_loss"]) / 2
+        assert entry["loss"] == pytest.approx(mean, rel=1e-3)
+    evaluations = [entry for entry in history if "eval_loss" in entry]
+    assert len(evaluations) == 2
+    for entry in evaluations:
+        mean = (entry["eval_denoising_nats"] + entry["eval_context_nats"]) / 2
+        assert entry["eval_loss"] == pytest.approx(mean, rel=1e-3)
+        assert entry["eval_bound_nats"] <= entry["eval_context_nats"] + 0.2
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == trainer.evaluate()["eval_loss"]  # the noise of an evaluation is fixed
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(directory, data):
+    shards = []
+    for size, steps in ((8, 1), (2, 4)):
+        target = Path(shutil.copytree(directory, directory.parent / f"batch-{size}"))
+        options = {
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": steps,
+            "max_steps": 3,
+            "optim": "sgd",
+            "max_grad_norm": 0.0,
+        }
+        line = DataArguments(train_file=data.train_file, packing=False, max_length=16, max_eval_samples=40)
+        no_dropout = NoPropConfig.from_pretrained(target)
+        no_dropout.attention_dropout = 0.0
+        no_dropout.save_pretrained(target)
+        train_blocks(line, dataclasses.replace(BLOCKS, blocks="0"), arguments(target, **options))
+        shards.append(load_file(target / block_shard(0)))
+    for name in shards[0]:
+        assert torch.allclose(shards[0][name], shards[1][name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("loss_type", ["cross_entropy", "mse"])
+def test_shards_tell_what_they_are(directory, data, loss_type):
+    config = NoPropConfig.from_pretrained(directory)
+    config.loss_type = loss_type
+    config.save_pretrained(directory)
+    train_blocks(data, dataclasses.replace(BLOCKS, blocks="1"), arguments(directory))
+    metadata = read_metadata(directory / block_shard(1))
+    assert metadata["steps"] == "6" and 0 < float(metadata["context_nats"]) < 8
+
+
+def test_blocks_out_of_range(directory, data):
+    with pytest.raises(ValueError, match="no block 4: the model has 4 blocks, 0 to 3"):
+        train_blocks(data, dataclasses.replace(BLOCKS, blocks="2,4"), arguments(directory))
+
+
+def test_phase_2_without_phase_1(tmp_path, data):
+    with pytest.raises(FileNotFoundError, match="Pretrain the embeddings first"):
+        train_blocks(data, BLOCKS, arguments(tmp_path))
+
+
+def test_a_block_of_another_configuration(directory, data):
+    train_blocks(data, dataclasses.replace(BLOCKS, blocks="0"), arguments(directory))
+    config = NoPropConfig.from_pretrained(directory)
+    config.denoising_weight = 0.9
+    config.save_pretrained(directory)
+    with pytest.raises(ValueError, match="another table or configuration"):
+        train_blocks(data, BLOCKS, arguments(directory))
+
+
+def test_settings_that_are_not_the_directory_s(directory, data):
+    with pytest.raises(ValueError, match="num_blocks=4, but num_blocks=5"):
+        train_blocks(data, BLOCKS, arguments(directory), dataclasses.replace(MODEL, num_blocks=5))
