@@ -70,21 +70,21 @@ def vocabulary_nats(
     return nats.view(targets.shape) if reduction == "none" else nats
 
 
-class TokenTable(nn.Embedding):
+class TokenTable(nn.Module):
     """The frozen embedding table and the unigram statistics found with it.
 
-    `weight` (`(vocab_size, hidden_size)`) has standardized rows; `log_prior` (`(vocab_size,)`) holds the
-    log-probability of each token in the training data (zeros when unknown), where every block's bias starts.
+    Both are buffers, not parameters: whatever is done to the model around it, the table gets no gradient and no
+    optimizer holds it. `weight` (`(vocab_size, hidden_size)`) has standardized rows; `log_prior` (`(vocab_size,)`)
+    holds the log-probability of each token in the training data (zeros when unknown), where every bias starts.
     """
 
     def __init__(self, config: NoPropConfig):
-        super().__init__(config.vocab_size, config.hidden_size)
-        self.weight.requires_grad_(False)
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(config.vocab_size, config.hidden_size))
         self.register_buffer("log_prior", torch.zeros(config.vocab_size))
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        # Detached, so that not even `model.requires_grad_(True)` trains the table.
-        return F.embedding(input_ids, self.weight.detach())
+        return F.embedding(input_ids, self.weight)
 
 
 class ContextEncoder(nn.Module):
@@ -191,7 +191,7 @@ class NoPropPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, TokenTable):
-            init.copy_(module.weight, standardize(module.weight))
+            init.copy_(module.weight, standardize(torch.randn_like(module.weight)))
             init.zeros_(module.log_prior)
         elif isinstance(module, DenoisingHead):
             # Start as Bayes' rule on top of the token bias alone.
@@ -295,13 +295,12 @@ class DenoisingBlock(NoPropPreTrainedModel):
         if num_items_in_batch is None:
             num_items_in_batch = (targets != -100).sum()
 
-        embeddings = table.weight.detach()
         predictions = {"context": self.head(context)}
         if self.level > 0:
             evidence = sample_evidence(table(targets.clamp(min=0)), self.level, generator)
             predictions["denoising"] = self.head(context, evidence)
         losses = {
-            name: self._local_loss(prediction, embeddings, targets) / num_items_in_batch
+            name: self._local_loss(prediction, table.weight, targets) / num_items_in_batch
             for name, prediction in predictions.items()
         }
         # On pure noise the two terms are one.
@@ -316,7 +315,7 @@ class DenoisingBlock(NoPropPreTrainedModel):
             if self.level > 0:
                 predictions["updated"] = predictions["context"] + evidence  # Bayes' rule
             nats = {
-                name: vocabulary_nats(prediction, embeddings, self.head.bias, targets, reduction="sum")
+                name: vocabulary_nats(prediction, table.weight, self.head.bias, targets, reduction="sum")
                 / num_items_in_batch
                 for name, prediction in predictions.items()
             }
@@ -488,7 +487,7 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
         if decoding_mode == "predictive":
             bias = torch.stack([block.head.bias for block in self.model.blocks[: len(outputs.context_states)]]).mean(0)
             prediction = outputs.last_hidden_state[:, keep]
-            logits = F.linear(prediction, self.model.embed_tokens.weight.detach(), bias)
+            logits = F.linear(prediction, self.model.embed_tokens.weight, bias)
             logits = logits.float().log_softmax(-1)
         elif decoding_mode == "denoising":
             context_states = [context[:, keep] for context in outputs.context_states]

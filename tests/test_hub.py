@@ -1,0 +1,145 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM, NoPropModel
+from noprop_hf.hub import (
+    block_is_trained,
+    block_shard,
+    create_model_directory,
+    fingerprint,
+    load_table,
+    save_block,
+    write_atomically,
+)
+
+
+@pytest.fixture
+def directory(model, tokenizer, tmp_path) -> Path:
+    """The directory of a whole model, written part by part as training does."""
+    path = tmp_path / "model"
+    create_model_directory(path, model.config, tokenizer, model.model.embed_tokens)
+    for block in model.model.blocks:
+        save_block(path, block, model.model.embed_tokens, {})
+    return path
+
+
+INPUT = torch.arange(12).view(2, 6)
+
+
+def test_a_directory_loads_with_the_auto_classes(model, directory):
+    assert isinstance(AutoConfig.from_pretrained(directory), NoPropConfig)
+    loaded = AutoModelForCausalLM.from_pretrained(directory)
+    assert isinstance(loaded, NoPropForCausalLM)
+    assert torch.equal(loaded(INPUT).logits, model(INPUT).logits)
+    base = AutoModel.from_pretrained(directory)
+    assert isinstance(base, NoPropModel)
+    assert torch.equal(base(INPUT).last_hidden_state, model.model(INPUT).last_hidden_state)
+    assert not any("embed_tokens" in name for name, _ in loaded.named_parameters())
+
+
+def test_a_directory_loads_without_the_package(model, directory, tmp_path):
+    """With `trust_remote_code`, in a process that cannot import `noprop_hf`."""
+    code = f"""
+import sys
+sys.modules["noprop_hf"] = None  # importing it is an error
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+options = dict(trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained({str(directory)!r}, **options)
+AutoModel.from_pretrained({str(directory)!r}, **options)
+print(type(AutoConfig.from_pretrained({str(directory)!r}, **options)).__name__)
+torch.save(model(torch.arange(12).view(2, 6)).logits, {str(tmp_path / "logits.pt")!r})
+print(model.generate(torch.tensor([[1, 2]]), max_new_tokens=3, do_sample=False).shape)
+"""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split("\n")[:2] == ["NoPropConfig", "torch.Size([1, 5])"]
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), model(INPUT).logits)
+
+
+def test_model_files_import_only_torch_and_transformers(directory):
+    import ast
+
+    files = sorted(path.name for path in directory.glob("*.py"))
+    assert files == ["configuration_noprop.py", "generation_noprop.py", "modeling_noprop.py", "noise_noprop.py"]
+    allowed = {"torch", "transformers", *sys.stdlib_module_names}
+    for file in files:
+        for node in ast.walk(ast.parse((directory / file).read_text())):
+            if isinstance(node, ast.Import):
+                assert all(alias.name.split(".")[0] in allowed for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert node.module.split(".")[0] in allowed if node.level == 0 else node.level == 1
+                assert node.level == 0 or f"{node.module}.py" in files
+
+
+def test_shards_hold_what_their_names_say(directory):
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    shards = set(index["weight_map"].values())
+    assert shards == {"embeddings.safetensors", *(block_shard(block) for block in range(3))}
+    total = 0
+    for shard in shards:
+        with safe_open(directory / shard, framework="pt") as file:
+            assert {name for name, where in index["weight_map"].items() if where == shard} == set(file.keys())
+            total += sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+    assert index["metadata"]["total_size"] == total
+
+
+@pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModel])
+def test_a_directory_with_missing_blocks_is_refused(directory, auto):
+    (directory / block_shard(1)).unlink()
+    with pytest.raises(OSError, match=r"not fully trained: block-01.safetensors missing.*--blocks"):
+        auto.from_pretrained(directory)
+
+
+def test_save_pretrained_round_trip(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    saved, back = model.state_dict(), loaded.state_dict()
+    assert saved.keys() == back.keys() and all(torch.equal(saved[name], back[name]) for name in saved)
+
+
+def test_masked_lm_round_trip(config, tmp_path):
+    torch.manual_seed(0)
+    model = NoPropForMaskedLM(config).eval()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(INPUT).logits, model(INPUT).logits)
+
+
+def test_table_round_trip(model, directory):
+    table = load_table(directory, model.config)
+    assert torch.equal(table.weight, model.model.embed_tokens.weight)
+    assert fingerprint(model.config, table.weight) == fingerprint(model.config, model.model.embed_tokens.weight)
+
+
+def test_blocks_of_another_table_are_told(model, directory):
+    table = load_table(directory, model.config)
+    assert block_is_trained(directory, model.config, table, 1)
+    table.weight[0, 0] += 1e-3
+    with pytest.raises(ValueError, match="another table"):
+        block_is_trained(directory, model.config, table, 1)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
