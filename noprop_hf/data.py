@@ -44,10 +44,15 @@ class DataArguments:
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     train_file: str | None = field(
-        default=None, metadata={"help": "Local training data: text, JSON lines (.json, .jsonl), CSV or parquet."}
+        default=None,
+        metadata={
+            "help": "Local training data instead of a dataset: text, JSON lines (.json, .jsonl), CSV or parquet."
+        },
     )
-    validation_file: str | None = field(default=None, metadata={"help": "Local validation data, as `train_file`."})
-    test_file: str | None = field(default=None, metadata={"help": "Local test data, as `train_file`."})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Local validation data, in the place of the dataset's split if it has one."}
+    )
+    test_file: str | None = field(default=None, metadata={"help": "Local test data, as `validation_file`."})
     text_column_name: str = field(default="text", metadata={"help": "The column that holds the text."})
     validation_split_percentage: float = field(
         default=5.0, metadata={"help": "Without a validation split, hold out this last part of the training one."}
@@ -74,8 +79,10 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        if (self.dataset_name is None) == (self.train_file is None):
-            raise ValueError("Give exactly one of `dataset_name` (try 'cpython-docs') and `train_file`.")
+        if self.train_file is not None:
+            self.dataset_name = None
+        elif self.dataset_name is None:
+            raise ValueError("Give a `dataset_name` (try 'cpython-docs') or a `train_file`.")
         if self.max_length < 2:
             raise ValueError(f"`max_length` must be at least 2, got {self.max_length}.")
 
@@ -147,7 +154,7 @@ def load_corpus(args: DataArguments) -> DatasetDict | IterableDatasetDict:
         splits = load_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming)
     else:
         splits = (IterableDatasetDict if args.streaming else DatasetDict)()
-    for split, file in args.files().items():  # files take the place of what the dataset has
+    for split, file in args.files().items():
         splits[split] = _load_file(file, args)
 
     if "train" not in splits:

@@ -228,9 +228,10 @@ class DenoisingBlockOutput(ModelOutput):
     """
     Args:
         loss (`torch.Tensor`): what the block is trained on: the weighted mean of the two terms below, per token.
-        denoising_loss (`torch.Tensor`): its term at the block's own level; in nats, or the squared error per coordinate
-            with `loss_type="mse"`.
-        context_loss (`torch.Tensor`): its term on pure noise.
+        denoising_loss (`torch.Tensor`): its term at the block's own level, over the positions that carry it (none do in
+            block 0 while it trains, which gives nan); in nats, or with `loss_type="mse"` the squared error per
+            coordinate.
+        context_loss (`torch.Tensor`): its term on pure noise, likewise.
         context_nats, denoising_nats (`torch.Tensor`): in evaluation mode, the two cross-entropies in nats per token,
             whatever the loss.
         bound_nats (`torch.Tensor`): in evaluation mode, the variational bound of a chain of this block alone (on pure
@@ -280,62 +281,66 @@ class DenoisingBlock(NoPropPreTrainedModel):
     ) -> DenoisingBlockOutput:
         """The local loss: recover the next token from its noised embedding and the clean context.
 
+        While training, each position carries one of the two terms, drawn at random by their weight: the same loss on
+        average for half the vocabulary products. In evaluation mode every position carries both.
+
         Args:
             input_ids (`(batch, sequence)`): clean tokens.
             labels (`(batch, sequence)`): the same tokens, not shifted; -100 is not predicted.
             table: the frozen table.
             num_items_in_batch: what to divide the summed losses by (gradient accumulation); the number of predicted
                 tokens of this batch when not given.
-            generator: source of the noise; torch's global one when not given.
+            generator: source of the randomness; torch's global one when not given.
         """
         inputs_embeds = table(input_ids)
         attention_inputs = self.encoder.attention_inputs(inputs_embeds, attention_mask, position_ids)
         context = self.encoder(inputs_embeds, **attention_inputs)[:, :-1]
         targets = labels[:, 1:]
-        if num_items_in_batch is None:
-            num_items_in_batch = (targets != -100).sum()
+        kept = targets != -100
+        context, targets = context[kept], targets[kept]
+        count = len(targets) if num_items_in_batch is None else num_items_in_batch
+        weight = self.config.denoising_weight if self.level > 0 else 0.0  # on pure noise the two terms are one
+        evidence = sample_evidence(table(targets), self.level, generator)
 
-        predictions = {"context": self.head(context)}
-        if self.level > 0:
-            evidence = sample_evidence(table(targets.clamp(min=0)), self.level, generator)
-            predictions["denoising"] = self.head(context, evidence)
-        losses = {
-            name: self._local_loss(prediction, table.weight, targets) / num_items_in_batch
-            for name, prediction in predictions.items()
-        }
-        # On pure noise the two terms are one.
-        context_loss, denoising_loss = losses["context"], losses.get("denoising", losses["context"])
-        weight = self.config.denoising_weight
-        output = DenoisingBlockOutput(
+        if self.training:
+            noised = torch.rand(targets.shape, generator=generator, device=evidence.device) < weight
+            prediction = self.head(context, evidence * noised[:, None])  # no evidence is pure noise
+            context_sum = self._local_loss(prediction[~noised], table.weight, targets[~noised])
+            denoising_sum = self._local_loss(prediction[noised], table.weight, targets[noised])
+            return DenoisingBlockOutput(
+                loss=(context_sum + denoising_sum) / count,
+                context_loss=context_sum / (~noised).sum(),
+                denoising_loss=denoising_sum / noised.sum(),
+            )
+
+        alone, informed = self.head(context), self.head(context, evidence)
+        context_loss, denoising_loss = (
+            self._local_loss(prediction, table.weight, targets) / count for prediction in (alone, informed)
+        )
+        context_nats, denoising_nats, updated_nats = (
+            vocabulary_nats(prediction, table.weight, self.head.bias, targets, reduction="sum") / count
+            for prediction in (alone, informed, alone + evidence)  # the last is Bayes' rule
+        )
+        return DenoisingBlockOutput(
             loss=torch.lerp(context_loss, denoising_loss, weight),
             denoising_loss=denoising_loss,
             context_loss=context_loss,
+            context_nats=context_nats,
+            denoising_nats=denoising_nats,
+            bound_nats=context_nats + denoising_nats - updated_nats,
         )
-        if not self.training:
-            if self.level > 0:
-                predictions["updated"] = predictions["context"] + evidence  # Bayes' rule
-            nats = {
-                name: vocabulary_nats(prediction, table.weight, self.head.bias, targets, reduction="sum")
-                / num_items_in_batch
-                for name, prediction in predictions.items()
-            }
-            output.context_nats = nats["context"]
-            output.denoising_nats = nats.get("denoising", nats["context"])
-            output.bound_nats = nats["context"]
-            if self.level > 0:
-                output.bound_nats = nats["context"] + nats["denoising"] - nats["updated"]
-        return output
 
     def _local_loss(self, prediction: torch.Tensor, embeddings: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The loss summed over predicted tokens, for `config.loss_type`."""
+        """The loss summed over `(num_tokens,)` predicted tokens, for `config.loss_type`."""
+        if len(targets) == 0:
+            return prediction.sum()  # zero, and part of the graph
         if self.config.loss_type == "cross_entropy":
             return vocabulary_nats(prediction, embeddings, self.head.bias, targets, reduction="sum")
         # NoProp, arXiv 2503.24322, eq. 8: the block's answer is the mean embedding of its distribution. In chunks whose
         # logits are recomputed in the backward pass, for the same reason as in `vocabulary_nats`.
-        kept = targets != -100
         errors = [
             checkpoint(self._squared_error, u, embeddings, y, use_reentrant=False)
-            for u, y in zip(prediction[kept].split(1024), targets[kept].split(1024), strict=True)
+            for u, y in zip(prediction.split(1024), targets.split(1024), strict=True)
         ]
         return torch.stack(errors).sum()
 

@@ -9,6 +9,7 @@ Both write into one model directory (see `hub.py`) and go on where an interrupte
 import copy
 import dataclasses
 import gc
+import math
 import re
 import sys
 from pathlib import Path
@@ -244,8 +245,7 @@ class BlockTrainer(Trainer):
     def __init__(self, model: DenoisingBlock, table: TokenTable, **kwargs):
         super().__init__(model=model, **kwargs)
         self.table = table.to(self.args.device)
-        self._terms: dict[str, torch.Tensor] = {}  # the loss by term, summed since the last log
-        self._terms_since = 0  # the step of that log
+        self._terms: dict[str, list[torch.Tensor]] = {}  # the loss by term, of every batch since the last log
         self._eval_terms: list[torch.Tensor] = []
         self._eval_generator: torch.Generator | None = None
 
@@ -257,10 +257,8 @@ class BlockTrainer(Trainer):
             inputs["generator"] = self._eval_generator
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
-            if not self._terms:
-                self._terms_since = self.state.global_step
             for name in ("denoising_loss", "context_loss"):
-                self._terms[name] = self._terms.get(name, 0) + outputs[name].detach()
+                self._terms.setdefault(name, []).append(outputs[name].detach())
         else:
             count = (inputs["labels"][:, 1:] != -100).sum()
             nats = [outputs.context_nats, outputs.denoising_nats, outputs.bound_nats]
@@ -268,9 +266,9 @@ class BlockTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        steps = self.state.global_step - self._terms_since
-        if "loss" in logs and steps > 0:
-            logs |= {name: term.item() / steps for name, term in self._terms.items()}
+        if "loss" in logs and self._terms:
+            means = {name: torch.stack(values).nanmean().item() for name, values in self._terms.items()}
+            logs |= {name: mean for name, mean in means.items() if not math.isnan(mean)}
             self._terms = {}
         super().log(logs, start_time)
 

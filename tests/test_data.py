@@ -200,7 +200,13 @@ def test_unknown_tokenizer():
         load_tokenizer("no/such-tokenizer")
 
 
-@pytest.mark.parametrize("fields", [{}, {"dataset_name": "a", "train_file": "b.txt"}])
-def test_one_source_of_data(fields):
-    with pytest.raises(ValueError, match="exactly one"):
-        DataArguments(**fields)
+def test_no_source_of_data():
+    with pytest.raises(ValueError, match="Give a `dataset_name`"):
+        DataArguments()
+
+
+def test_files_take_the_place_of_splits(corpus_file):
+    assert DataArguments(dataset_name="no/such-dataset", train_file=corpus_file).dataset_name is None
+    own = load_corpus(DataArguments(dataset_name="cpython-docs", test_file=corpus_file))
+    plain = load_corpus(DataArguments(dataset_name="cpython-docs"))
+    assert len(own["test"]) == 400 and own["validation"]["text"] == plain["validation"]["text"]

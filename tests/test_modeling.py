@@ -86,20 +86,61 @@ def reference_losses(model, block_index, input_ids, labels, generator):
 @pytest.mark.parametrize("block_index", [0, 2])
 def test_block_loss_is_the_weighted_mean_of_its_terms(model, loss_type, block_index):
     model.config.loss_type, model.config.denoising_weight = loss_type, 0.3
-    block = model.model.blocks[block_index].train()
+    block = model.model.blocks[block_index]
     input_ids, labels = tokens(3, 9), tokens(3, 9)
-    labels[1, 5:] = -100
     terms = reference_losses(model, block_index, input_ids, labels, torch.Generator().manual_seed(5))
-    if block_index == 0:
-        terms["denoising"] = terms["context"]
     output = block(input_ids, labels, model.model.embed_tokens, generator=torch.Generator().manual_seed(5))
     assert torch.allclose(output.denoising_loss, terms["denoising"], atol=1e-5)
     assert torch.allclose(output.context_loss, terms["context"], atol=1e-5)
-    assert torch.allclose(output.loss, 0.3 * terms["denoising"] + 0.7 * terms["context"], atol=1e-5)
-    halves = block(
-        input_ids, labels, model.model.embed_tokens, num_items_in_batch=40, generator=torch.Generator().manual_seed(5)
-    )
-    assert torch.allclose(halves.loss * 40, output.loss * (labels[:, 1:] != -100).sum())
+    expected = 0.3 * terms["denoising"] + 0.7 * terms["context"] if block_index else terms["context"]
+    assert torch.allclose(output.loss, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["cross_entropy", "mse"])
+def test_the_training_loss_is_that_loss_on_average(model, loss_type):
+    model.config.loss_type, model.config.denoising_weight = loss_type, 0.3
+    block, table = model.model.blocks[2], model.model.embed_tokens
+    input_ids, labels = tokens(30, 9), tokens(30, 9)
+    labels[1, 5:] = -100
+    torch.manual_seed(0)
+    with torch.no_grad():
+        expected = torch.stack([block.eval()(input_ids, labels, table).loss for _ in range(50)]).mean()
+        drawn = torch.stack([block.train()(input_ids, labels, table).loss for _ in range(200)])
+    assert abs(drawn.mean() - expected) < 4 * drawn.std() / 200**0.5
+    # and the same for its gradient, in the direction of one weight
+    weight = block.head.correction[0].weight
+    gradients = {}
+    for mode in (False, True):
+        block.train(mode)
+        draws = [torch.autograd.grad(block(input_ids, labels, table).loss, weight)[0][0, 0] for _ in range(200)]
+        gradients[mode] = torch.stack(draws)
+    error = (gradients[True].var() / 200 + gradients[False].var() / 200).sqrt()
+    assert abs(gradients[True].mean() - gradients[False].mean()) < 4 * error
+
+
+def test_ignored_labels_and_the_divisor_of_the_loss(model):
+    block, table = model.model.blocks[2], model.model.embed_tokens
+    input_ids, labels = tokens(3, 9), tokens(3, 9)
+    labels[1, 5:] = -100
+
+    def loss(**options) -> torch.Tensor:
+        return block(input_ids, labels, table, generator=torch.Generator().manual_seed(5), **options).loss
+
+    assert torch.allclose(loss(num_items_in_batch=40) * 40, loss() * (labels[:, 1:] != -100).sum())
+    before = loss()
+    input_ids[1, 6:] = (input_ids[1, 6:] + 1) % 50  # seen by positions that predict nothing
+    assert torch.allclose(loss(), before)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_one_term_alone(model, weight):
+    model.config.denoising_weight = weight
+    block = model.model.blocks[1].train()
+    output = block(tokens(3, 9), tokens(3, 9), model.model.embed_tokens)
+    output.loss.backward()
+    name = "denoising_loss" if weight else "context_loss"
+    assert torch.allclose(output.loss, output[name])
+    assert all(parameter.grad is not None for parameter in block.parameters())
 
 
 def test_bound_of_a_block_alone_is_the_bound_of_a_chain_of_it(model):
