@@ -42,7 +42,10 @@ def write_atomically(path: Path, write) -> None:
     """Call `write(temporary_path)`, then give the file its name: it is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # of any new file here; safetensors would keep others from reading it
         write(temporary)
+        temporary.chmod(mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -138,7 +138,7 @@ def _pretrain_masked_lm(
     training_args: TrainingArguments,
 ) -> NoPropForMaskedLM:
     set_seed(training_args.seed)
-    model = NoPropForMaskedLM(config)
+    model = NoPropForMaskedLM(copy.deepcopy(config))  # `Trainer` switches off its cache
     args = dataclasses.replace(
         training_args,
         output_dir=str(Path(training_args.output_dir) / CHECKPOINTS_FOLDER / MASKED_LM_FOLDER),
@@ -150,9 +150,7 @@ def _pretrain_masked_lm(
         args=args,
         train_dataset=dataset["train"],
         eval_dataset=dataset["validation"],
-        data_collator=DataCollatorForLanguageModeling(
-            tokenizer, mlm_probability=pretraining_args.mlm_probability, seed=training_args.seed
-        ),
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=pretraining_args.mlm_probability),
     )
     trainer.args.prediction_loss_only = True
     show_progress(trainer, "embeddings")
@@ -352,7 +350,7 @@ def train_block(
         push_to_hub=False,
     )
     set_seed(seed)
-    block = DenoisingBlock(config, block_index)
+    block = DenoisingBlock(copy.deepcopy(config), block_index)
     with torch.no_grad():
         block.head.bias.copy_(table.log_prior)
     trainer = BlockTrainer(
@@ -364,11 +362,13 @@ def train_block(
         data_collator=CausalCollator(tokenizer),
     )
     trainer.args.prediction_loss_only = True
-    show_progress(trainer, f"block {block_index} of 0-{config.num_blocks - 1}")
+    show_progress(trainer, f"block {block_index} ({block_index + 1} of {config.num_blocks})")
     if args.eval_strategy != "no" and block_args.sample_prompts:
         trainer.add_callback(SampleCallback(table, tokenizer, block_args))
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
-    metrics = trainer.evaluate()
+    last = trainer.state.log_history[-2] if len(trainer.state.log_history) > 1 else {}  # before the summary
+    evaluated = last.get("step") == trainer.state.global_step and "eval_bound_nats" in last
+    metrics = last if evaluated else trainer.evaluate()
     kept = {name: f"{metrics[f'eval_{name}']:.6f}" for name in ("context_nats", "denoising_nats", "bound_nats")}
     save_block(directory, block, table, {"steps": str(trainer.state.global_step), "seed": str(seed), **kept})
     return metrics

@@ -81,7 +81,7 @@ def test_train_evaluates_and_samples(trained):
     assert results["NoProp, all blocks"]["test"] < results["unigram counts"]["test"]
     assert output.count("Sample: ") == 3
     assert f"The model is in {directory}" in output
-    assert "block 1 of 0-1" in output and "eval_bound_nats" in output and "[block 0] step 15: 'the cat' ->" in output
+    assert "block 1 (2 of 2)" in output and "eval_bound_nats" in output and "[block 0] step 15: 'the cat' ->" in output
 
 
 def test_a_second_run_trains_nothing(trained, recipe):

@@ -131,6 +131,11 @@ def test_blocks_of_another_table_are_told(model, directory):
         block_is_trained(directory, model.config, table, 1)
 
 
+def test_shards_are_as_readable_as_any_file(directory):
+    (directory / "other").touch()
+    assert (directory / block_shard(0)).stat().st_mode == (directory / "other").stat().st_mode
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")

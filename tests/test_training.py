@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import BertConfig, BertModel, TrainerCallback, TrainingArguments
+from transformers import BertConfig, BertModel, Trainer, TrainerCallback, TrainingArguments
 
 from noprop_hf import DenoisingBlock, NoPropConfig
 from noprop_hf import training as training_module
@@ -83,6 +83,7 @@ def test_phase_1_writes_a_directory_without_blocks(phase1, data):
     table = load_table(phase1, config)
     assert torch.allclose(table.weight.norm(dim=-1), torch.full((config.vocab_size,), 4.0))
     assert config.noise_levels == information_levels(table.weight, table.log_prior, 4)
+    assert config.use_cache
     tokenizer = load_tokenizer(str(phase1))
     assert (config.pad_token_id, config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
     rows = tokenize(load_corpus(data), tokenizer, data)["train"]["input_ids"]
@@ -108,6 +109,27 @@ def test_phase_1_is_skipped_when_the_table_is_there(directory, data):
     with pytest.raises(ValueError, match="hidden_size=16, but hidden_size=32"):
         other = dataclasses.replace(MODEL, hidden_size=32)
         pretrain_embeddings(other, data, PretrainingArguments(), arguments(directory))
+
+
+def test_an_interrupted_phase_1_ends_with_the_same_bits(phase1, data, tmp_path, monkeypatch):
+    directory = tmp_path / "model"
+    steps = iter(range(6))
+
+    def stop(self, model, *args, **kwargs):
+        if model.training and next(steps, None) is None:
+            raise KeyboardInterrupt
+        return compute_loss(self, model, *args, **kwargs)
+
+    compute_loss = Trainer.compute_loss
+    options = (MODEL, data, PretrainingArguments(pretraining_max_steps=8), arguments(directory))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "compute_loss", stop)
+        pretrain_embeddings(*options)
+    assert last_checkpoint(str(directory / "checkpoints" / "masked_lm")).endswith("checkpoint-6")
+    assert not (directory / "embeddings.safetensors").exists()
+    pretrain_embeddings(*options)
+    resumed, straight = (load_file(path / "embeddings.safetensors") for path in (directory, phase1))
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
 @pytest.fixture(scope="module")
