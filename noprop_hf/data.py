@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,13 @@ from datasets import (
     load_dataset,
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging
 
 
@@ -350,3 +357,20 @@ class CausalCollator(DataCollatorWithPadding):
         if bool(batch["attention_mask"].all()):
             del batch["attention_mask"]  # nothing is padded, and attention is faster without a mask
         return batch
+
+
+@dataclass
+class MaskedCollator(DataCollatorForLanguageModeling):
+    """The stock collator for masked language modelling, with masks drawn from `run_seed` and the batch itself.
+
+    Batches are collated ahead of the step that uses them, so masks from torch's global random numbers would not come
+    back when a run goes on from a checkpoint. These do, with any number of data loader workers.
+    """
+
+    run_seed: int = 0
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        tokens = np.concatenate([np.asarray(example["input_ids"], dtype=np.int64) for example in examples])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(tokens.tobytes(), self.run_seed))
+            return super().torch_call(examples)

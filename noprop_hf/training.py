@@ -22,7 +22,6 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import (
     AutoModel,
-    DataCollatorForLanguageModeling,
     PreTrainedTokenizerBase,
     ProgressCallback,
     Trainer,
@@ -39,6 +38,7 @@ from .configuration_noprop import NoPropConfig
 from .data import (
     CausalCollator,
     DataArguments,
+    MaskedCollator,
     boundary_tokens,
     count_tokens,
     load_corpus,
@@ -150,7 +150,9 @@ def _pretrain_masked_lm(
         args=args,
         train_dataset=dataset["train"],
         eval_dataset=dataset["validation"],
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=pretraining_args.mlm_probability),
+        data_collator=MaskedCollator(
+            tokenizer, mlm_probability=pretraining_args.mlm_probability, run_seed=training_args.seed
+        ),
     )
     trainer.args.prediction_loss_only = True
     show_progress(trainer, "embeddings")

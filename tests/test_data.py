@@ -9,6 +9,7 @@ from conftest import sentences
 from noprop_hf.data import (
     CausalCollator,
     DataArguments,
+    MaskedCollator,
     count_tokens,
     cpython_docs,
     load_corpus,
@@ -151,6 +152,23 @@ def test_windows_do_not_depend_on_the_number_of_workers(corpus_file, tokenizer):
 def test_count_tokens(tokenizer):
     rows = Dataset.from_dict({"input_ids": [[1, 2, 2], [5, 2, 1]]})
     assert count_tokens(rows, 7).tolist() == [0, 2, 3, 0, 0, 1, 0]
+
+
+def test_masks_come_from_the_batch_and_the_seed(tokenizer):
+    batch = [{"input_ids": list(range(i, i + 200))} for i in range(10, 30)]
+    torch.manual_seed(0)
+    collate = MaskedCollator(tokenizer, mlm_probability=0.3, run_seed=5)
+    state = torch.get_rng_state()
+    first = collate(batch)
+    assert torch.equal(state, torch.get_rng_state())  # the random numbers of training are left alone
+    torch.manual_seed(1)
+    again = MaskedCollator(tokenizer, mlm_probability=0.3, run_seed=5)(batch)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["labels"], MaskedCollator(tokenizer, mlm_probability=0.3)(batch)["labels"])
+    assert not torch.equal(first["labels"], collate(batch[::-1])["labels"].flip(0))
+    masked = first["labels"] != -100
+    assert masked.float().mean().item() == pytest.approx(0.3, abs=0.03)
+    assert (first["input_ids"][masked] == tokenizer.mask_token_id).float().mean().item() == pytest.approx(0.8, abs=0.05)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
