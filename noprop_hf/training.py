@@ -62,6 +62,23 @@ from .noise_noprop import information_levels, standardize
 logger = logging.get_logger(__name__)
 
 CHECKPOINTS_FOLDER = "checkpoints"
+TOKENIZER_ROWS = 1_000_000  # a tokenizer is trained on the first rows: a stream may have no end
+
+
+def one_process(args: TrainingArguments) -> TrainingArguments:
+    """The arguments for a `Trainer` that uses one device of one process.
+
+    Raises:
+        ValueError: several processes were launched together.
+    """
+    if args.world_size > 1:
+        raise ValueError(
+            f"{args.world_size} processes were launched together, but blocks know nothing of one another: launch one "
+            "process for each share of the blocks, with --num_processes 1 and its own --blocks."
+        )
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # as `Trainer` does itself for models that must not be wrapped in `DataParallel`
+    return args
 
 
 # --- phase 1: the table -----------------------------------------------------------------------------------------------
@@ -84,6 +101,7 @@ def pretrain_embeddings(
     Raises:
         ValueError: a tokenizer without a mask token, a corpus that cannot be used, or a directory of another model.
     """
+    one_process(training_args)
     directory = Path(training_args.output_dir)
     if (directory / EMBEDDINGS_SHARD).is_file():
         config = load_config(directory, model_args)
@@ -99,7 +117,8 @@ def pretrain_embeddings(
     elif model_args.tokenizer_name is not None:
         tokenizer = load_tokenizer(model_args.tokenizer_name)
     else:
-        texts = (text or "" for text in corpus["train"][data_args.text_column_name])
+        rows = corpus["train"].take(TOKENIZER_ROWS)
+        texts = (text or "" for text in rows[data_args.text_column_name])
         tokenizer = train_tokenizer(texts, model_args.vocab_size or 4096, data_args.max_length)
     if source is None and tokenizer.mask_token is None:
         raise ValueError(
@@ -147,7 +166,7 @@ def _pretrain_masked_lm(
     )
     trainer = Trainer(
         model=model,
-        args=args,
+        args=one_process(args),
         train_dataset=dataset["train"],
         eval_dataset=dataset["validation"],
         data_collator=MaskedCollator(
@@ -308,6 +327,7 @@ def train_blocks(
         FileNotFoundError: phase 1 has not been run.
         ValueError: blocks out of range, or a directory or shard of another model.
     """
+    one_process(training_args)
     directory = Path(training_args.output_dir)
     if not (directory / EMBEDDINGS_SHARD).is_file():
         load_table(directory, NoPropConfig())  # tells what to do
@@ -358,7 +378,7 @@ def train_block(
     trainer = BlockTrainer(
         block,
         table,
-        args=args,
+        args=one_process(args),
         train_dataset=dataset["train"],
         eval_dataset=dataset["validation"],
         data_collator=CausalCollator(tokenizer),

@@ -7,17 +7,30 @@ python scripts/train.py recipes/demo.yaml --max_steps 1000 --output_dir runs/lon
 
 from transformers import TrainingArguments
 
-from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments, parse_arguments
+from noprop_hf import NoPropConfig
+from noprop_hf.arguments import (
+    BlockArguments,
+    ModelArguments,
+    PretrainingArguments,
+    parse_arguments,
+    parse_blocks,
+)
 from noprop_hf.data import DataArguments
 from noprop_hf.evaluation import report
+from noprop_hf.modeling_noprop import missing_shards
 from noprop_hf.training import pretrain_embeddings, train_blocks
 
 
 def main() -> None:
     types = (ModelArguments, DataArguments, PretrainingArguments, BlockArguments, TrainingArguments)
     model_args, data_args, pretraining_args, block_args, training_args = parse_arguments(types, __doc__)
+    parse_blocks(block_args.blocks, model_args.num_blocks or NoPropConfig().num_blocks)  # before the long work
     pretrain_embeddings(model_args, data_args, pretraining_args, training_args)
     directory = train_blocks(data_args, block_args, training_args, model_args)
+    missing = missing_shards(directory)
+    if missing:
+        print(f"The model in {directory} still misses {', '.join(missing)}: train the other blocks to evaluate it.")
+        return
     print(report(directory, data_args, block_args, training_args.per_device_eval_batch_size, training_args.seed))
 
 

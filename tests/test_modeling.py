@@ -407,3 +407,51 @@ def test_masked_lm_sees_both_sides_and_ties_its_table(config):
     assert torch.allclose(output.loss, reference, atol=1e-5)
     model.train()
     assert torch.allclose(model(input_ids, labels=labels).loss, reference, atol=1e-5)
+
+
+# --- precision --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("noise_schedule", ["information", "cosine"])
+def test_mixed_precision_loss_is_near_the_full_one(config, dtype, noise_schedule):
+    """Also where the evidence is strong: cosine levels make logits of a hundred even here."""
+    fields = config.to_dict() | {"noise_schedule": noise_schedule, "noise_levels": None, "hidden_size": 64}
+    torch.manual_seed(0)
+    block = DenoisingBlock(NoPropConfig(**fields | {"head_dim": None}), 2)
+    table = TokenTable(block.config)
+    block._init_weights(table)
+    input_ids = tokens(4, 16)
+    full = block(input_ids, input_ids, table, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", dtype):
+        mixed = block(input_ids, input_ids, table, generator=torch.Generator().manual_seed(1))
+        mixed.loss.backward()
+    assert mixed.loss.dtype == torch.float32
+    assert torch.allclose(mixed.loss, full.loss, rtol=2e-2)
+    assert all(parameter.grad.isfinite().all() for parameter in block.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights(model, dtype):
+    input_ids = tokens(2, 8)
+    full = model(input_ids).logits
+    model.to(dtype)
+    half = model(input_ids).logits
+    assert torch.allclose(half.exp().sum(-1), torch.ones(2, 8), atol=1e-5)
+    assert (half - full).abs().max() < 0.2
+    bound = model.variational_bound(input_ids, generator=torch.Generator().manual_seed(0))
+    assert bound.token_nats.isfinite().all()
+    output = model.generate(input_ids, max_new_tokens=3, do_sample=True, decoding_mode="denoising", pad_token_id=0)
+    assert output.shape == (2, 11)
+
+
+def test_gradient_checkpointing_changes_no_gradient(model):
+    block, table = model.model.blocks[1].train(), model.model.embed_tokens
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            block.activation_checkpointing_enable()
+        block.zero_grad()
+        block(tokens(3, 9), tokens(3, 9), table, generator=torch.Generator().manual_seed(1)).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in block.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
