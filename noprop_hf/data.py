@@ -213,7 +213,7 @@ def _hold_out(splits: DatasetDict | IterableDatasetDict, args: DataArguments) ->
             f"Cannot hold out {args.validation_split_percentage}% of {len(splits['train'])} training rows for "
             "validation. Give a validation split, or another --validation_split_percentage."
         )
-    parts = splits["train"].train_test_split(test_size=held_out, shuffle=False)
+    parts = splits["train"].train_test_split(test_size=held_out, shuffle=False, seed=0)  # the seed makes it cacheable
     return DatasetDict({**splits, "train": parts["train"], "validation": parts["test"]})
 
 
@@ -298,13 +298,6 @@ def tokenize(
         options |= {"num_proc": args.preprocessing_num_workers, "features": features, "desc": "Tokenizing"}
         pack_options |= {"batch_size": None, "features": features, "desc": "Packing"}
 
-    def encode(
-        batch: dict[str, list[str]], prefix: list[int], suffix: list[int], limit: int | None
-    ) -> dict[str, list[list[int]]]:
-        texts = [text or "" for text in batch[args.text_column_name]]
-        rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        return {"input_ids": [prefix + row[:limit] + suffix for row in rows if row]}
-
     tokens = {}
     for split, rows in splits.items():
         append_eos = not args.has_lines(split) if args.append_eos is None else args.append_eos
@@ -314,10 +307,12 @@ def tokenize(
         if args.packing and not append_eos:
             prefix, suffix = [], []
         limit = None if args.packing else args.max_length - len(prefix) - len(suffix)
+        encode_options = {"tokenizer": tokenizer, "prefix": prefix, "suffix": suffix, "limit": limit}
         tokens[split] = rows.map(
-            encode,
+            _encode,
+            input_columns=args.text_column_name,
             remove_columns=rows.column_names or [args.text_column_name],
-            fn_kwargs={"prefix": prefix, "suffix": suffix, "limit": limit},
+            fn_kwargs=encode_options,
             **options,
         )
         if args.packing:
@@ -328,6 +323,19 @@ def tokenize(
                 "Give more text or a smaller --max_length."
             )
     return (IterableDatasetDict if args.streaming else DatasetDict)(tokens)
+
+
+def _encode(
+    texts: list[str | None],
+    tokenizer: PreTrainedTokenizerBase,
+    prefix: list[int],
+    suffix: list[int],
+    limit: int | None,
+) -> dict[str, list[list[int]]]:
+    """Token ids of each text that has any, cut to `limit` and put between prefix and suffix."""
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    rows = tokenizer([text or "" for text in texts], **options)["input_ids"]
+    return {"input_ids": [prefix + row[:limit] + suffix for row in rows if row]}
 
 
 def _pack(table: pa.Table, length: int) -> pa.Table:

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -139,6 +142,23 @@ def test_streaming_gives_the_same_windows(corpus_file, tokenizer):
     rows = [row["input_ids"] for row in streamed]
     assert rows == stored["input_ids"][: len(rows)] and len(rows) == len(stored)
     assert torch.equal(count_tokens(streamed, len(tokenizer)), count_tokens(stored, len(tokenizer)))
+
+
+def test_tokens_are_cached_for_the_next_process(corpus_file, tokenizer, tmp_path):
+    """The same rows from the same file, by name of the cache files, in two other processes."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    code = f"""
+from noprop_hf.data import DataArguments, load_corpus, load_tokenizer, tokenize
+args = DataArguments(train_file={corpus_file!r}, max_length=16)
+rows = tokenize(load_corpus(args), load_tokenizer({str(tmp_path / "tokenizer")!r}), args)["train"]
+print([file["filename"] for file in rows.cache_files])
+"""
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    names = [
+        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert names[0] == names[1] and "cache-" in names[0]
 
 
 def test_windows_do_not_depend_on_the_number_of_workers(corpus_file, tokenizer):
