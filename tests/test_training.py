@@ -358,3 +358,15 @@ def test_a_block_of_another_configuration(directory, data):
 def test_settings_that_are_not_the_directory_s(directory, data):
     with pytest.raises(ValueError, match="num_blocks=4, but num_blocks=5"):
         train_blocks(data, BLOCKS, arguments(directory), dataclasses.replace(MODEL, num_blocks=5))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_half_precision_training_on_a_gpu(directory, data):
+    """fp16 with loss scaling; the device holds the block and the table, and little else between steps."""
+    options = {"use_cpu": False, "fp16": True, "max_steps": 40, "eval_steps": 20}
+    train_blocks(data, dataclasses.replace(BLOCKS, blocks="3"), arguments(directory, **options))
+    shard = load_file(directory / block_shard(3))
+    assert all(tensor.isfinite().all() for tensor in shard.values())
+    assert float(read_metadata(directory / block_shard(3))["denoising_nats"]) < 5
+    gc.collect()
+    assert torch.cuda.memory_allocated() < 50_000_000
