@@ -25,10 +25,14 @@ class NoPropGenerationMixin(GenerationMixin):
         decoding_mode: str | None = None,
         num_inference_blocks: int | None = None,
         num_trajectories: int | None = None,
+        seed: int | None = None,
         generator: torch.Generator | None = None,
         **kwargs,
     ) -> GenerateOutput | torch.LongTensor:
         """Generate token ids; see [`~transformers.GenerationMixin.generate`] for the common arguments.
+
+        `decoding_mode`, `num_inference_blocks`, `num_trajectories` and `seed` can also be kept in the
+        [`GenerationConfig`].
 
         Args:
             decoding_mode (`str`, *optional*): `"predictive"` (default) decodes from the deterministic predictive
@@ -37,7 +41,8 @@ class NoPropGenerationMixin(GenerationMixin):
                 averaged trajectories is taken.
             num_inference_blocks (`int`, *optional*): run only the first blocks.
             num_trajectories (`int`, *optional*): trajectories of the chain to average for each token.
-            generator (`torch.Generator`, *optional*): source of the chain's randomness.
+            seed (`int`, *optional*): fixes everything random in the call, and leaves torch's global state as it was.
+            generator (`torch.Generator`, *optional*): source of the chain's randomness (not of `do_sample`).
         """
         own = {
             "decoding_mode": decoding_mode,
@@ -46,7 +51,25 @@ class NoPropGenerationMixin(GenerationMixin):
             "generator": generator,
         }
         kwargs |= {name: value for name, value in own.items() if value is not None}
-        return super().generate(inputs, generation_config, *args, **kwargs)
+        if seed is None:
+            seed = getattr(generation_config or self.generation_config, "seed", None)
+        if seed is None:
+            return super().generate(inputs, generation_config, *args, **kwargs)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs
+    ) -> tuple[GenerationConfig, dict]:
+        """Hand what the configuration keeps of our own arguments to `forward`, as is done with `output_attentions`."""
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        for name in ("decoding_mode", "num_inference_blocks", "num_trajectories"):
+            value = getattr(generation_config, name, None)
+            if value is not None:
+                model_kwargs.setdefault(name, value)
+        return generation_config, model_kwargs
 
     @torch.no_grad()
     def denoise(

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,17 +19,18 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .configuration_noprop import NoPropConfig
-from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForMaskedLM, NoPropModel, TokenTable
+from .modeling_noprop import (
+    AUTO_MAP,
+    EMBEDDINGS_SHARD,
+    DenoisingBlock,
+    NoPropForCausalLM,
+    TokenTable,
+    block_shard,
+    shard_index,
+)
 
 
-EMBEDDINGS_SHARD = "embeddings.safetensors"
 TABLE_PREFIX = "model.embed_tokens."
-MASKED_LM_FOLDER = "masked_lm"  # the model of phase 1, beside the one it made the table for
-
-
-def block_shard(block_index: int) -> str:
-    """File name of a block's weights."""
-    return f"block-{block_index:02d}.safetensors"
 
 
 def block_prefix(block_index: int) -> str:
@@ -95,24 +95,15 @@ def create_model_directory(
     directory.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         model = NoPropForCausalLM(config)
-        for custom in (model, NoPropModel(config), NoPropForMaskedLM(config), config):
-            custom_object_save(custom, directory, config=config)
+    custom_object_save(model, directory)  # the code
+    config.auto_map = dict(AUTO_MAP)
     config.architectures = [NoPropForCausalLM.__name__]
     config.dtype = "float32"
     config.save_pretrained(directory)
     GenerationConfig.from_model_config(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
-    def shard_of(name: str) -> str:
-        block = re.match(r"model\.blocks\.(\d+)\.", name)
-        return block_shard(int(block[1])) if block else EMBEDDINGS_SHARD
-
-    state = model.state_dict()
-    index = {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in state.values())},
-        "weight_map": {name: shard_of(name) for name in state},
-    }
-    _write_text(directory / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2) + "\n")
+    _write_text(directory / SAFE_WEIGHTS_INDEX_NAME, json.dumps(shard_index(model.state_dict()), indent=2) + "\n")
     tensors = {TABLE_PREFIX + name: tensor for name, tensor in table.state_dict().items()}
     save_shard(directory / EMBEDDINGS_SHARD, tensors, {"fingerprint": fingerprint(config, table.weight)})
 

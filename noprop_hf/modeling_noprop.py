@@ -13,6 +13,7 @@ Method: NoProp (Li, Teh, Pascanu 2025, arXiv 2503.24322), with the noise enterin
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,14 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, ModelOutput, can_return_tuple
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    ModelOutput,
+    cached_file,
+    can_return_tuple,
+)
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -201,6 +209,49 @@ class NoPropPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ContextEncoder):
             init.eye_(module.input_projection.weight)
 
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """Save as every model of transformers, with one file for the embeddings and one per block under the index."""
+        self.config.auto_map = dict(AUTO_MAP)
+        has_blocks = isinstance(self, NoPropModel | NoPropForCausalLM)
+        if not has_blocks or kwargs.get("variant") or getattr(self, "_hf_peft_config_loaded", False):
+            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+            return
+        commit_arguments = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
+        commit = {name: kwargs.pop(name) for name in commit_arguments if name in kwargs}
+        kwargs["max_shard_size"] = "1000TB"
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        index = shard_index(state_dict)
+        directory = Path(save_directory)
+        shards = sorted(set(index["weight_map"].values()))
+        for shard in shards:
+            tensors = {name: tensor for name, tensor in state_dict.items() if shard_of(name) == shard}
+            super().save_pretrained(directory, is_main_process, tensors, **kwargs)
+            if is_main_process:
+                (directory / SAFE_WEIGHTS_NAME).replace(directory / shard)
+        if is_main_process:
+            for stale in directory.glob("block-*.safetensors"):
+                if stale.name not in shards:
+                    stale.unlink()
+            (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        if push_to_hub:
+            self.push_to_hub(commit.pop("repo_id", directory.name), token=kwargs.get("token"), **commit)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+        """Refused unless the size stays: table, noise levels and blocks are made for one vocabulary."""
+        if new_num_tokens not in (None, self.config.vocab_size):
+            raise ValueError(
+                f"The embedding table is frozen at {self.config.vocab_size} tokens, and every block is trained for it: "
+                f"it cannot be resized to {new_num_tokens}. Pretrain a new table with the tokenizer you need."
+            )
+        return self.get_input_embeddings()
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """Load a model as every model of transformers; a directory whose blocks are not all trained is refused."""
@@ -211,6 +262,35 @@ class NoPropPreTrainedModel(PreTrainedModel):
                 "missing with scripts/train_blocks.py, whose --blocks selects blocks by number."
             )
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
+
+AUTO_MAP = {  # what `trust_remote_code` loads from a directory with these files
+    "AutoConfig": "configuration_noprop.NoPropConfig",
+    "AutoModel": "modeling_noprop.NoPropModel",
+    "AutoModelForCausalLM": "modeling_noprop.NoPropForCausalLM",
+    "AutoModelForMaskedLM": "modeling_noprop.NoPropForMaskedLM",
+}
+EMBEDDINGS_SHARD = "embeddings.safetensors"
+MASKED_LM_FOLDER = "masked_lm"  # in a model directory: the model of phase 1, which its table comes from
+
+
+def block_shard(block_index: int) -> str:
+    """File name of a block's weights."""
+    return f"block-{block_index:02d}.safetensors"
+
+
+def shard_of(weight_name: str) -> str:
+    """The file that a weight of [`NoPropForCausalLM`] or [`NoPropModel`] belongs to."""
+    block = re.match(r"(?:model\.)?blocks\.(\d+)\.", weight_name)
+    return block_shard(int(block[1])) if block else EMBEDDINGS_SHARD
+
+
+def shard_index(state_dict: dict[str, torch.Tensor]) -> dict:
+    """The content of the index file for the weights of a model; tensors on the meta device will do."""
+    return {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in state_dict.values())},
+        "weight_map": {name: shard_of(name) for name in state_dict},
+    }
 
 
 def missing_shards(directory: str | Path, subfolder: str = "") -> list[str]:
@@ -590,6 +670,22 @@ class NoPropForMaskedLM(NoPropPreTrainedModel):
         if module is self:
             init.zeros_(self.readout.weight)
             init.zeros_(self.bias)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Load the model of phase 1, also when the directory is that of the causal model made with it."""
+        if not kwargs.get("subfolder"):
+            options = {name: kwargs[name] for name in ("cache_dir", "revision", "token") if name in kwargs}
+            nested = cached_file(
+                pretrained_model_name_or_path,
+                CONFIG_NAME,
+                subfolder=MASKED_LM_FOLDER,
+                _raise_exceptions_for_missing_entries=False,
+                **options,
+            )
+            if nested is not None:
+                kwargs["subfolder"] = MASKED_LM_FOLDER
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     def token_table(self) -> torch.Tensor:
         """The standardized table, `(vocab_size, hidden_size)`."""

@@ -47,15 +47,15 @@ from .data import (
     train_tokenizer,
 )
 from .evaluation import sample_texts
-from .hub import (
+from .hub import block_is_trained, create_model_directory, load_table, save_block
+from .modeling_noprop import (
     EMBEDDINGS_SHARD,
     MASKED_LM_FOLDER,
-    block_is_trained,
-    create_model_directory,
-    load_table,
-    save_block,
+    DenoisingBlock,
+    NoPropForCausalLM,
+    NoPropForMaskedLM,
+    TokenTable,
 )
-from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForMaskedLM, TokenTable
 from .noise_noprop import information_levels, standardize
 
 

@@ -12,13 +12,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM, NoPropModel
 from noprop_hf.hub import (
     block_is_trained,
-    block_shard,
     create_model_directory,
     fingerprint,
     load_table,
     save_block,
     write_atomically,
 )
+from noprop_hf.modeling_noprop import block_shard
 
 
 @pytest.fixture
@@ -45,26 +45,36 @@ def test_a_directory_loads_with_the_auto_classes(model, directory):
     assert not any("embed_tokens" in name for name, _ in loaded.named_parameters())
 
 
-def test_a_directory_loads_without_the_package(model, directory, tmp_path):
+@pytest.mark.parametrize("saved_by", ["training", "save_pretrained"])
+def test_a_directory_loads_without_the_package(model, tokenizer, directory, tmp_path, saved_by):
     """With `trust_remote_code`, in a process that cannot import `noprop_hf`."""
+    if saved_by == "save_pretrained":
+        directory = tmp_path / "saved"
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    NoPropForMaskedLM(model.config).save_pretrained(directory / "masked_lm")
     code = f"""
 import sys
 sys.modules["noprop_hf"] = None  # importing it is an error
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-options = dict(trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained({str(directory)!r}, **options)
-AutoModel.from_pretrained({str(directory)!r}, **options)
-print(type(AutoConfig.from_pretrained({str(directory)!r}, **options)).__name__)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, pipeline
+directory, options = {str(directory)!r}, dict(trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(directory, **options)
+names = [type(auto.from_pretrained(directory, **options)).__name__
+         for auto in (AutoConfig, AutoModel, AutoModelForMaskedLM)]
 torch.save(model(torch.arange(12).view(2, 6)).logits, {str(tmp_path / "logits.pt")!r})
-print(model.generate(torch.tensor([[1, 2]]), max_new_tokens=3, do_sample=False).shape)
+names.append(str(tuple(model.generate(torch.tensor([[1, 2]]), max_new_tokens=3, do_sample=False).shape)))
+AutoTokenizer.from_pretrained(directory, **options)
+model.save_pretrained({str(tmp_path / "again")!r})
+AutoModelForCausalLM.from_pretrained({str(tmp_path / "again")!r}, **options)
+print(*names)
 """
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split("\n")[:2] == ["NoPropConfig", "torch.Size([1, 5])"]
+    assert run.stdout.split() == ["NoPropConfig", "NoPropModel", "NoPropForMaskedLM", "(1,", "5)"]
     assert torch.equal(torch.load(tmp_path / "logits.pt"), model(INPUT).logits)
 
 
@@ -102,11 +112,43 @@ def test_a_directory_with_missing_blocks_is_refused(directory, auto):
         auto.from_pretrained(directory)
 
 
-def test_save_pretrained_round_trip(model, tmp_path):
+def same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+    one, other = first.state_dict(), second.state_dict()
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("base", [False, True])
+def test_save_pretrained_round_trip(model, tmp_path, dtype, base):
+    model = (model.model if base else model).to(dtype)
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    saved, back = model.state_dict(), loaded.state_dict()
-    assert saved.keys() == back.keys() and all(torch.equal(saved[name], back[name]) for name in saved)
+    weights = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert weights == [*(block_shard(block) for block in range(3)), "embeddings.safetensors"]
+    auto = AutoModel if base else AutoModelForCausalLM
+    assert same(auto.from_pretrained(tmp_path), model)
+    assert same(auto.from_pretrained(tmp_path, dtype=dtype, low_cpu_mem_usage=True, device_map="cpu"), model)
+    assert same(auto.from_pretrained(tmp_path, device_map="auto"), model)
+    assert auto.from_pretrained(tmp_path, dtype="float32").dtype == torch.float32
+    for implementation in ("sdpa", "eager"):
+        loaded = auto.from_pretrained(tmp_path, attn_implementation=implementation)
+        assert loaded.config._attn_implementation == implementation
+
+
+def test_a_base_model_loads_into_the_causal_one_and_back(model, tmp_path):
+    model.model.save_pretrained(tmp_path / "base")
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), model)
+    model.save_pretrained(tmp_path / "causal")
+    assert same(AutoModel.from_pretrained(tmp_path / "causal"), model.model)
+
+
+def test_saving_fewer_blocks_leaves_no_stale_ones(model, config, tmp_path):
+    model.save_pretrained(tmp_path)
+    small = NoPropForCausalLM(NoPropConfig(**config.to_dict() | {"num_blocks": 1, "noise_levels": [0.0]}))
+    small.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.glob("block-*")] == [block_shard(0)]
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path), small)
 
 
 def test_masked_lm_round_trip(config, tmp_path):
@@ -115,6 +157,14 @@ def test_masked_lm_round_trip(config, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
     assert torch.equal(loaded(INPUT).logits, model(INPUT).logits)
+
+
+def test_masked_lm_of_a_causal_model(model, directory):
+    """The model of phase 1 is found beside the model that its table was made for."""
+    torch.manual_seed(0)
+    masked = NoPropForMaskedLM(model.config).eval()
+    masked.save_pretrained(directory / "masked_lm")
+    assert same(AutoModelForMaskedLM.from_pretrained(directory), masked)
 
 
 def test_table_round_trip(model, directory):
