@@ -4,7 +4,8 @@
     python scripts/evaluate_perplexity.py runs/demo
     python scripts/evaluate_perplexity.py runs/demo --test_file my_text.txt
 
-The corpus is the one the model was trained on, unless another one is named.
+The corpus is the one the model was trained on, unless another one is named. With `--packing false`, each row is a text
+of its own, and what is printed is what the `perplexity` metric of `evaluate` gives for these texts.
 """
 
 import math
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from noprop_hf.arguments import parse_arguments
 from noprop_hf.data import DataArguments, load_corpus, load_tokenizer, tokenize
-from noprop_hf.evaluation import evaluate_model
+from noprop_hf.evaluation import Perplexity, evaluate_model
 
 
 @dataclass
@@ -27,13 +28,21 @@ class EvaluationArguments:
 
 def main() -> None:
     name, args, data_args = parse_arguments((EvaluationArguments, DataArguments), __doc__, model=True)
-    model = AutoModelForCausalLM.from_pretrained(name)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(name)
     corpus = load_corpus(data_args)
     if args.split not in corpus:
         raise SystemExit(f"The corpus has no {args.split!r} split, only {', '.join(corpus)}: choose one with --split.")
     corpus = {args.split: corpus[args.split]}
+    if not data_args.packing:
+        texts = [row[data_args.text_column_name] for row in corpus[args.split]]
+        result = Perplexity().compute(
+            predictions=[text for text in texts if text], model_id=name, batch_size=args.batch_size
+        )
+        print(f"{len(result['perplexities'])} texts of {args.split}")
+        print(f"  mean perplexity          {result['mean_perplexity']:.6f}")
+        return
+    tokenizer = load_tokenizer(name)
+    model = AutoModelForCausalLM.from_pretrained(name)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     rows = tokenize(corpus, tokenizer, data_args)[args.split]
     nats = evaluate_model(model, rows, tokenizer, args.batch_size, args.seed)
     print(f"{nats.num_tokens} tokens of {args.split}")

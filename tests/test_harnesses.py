@@ -1,0 +1,271 @@
+"""Tools that other people wrote, on a model directory: the perplexity metric, lm-eval, peft, the stock Trainer."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+)
+
+from conftest import sentences
+from noprop_hf import NoPropConfig, NoPropForCausalLM
+from noprop_hf.evaluation import Perplexity
+
+
+ROOT = Path(__file__).parent.parent
+TEXTS = [*sentences(4, seed=9), "the", "birds sang " * 12]
+
+
+@pytest.fixture(scope="module")
+def directory(tokenizer, tmp_path_factory) -> str:
+    """A saved model of the tokenizer's vocabulary."""
+    torch.manual_seed(1)
+    config = NoPropConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_blocks=2,
+        num_layers_per_block=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = NoPropForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.model.blocks.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    path = str(tmp_path_factory.mktemp("model"))
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+# --- perplexity -------------------------------------------------------------------------------------------------------
+
+
+def stock_perplexity(texts: list[str], model_id: str, batch_size: int, add_start_token: bool) -> list[float]:
+    """The calls of the published `perplexity` metric of `evaluate`, which cannot be downloaded here."""
+    model = AutoModelForCausalLM.from_pretrained(model_id)
+    tokenizer = AutoTokenizer.from_pretrained(model_id)
+    encodings = tokenizer(
+        texts,
+        add_special_tokens=False,
+        padding=True,
+        truncation=False,
+        return_tensors="pt",
+        return_attention_mask=True,
+    )
+    perplexities = []
+    for start in range(0, len(texts), batch_size):
+        batch = encodings["input_ids"][start : start + batch_size]
+        mask = encodings["attention_mask"][start : start + batch_size]
+        if add_start_token:
+            bos = torch.tensor([[tokenizer.bos_token_id]] * len(batch))
+            batch = torch.cat([bos, batch], dim=1)
+            mask = torch.cat([torch.ones_like(bos), mask], dim=1)
+        with torch.no_grad():
+            logits = model(batch, attention_mask=mask).logits
+        losses = nn.CrossEntropyLoss(reduction="none")(logits[:, :-1].transpose(1, 2), batch[:, 1:])
+        mask = mask[:, 1:]
+        perplexities += torch.exp((losses * mask).sum(1) / mask.sum(1)).tolist()
+    return perplexities
+
+
+@pytest.mark.parametrize("add_start_token", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_perplexity_is_that_of_the_stock_metric(directory, add_start_token, batch_size):
+    texts = TEXTS if add_start_token else [text for text in TEXTS if text != "the"]
+    ours = Perplexity().compute(
+        predictions=texts, model_id=directory, batch_size=batch_size, add_start_token=add_start_token
+    )
+    stock = stock_perplexity(texts, directory, batch_size, add_start_token)
+    assert ours["perplexities"] == pytest.approx(stock, abs=1e-3, rel=1e-6)
+    assert ours["mean_perplexity"] == pytest.approx(sum(stock) / len(stock), rel=1e-6)
+    one_by_one = stock_perplexity(texts, directory, 1, add_start_token)
+    assert stock == pytest.approx(one_by_one, rel=1e-5)  # padding changes nothing
+
+
+def test_long_texts_in_sliding_windows(directory, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    text = " ".join(sentences(6))
+    ids = torch.tensor([tokenizer.bos_token_id, *tokenizer(text)["input_ids"]])
+    # by hand: windows of 10 that move on by 4; a token is predicted in the first window it is in
+    nats, predicted, begin = 0.0, 1, 0
+    while predicted < len(ids):
+        window = ids[begin : begin + 10]
+        log_probs = model(window[None]).logits[0]
+        for position in range(predicted, min(begin + 10, len(ids))):
+            nats -= log_probs[position - begin - 1, ids[position]].item()
+        predicted, begin = min(begin + 10, len(ids)), begin + 4
+    result = Perplexity().compute(predictions=[text], model_id=directory, max_length=10, stride=4)
+    assert result["perplexities"][0] == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-4)
+    cut = Perplexity().compute(predictions=[text], model_id=directory, max_length=10)
+    loss = model(ids[None, :10], labels=ids[None, :10]).loss
+    assert cut["perplexities"][0] == pytest.approx(loss.exp().item(), rel=1e-4)
+
+
+def test_perplexity_of_nothing(directory):
+    with pytest.raises(ValueError, match="Text 1 .* too short"):
+        Perplexity().compute(predictions=["the cat", "a"], model_id=directory, add_start_token=False)
+    with pytest.raises(ValueError, match="stride"):
+        Perplexity().compute(predictions=["the cat"], model_id=directory, max_length=4, stride=4)
+
+
+@pytest.mark.slow
+def test_the_script_gives_the_same(directory, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.txt").write_text("\n".join(TEXTS) + "\n")
+    files = [f"--{split}_file={tmp_path / split}.txt" for split in ("train", "test")]
+    options = [*files, "--packing", "false", "--validation_split_percentage", "50", "--batch_size", "4"]
+    done = subprocess.run(
+        [sys.executable, "scripts/evaluate_perplexity.py", directory, *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    stock = stock_perplexity(TEXTS, directory, 4, True)
+    assert float(done.stdout.split()[-1]) == pytest.approx(sum(stock) / len(stock), abs=1e-4)
+
+
+# --- lm-eval ----------------------------------------------------------------------------------------------------------
+
+
+def test_lm_eval(directory, tmp_path, tokenizer):
+    """`--model hf` with local tasks: loglikelihood, rolling loglikelihood and generate_until requests."""
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
+    rows = [
+        {"text": text, "question": " ".join(text.split()[:2]), "choices": ["cat", "old dogs"], "gold": 1}
+        for text in sentences(5)
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = f"""
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "data.jsonl"}}}}}
+test_split: test
+"""
+    tasks = {
+        "choice": "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: choices\n"
+        "doc_to_target: gold\nmetric_list: [{metric: acc}]\n",
+        "rolling": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+        "metric_list: [{metric: word_perplexity}]\n",
+        "until": "output_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{text}}'\n"
+        "generation_kwargs: {until: ['.'], max_gen_toks: 8, do_sample: false}\nmetric_list: [{metric: exact_match}]\n",
+    }
+    (tmp_path / "tasks").mkdir()
+    for name, task in tasks.items():
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(f"task: noprop_{name}\n{common}{task}")
+    results = lm_eval.simple_evaluate(
+        model="hf",
+        model_args=f"pretrained={directory},dtype=float32",
+        tasks=[f"noprop_{name}" for name in tasks],
+        task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
+        batch_size=2,
+        device="cpu",
+        log_samples=True,
+    )
+    model = AutoModelForCausalLM.from_pretrained(directory)
+
+    def log_likelihood(context: str, continuation: str) -> float:
+        head = tokenizer(context)["input_ids"] if context else [tokenizer.eos_token_id]
+        ids = torch.tensor([head + tokenizer(continuation)["input_ids"]])
+        log_probs = model(ids).logits[0, :-1].gather(1, ids[0, 1:, None])[len(head) - 1 :]
+        return log_probs.sum().item()
+
+    for sample in results["samples"]["noprop_choice"]:
+        values = [response[0] for response in sample["filtered_resps"]]
+        expected = [log_likelihood(sample["doc"]["question"], " " + choice) for choice in sample["doc"]["choices"]]
+        assert values == pytest.approx(expected, abs=1e-3)
+    rolled = [sample["filtered_resps"][0] for sample in results["samples"]["noprop_rolling"]]
+    short = [row["text"] for row in rows if len(tokenizer(row["text"])["input_ids"]) < 31]
+    assert short and [value for value, row in zip(rolled, rows, strict=True) if row["text"] in short] == pytest.approx(
+        [log_likelihood("", text) for text in short], abs=1e-3
+    )
+    for sample in results["samples"]["noprop_until"]:
+        prompt = tokenizer(sample["doc"]["question"], return_tensors="pt")
+        output = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+        assert sample["filtered_resps"][0] == tokenizer.decode(output, skip_special_tokens=True).split(".")[0]
+
+
+# --- training with other people's tools -------------------------------------------------------------------------------
+
+
+def training_rows(tokenizer) -> list[dict[str, list[int]]]:
+    return [{"input_ids": tokenizer(text)["input_ids"]} for text in sentences(200)]
+
+
+def train(model: nn.Module, tokenizer, output_dir: Path, **options) -> Trainer:
+    arguments = TrainingArguments(
+        output_dir=str(output_dir),
+        max_steps=30,
+        per_device_train_batch_size=8,
+        learning_rate=5e-3,
+        logging_steps=5,
+        disable_tqdm=True,
+        use_cpu=True,
+        **options,
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=training_rows(tokenizer),
+        eval_dataset=training_rows(tokenizer)[:20],
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_stock_trainer_fine_tunes_end_to_end(directory, tokenizer, tmp_path, checkpointing):
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = train(
+        model, tokenizer, tmp_path / "run", activation_checkpointing=checkpointing, eval_strategy="steps", eval_steps=15
+    )
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.5
+    assert any("eval_loss" in entry for entry in trainer.state.log_history)
+    after = model.state_dict()
+    for name in before:
+        trained = not name.startswith("model.embed_tokens") and "correction.0" not in name
+        assert torch.equal(before[name], after[name]) != trained or "correction.0" in name, name
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-30")
+    input_ids = torch.arange(10)[None]
+    assert torch.equal(loaded(input_ids).logits, model.eval()(input_ids).logits)
+
+
+def test_lora_on_one_block(directory, tokenizer, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    config = peft.LoraConfig(
+        r=2, target_modules=r"model\.blocks\.1\..*\.(q_proj|v_proj|up_proj)", task_type="CAUSAL_LM"
+    )
+    adapted = peft.get_peft_model(model, config)
+    trainable = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert trainable and all(".blocks.1." in name and "lora_" in name for name in trainable)
+    trainer = train(adapted, tokenizer, tmp_path / "run")
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    adapted.save_pretrained(tmp_path / "adapter")
+    fresh = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), tmp_path / "adapter")
+    input_ids = torch.arange(10)[None]
+    assert torch.allclose(fresh(input_ids).logits, adapted.eval()(input_ids).logits, atol=1e-6)
+    merged = adapted.merge_and_unload()
+    assert torch.allclose(merged(input_ids).logits, fresh(input_ids).logits, atol=1e-5)
+    output = fresh.generate(input_ids=input_ids, max_new_tokens=3, do_sample=False)
+    assert output.shape == (1, 13)
