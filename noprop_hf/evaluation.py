@@ -21,6 +21,10 @@ from .data import CausalCollator, DataArguments, boundary_tokens, load_corpus, l
 from .modeling_noprop import NoPropForCausalLM
 
 
+RESULTS_FILE = "results.json"  # in a model directory: what `report` found
+MODEL_ROW = "NoProp, all blocks"
+
+
 @dataclass
 class ModelNats:
     """Nats per predicted token of a model on a dataset.
@@ -291,27 +295,32 @@ def report(directory: Path, data_args: DataArguments, block_args: BlockArguments
     counts = CountingBaseline(dataset["train"], model.config.vocab_size).fit(dataset["validation"])
     unigram, bigram = zip(*(counts.nats(dataset[split]) for split in splits), strict=True)
     rows = [
-        ("NoProp, all blocks", {split: measured[split].predictive for split in splits}),
+        (MODEL_ROW, {split: measured[split].predictive for split in splits}),
         ("NoProp, bound of the chain", {split: measured[split].bound for split in splits}),
         ("NoProp, first block alone", {split: measured[split].context[0] for split in splits}),
         ("interpolated bigram counts", dict(zip(splits, bigram, strict=True))),
         ("unigram counts", dict(zip(splits, unigram, strict=True))),
     ]
-    results = {"nats_per_token": dict(rows), "details": {split: asdict(measured[split]) for split in splits}}
-    (directory / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-
     last = splits[-1]
     gains = ", ".join(
         f"block {block} {nats:+.4f} ± {error:.4f}"
         for block, (nats, error) in enumerate(zip(measured[last].block_nats, measured[last].block_errors, strict=True))
         if block > 0
     )
-    lines = [results_table(rows, splits), ""]
+    table = results_table(rows, splits)
+    lines = [table, ""]
     if gains:
         lines += [f"What each block adds to the bound on {last}: {gains}", ""]
-    torch.manual_seed(seed)
-    for prompt, text in sample_texts(model, tokenizer, block_args.sample_prompts, block_args.sample_max_new_tokens):
-        lines.append(f"Sample: {prompt}|{text!r}")
+    prompts, max_new_tokens = block_args.sample_prompts, block_args.sample_max_new_tokens
+    samples = sample_texts(model, tokenizer, prompts, max_new_tokens, seed=seed)
+    lines += [f"Sample: {prompt}|{text!r}" for prompt, text in samples]
+    results = {
+        "nats_per_token": dict(rows),
+        "details": {split: asdict(measured[split]) for split in splits},
+        "table": table,
+        "samples": samples,
+    }
+    (directory / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     lines += [
         "",
         f"The model is in {directory}. What comes next:",

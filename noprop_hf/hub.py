@@ -7,30 +7,41 @@ touches nothing else, and once all files are there the directory is a model like
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
+import yaml
+from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
+from .arguments import CORPUS_FILE
 from .configuration_noprop import NoPropConfig
+from .evaluation import MODEL_ROW, RESULTS_FILE
 from .modeling_noprop import (
     AUTO_MAP,
     EMBEDDINGS_SHARD,
+    MASKED_LM_FOLDER,
     DenoisingBlock,
     NoPropForCausalLM,
     TokenTable,
     block_shard,
+    missing_shards,
     shard_index,
 )
 
 
 TABLE_PREFIX = "model.embed_tokens."
+CARD_NAME = "README.md"
+PLOT_NAME = "bound.png"
 
 
 def block_prefix(block_index: int) -> str:
@@ -86,11 +97,15 @@ def _own_fields(config: NoPropConfig) -> dict:
 
 
 def create_model_directory(
-    directory: Path, config: NoPropConfig, tokenizer: PreTrainedTokenizerBase, table: TokenTable
+    directory: Path,
+    config: NoPropConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    table: TokenTable,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write all of a model but its blocks: code, configurations, tokenizer, index and, last, the embedding shard.
 
-    The embedding shard under its final name therefore says that the directory is complete.
+    The embedding shard under its final name therefore says that the directory is complete. `metadata` is kept in it.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
@@ -105,7 +120,8 @@ def create_model_directory(
 
     _write_text(directory / SAFE_WEIGHTS_INDEX_NAME, json.dumps(shard_index(model.state_dict()), indent=2) + "\n")
     tensors = {TABLE_PREFIX + name: tensor for name, tensor in table.state_dict().items()}
-    save_shard(directory / EMBEDDINGS_SHARD, tensors, {"fingerprint": fingerprint(config, table.weight)})
+    mark = {"fingerprint": fingerprint(config, table.weight)}
+    save_shard(directory / EMBEDDINGS_SHARD, tensors, {**mark, **(metadata or {})})
 
 
 def load_table(directory: Path, config: NoPropConfig) -> TokenTable:
@@ -156,3 +172,163 @@ def block_is_trained(directory: Path, config: NoPropConfig, table: TokenTable, b
             f"block {block_index} again, or use another output directory."
         )
     return True
+
+
+# --- sharing ----------------------------------------------------------------------------------------------------------
+
+SHARED_FILES = ("*.safetensors", "*.json", "*.py", "*.jinja", "*.txt", "*.model", CORPUS_FILE, CARD_NAME, PLOT_NAME)
+
+
+def files_to_push(directory: Path) -> dict[str, Path]:
+    """The files of a model directory that make up the model, by their path in the repository; no checkpoints.
+
+    Raises:
+        FileNotFoundError: the directory holds no model, or one whose blocks are not all trained.
+    """
+    if not (directory / EMBEDDINGS_SHARD).is_file():
+        raise FileNotFoundError(f"{directory} holds no model: there is no {EMBEDDINGS_SHARD}.")
+    missing = missing_shards(directory)
+    if missing:
+        raise FileNotFoundError(f"{directory} is not fully trained: {', '.join(missing)} missing.")
+    files = {}
+    for folder in (directory, directory / MASKED_LM_FOLDER):
+        for pattern in SHARED_FILES:
+            for path in sorted(folder.glob(pattern)):
+                files[path.relative_to(directory).as_posix()] = path
+    return files
+
+
+def push_model(
+    directory: Path,
+    repo_id: str,
+    private: bool | None = None,
+    token: str | None = None,
+    update: bool = False,
+    commit_message: str = "Upload NoProp model",
+) -> str:
+    """Create a repository of the Hub and upload a model directory, all in one commit.
+
+    When it fails on the way, nothing is visible on `main`, and a second call sends only what has not arrived.
+
+    Args:
+        repo_id: `user/name`.
+        private: whether to create the repository as private.
+        token: access token; that of `hf auth login` when not given.
+        update: whether to commit to a repository that holds a model already.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        FileExistsError: the repository holds a model, and `update` is not given.
+        PermissionError: there is no token, or it does not allow to write there.
+    """
+    files = files_to_push(directory)
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        head = api.repo_info(repo_id)
+        if not update and any(sibling.rfilename == CONFIG_NAME for sibling in head.siblings or []):
+            raise FileExistsError(
+                f"{repo_id} holds a model already. Use --update to commit this one over it, or choose another name."
+            )
+        operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+        # Of the commit we have seen, so that a push that happened meanwhile is told and not overwritten.
+        commit = api.create_commit(repo_id, operations, commit_message=commit_message, parent_commit=head.sha)
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in (401, 403):
+            raise PermissionError(
+                f"The Hub does not let you write to {repo_id}. Log in with `hf auth login`, or pass a token that may "
+                "write there with --token."
+            ) from error
+        raise
+    return commit.commit_url
+
+
+def model_card(
+    directory: Path,
+    repo_id: str,
+    template: Path,
+    license: str | None = None,
+    language: str | None = None,
+) -> ModelCard:
+    """The card of a model directory, from a template and from what training and evaluation left there.
+
+    Args:
+        repo_id: where the model will be found.
+        template: `model_card.md` of the project.
+        license: licence of the model, by its identifier on the Hub.
+        language: language of the text, by its ISO 639-1 code.
+    """
+    config = NoPropConfig.from_pretrained(directory)
+    corpus = yaml.safe_load((directory / CORPUS_FILE).read_text(encoding="utf-8"))
+    results = json.loads((directory / RESULTS_FILE).read_text(encoding="utf-8"))
+    shards = [read_metadata(directory / block_shard(block)) for block in range(config.num_blocks)]
+    dataset = corpus.get("dataset_name") or "local files"
+    base_model = read_metadata(directory / EMBEDDINGS_SHARD).get("embeddings_from")
+    nats = results["nats_per_token"]
+    splits = list(nats[MODEL_ROW])
+    evaluations = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split=split,
+            metric_type=metric,
+            metric_name=name,
+            metric_value=round(value, 4),
+        )
+        for split in splits
+        for metric, name, value in (
+            ("nats_per_token", "Nats per token", nats[MODEL_ROW][split]),
+            ("perplexity", "Perplexity", math.exp(nats[MODEL_ROW][split])),
+        )
+    ]
+    name = repo_id.split("/")[-1]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=license,
+        language=language,
+        datasets=[dataset] if "/" in dataset and not Path(dataset).exists() else None,
+        base_model=base_model if base_model and not Path(base_model).exists() else None,
+        tags=["noprop", "denoising", "block-wise-training"],
+        model_name=name,
+        eval_results=evaluations,
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(template),
+        model_name=name,
+        model_id=repo_id,
+        config=config,
+        noise_levels=", ".join(f"{level:.4g}" for level in config.noise_levels),
+        dataset=dataset,
+        base_model=base_model,
+        table=results["table"],
+        block_nats=results["details"][splits[-1]]["block_nats"],
+        samples=results["samples"],
+        shards=shards,
+        has_plot=(directory / PLOT_NAME).is_file(),
+    )
+
+
+def plot_bound(directory: Path) -> None:
+    """Draw the bound by block as a picture beside the model's card."""
+    from matplotlib.figure import Figure  # of the extra `demo`, and used here alone
+
+    results = json.loads((directory / RESULTS_FILE).read_text(encoding="utf-8"))
+    split = list(results["details"])[-1]
+    details = results["details"][split]
+    totals = np.cumsum(details["block_nats"])
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    blocks = range(len(totals))
+    axes.errorbar(
+        blocks, totals, yerr=details["block_errors"], marker="o", capsize=4, label="bound of the chain so far"
+    )
+    axes.plot(blocks, details["context"], marker="s", linestyle=":", label="each block alone, on pure noise")
+    axes.axhline(details["predictive"], color="gray", linewidth=1, label="predictive distribution of all blocks")
+    axes.set(xlabel="block", ylabel="nats per token", xticks=list(blocks), title=f"Bound by block ({split})")
+    axes.legend()
+    figure.savefig(directory / PLOT_NAME, dpi=120)

@@ -261,7 +261,18 @@ class NoPropPreTrainedModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path} is not fully trained: {', '.join(missing)} missing. Train what is "
                 "missing with scripts/train_blocks.py, whose --blocks selects blocks by number."
             )
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except Exception as error:
+            if type(error).__name__ != "SafetensorError":  # not imported: a model needs torch and transformers alone
+                raise
+            options = {name: kwargs[name] for name in ("cache_dir", "revision", "token", "subfolder") if name in kwargs}
+            config = cached_file(pretrained_model_name_or_path, CONFIG_NAME, **options)
+            damaged = [path.name for path in sorted(Path(config).parent.glob("*.safetensors")) if is_damaged(path)]
+            raise OSError(
+                f"Weights of {pretrained_model_name_or_path} are corrupted: {', '.join(damaged) or error}. Restore the "
+                "file, train its block again, or download it anew with `force_download=True`."
+            ) from error
 
 
 AUTO_MAP = {  # what `trust_remote_code` loads from a directory with these files
@@ -291,6 +302,18 @@ def shard_index(state_dict: dict[str, torch.Tensor]) -> dict:
         "metadata": {"total_size": sum(tensor.nbytes for tensor in state_dict.values())},
         "weight_map": {name: shard_of(name) for name in state_dict},
     }
+
+
+def is_damaged(shard: Path) -> bool:
+    """Whether a safetensors file is not as long as its own header says, or has none."""
+    try:
+        with open(shard, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        return shard.stat().st_size != 8 + length + max(entry["data_offsets"][1] for entry in header.values())
+    except (ValueError, KeyError, AttributeError, MemoryError):
+        return True
 
 
 def missing_shards(directory: str | Path, subfolder: str = "") -> list[str]:

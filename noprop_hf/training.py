@@ -142,7 +142,8 @@ def pretrain_embeddings(
     directory.mkdir(parents=True, exist_ok=True)
     corpus_fields = {name: value for name, value in vars(data_args).items() if value is not None}
     (directory / CORPUS_FILE).write_text(yaml.safe_dump(corpus_fields, sort_keys=False), encoding="utf-8")
-    create_model_directory(directory, config, tokenizer, table)
+    origin = {} if source is None else {"embeddings_from": model_args.embeddings_from}
+    create_model_directory(directory, config, tokenizer, table, origin)
     logger.warning(
         f"The embedding table is in {directory}; noise levels {[round(level, 4) for level in config.noise_levels]}."
     )
@@ -387,12 +388,13 @@ def train_block(
     show_progress(trainer, f"block {block_index} ({block_index + 1} of {config.num_blocks})")
     if args.eval_strategy != "no" and block_args.sample_prompts:
         trainer.add_callback(SampleCallback(table, tokenizer, block_args))
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    summary = trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir)).metrics
     last = trainer.state.log_history[-2] if len(trainer.state.log_history) > 1 else {}  # before the summary
     evaluated = last.get("step") == trainer.state.global_step and "eval_bound_nats" in last
     metrics = last if evaluated else trainer.evaluate()
     kept = {name: f"{metrics[f'eval_{name}']:.6f}" for name in ("context_nats", "denoising_nats", "bound_nats")}
-    save_block(directory, block, table, {"steps": str(trainer.state.global_step), "seed": str(seed), **kept})
+    cost = {"steps": str(trainer.state.global_step), "seconds": f"{summary['train_runtime']:.1f}"}
+    save_block(directory, block, table, {**cost, "seed": str(seed), **kept})
     return metrics
 
 

@@ -1,0 +1,53 @@
+#!/usr/bin/env python
+"""Share a model: its code, weights, tokenizer and card, in one commit to a repository of the Hub.
+
+python scripts/push_to_hub.py runs/demo user/name --license apache-2.0 --language en
+python scripts/push_to_hub.py runs/demo user/name --dry_run
+"""
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+
+from noprop_hf.evaluation import RESULTS_FILE
+from noprop_hf.hub import CARD_NAME, files_to_push, model_card, plot_bound, push_model
+
+
+TEMPLATE = Path(__file__).parent.parent / "model_card.md"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a model directory with all blocks")
+    parser.add_argument("repo_id", help="the repository, as user/name")
+    parser.add_argument("--license", help="licence of the model, by its identifier on the Hub")
+    parser.add_argument("--language", help="language of the text, by its ISO 639-1 code")
+    parser.add_argument("--private", action="store_true", default=None, help="create the repository as private")
+    parser.add_argument("--update", action="store_true", help="commit over a model that is there already")
+    parser.add_argument("--token", help="access token; that of `hf auth login` when not given")
+    parser.add_argument("--commit_message", default="Upload NoProp model")
+    parser.add_argument("--dry_run", action="store_true", help="say what would be uploaded, and upload nothing")
+    args = parser.parse_args()
+
+    try:
+        files_to_push(args.model)  # tells what is missing
+        if (args.model / RESULTS_FILE).is_file():
+            if find_spec("matplotlib") is not None:
+                plot_bound(args.model)
+            card = model_card(args.model, args.repo_id, TEMPLATE, args.license, args.language)
+            card.save(args.model / CARD_NAME)
+        else:
+            print(f"There is no {RESULTS_FILE} in {args.model}, so no card is made: scripts/train.py writes it.")
+        if args.dry_run:
+            for name, path in files_to_push(args.model).items():
+                print(f"{path.stat().st_size:12,}  {name}")
+            print(f"would go to {args.repo_id} in one commit")
+            return
+        url = push_model(args.model, args.repo_id, args.private, args.token, args.update, args.commit_message)
+    except (FileNotFoundError, FileExistsError, PermissionError) as error:
+        raise SystemExit(str(error)) from error
+    print(f"Uploaded: {url}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""A small Hub, for the real `huggingface_hub` client over HTTP: repositories, LFS uploads, commits, downloads.
+
+Everything is in memory. A commit is all or nothing, LFS objects are kept by their hash across pushes, and faults can be
+planned: `server.faults.append(Fault(...))` makes the next matching requests fail.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+
+TOKEN = "hf_test_token"
+
+
+@dataclass
+class Fault:
+    """Makes the next `times` requests that match fail: with a status, or by dropping the connection."""
+
+    method: str
+    path: str
+    status: int | None = None
+    times: int = 1
+
+
+@dataclass
+class Repository:
+    private: bool = False
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)  # all files at each commit, oldest first
+    messages: list[str] = field(default_factory=list)
+
+    def commit(self, files: dict[str, bytes], message: str) -> str:
+        oid = hashlib.sha1(f"{len(self.commits)}{message}".encode()).hexdigest()
+        self.commits[oid] = files
+        self.messages.append(message)
+        return oid
+
+    @property
+    def head(self) -> str:
+        return list(self.commits)[-1]
+
+    def files(self, revision: str) -> dict[str, bytes] | None:
+        return self.commits.get(self.head if revision == "main" else revision)
+
+
+class HubServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.repositories: dict[str, Repository] = {}
+        self.objects: dict[str, bytes] = {}  # LFS, by sha256
+        self.faults: list[Fault] = []
+        self.requests: list[tuple[str, str]] = []
+        self.lock = threading.Lock()
+
+
+@contextmanager
+def hub_server() -> Iterator[HubServer]:
+    server = HubServer()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: HubServer
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def reply(self, status: int, content: bytes | dict | list = b"", **headers: str) -> None:
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def fail(self, status: int, code: str, message: str) -> None:
+        self.reply(status, {"error": message}, X_Error_Code=code, X_Error_Message=message)
+
+    def handle_request(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        with self.server.lock:
+            self.server.requests.append((self.command, path))
+            for fault in self.server.faults:
+                if fault.times and fault.method == self.command and re.search(fault.path, path):
+                    fault.times -= 1
+                    if fault.status is None:
+                        self.connection.close()
+                        self.close_connection = True
+                    else:
+                        self.fail(fault.status, "Fault", "planned by the test")
+                    return
+            self.route(path, body)
+
+    do_GET = do_HEAD = do_POST = do_PUT = handle_request
+
+    def route(self, path: str, body: bytes) -> None:
+        authorized = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        if self.command in ("POST", "PUT") and not path.startswith(("/lfs/", "/api/validate")) and not authorized:
+            return self.fail(401, "Unauthorized", "Invalid username or password.")
+        if path == "/api/validate-yaml":
+            return self.reply(200, {"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            return self.create_repository(json.loads(body))
+        if match := re.fullmatch(r"/lfs/(\w+)", path):
+            if hashlib.sha256(body).hexdigest() != match[1]:
+                return self.fail(400, "BadObject", "The content does not have this hash.")
+            self.server.objects[match[1]] = body
+            return self.reply(200)
+        patterns = {
+            r"/api/models/([^/]+/[^/]+)/preupload/(.+)": self.preupload,
+            r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch": self.lfs_batch,
+            r"/api/models/([^/]+/[^/]+)/commit/(.+)": self.commit,
+            r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?": self.model_info,
+            r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?": self.tree,
+            r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)": self.resolve,
+        }
+        for pattern, action in patterns.items():
+            if match := re.fullmatch(pattern, path):
+                repository = self.server.repositories.get(match[1])
+                if repository is None or (repository.private and not authorized):
+                    return self.fail(404, "RepoNotFound", "Repository not found")
+                return action(match, repository, body)
+        return self.fail(404, "EntryNotFound", f"No such path: {path}")
+
+    def create_repository(self, request: dict) -> None:
+        name = f"{request['organization'] or 'user'}/{request['name']}"
+        url = f"{self.server.url}/{name}"
+        if name in self.server.repositories:
+            return self.reply(409, {"error": "You already created this model repo", "url": url})
+        repository = Repository(private=request.get("visibility") == "private" or bool(request.get("private")))
+        repository.commit({".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
+        self.server.repositories[name] = repository
+        return self.reply(200, {"url": url, "name": name, "id": name})
+
+    def preupload(self, match: re.Match, repository: Repository, body: bytes) -> None:
+        if repository.files(match[2]) is None:
+            return self.fail(404, "RevisionNotFound", f"Invalid rev id: {match[2]}")
+        files = [
+            {
+                "path": file["path"],
+                "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                "shouldIgnore": False,
+            }
+            for file in json.loads(body)["files"]
+        ]
+        return self.reply(200, {"files": files})
+
+    def lfs_batch(self, match: re.Match, repository: Repository, body: bytes) -> None:
+        objects = []
+        for item in json.loads(body)["objects"]:
+            if item["oid"] not in self.server.objects:  # what is there already need not come again
+                item["actions"] = {"upload": {"href": f"{self.server.url}/lfs/{item['oid']}"}}
+            objects.append(item)
+        return self.reply(200, {"transfer": "basic", "objects": objects})
+
+    def commit(self, match: re.Match, repository: Repository, body: bytes) -> None:
+        header, *operations = [json.loads(line) for line in body.splitlines()]
+        parent = header["value"].get("parentCommit")
+        if parent is not None and parent != repository.head:
+            return self.fail(412, "Conflict", "A commit has happened since. Please refresh and try again.")
+        files = dict(repository.files(match[2]))
+        for operation in operations:
+            value = operation["value"]
+            if operation["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif operation["key"] == "lfsFile":
+                if value["oid"] not in self.server.objects:
+                    return self.fail(400, "BadObject", f"{value['path']}: its content was not uploaded")
+                files[value["path"]] = self.server.objects[value["oid"]]
+            elif operation["key"] == "deletedFile":
+                del files[value["path"]]
+        oid = repository.commit(files, header["value"]["summary"])
+        return self.reply(200, {"commitUrl": f"{self.server.url}/{match[1]}/commit/{oid}", "commitOid": oid})
+
+    def model_info(self, match: re.Match, repository: Repository, body: bytes) -> None:
+        revision = match[2] or "main"
+        files = repository.files(revision)
+        if files is None:
+            return self.fail(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        sha = repository.head if revision == "main" else revision
+        siblings = [{"rfilename": name} for name in sorted(files)]
+        return self.reply(
+            200, {"id": match[1], "modelId": match[1], "sha": sha, "private": repository.private, "siblings": siblings}
+        )
+
+    def tree(self, match: re.Match, repository: Repository, body: bytes) -> None:
+        files = repository.files(match[2])
+        if files is None:
+            return self.fail(404, "RevisionNotFound", f"Invalid rev id: {match[2]}")
+        folder = f"{match[3]}/" if match[3] else ""
+        entries = [
+            {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            for name, data in sorted(files.items())
+            if name.startswith(folder)
+        ]
+        if folder and not entries:
+            return self.fail(404, "EntryNotFound", "Entry not found")
+        return self.reply(200, entries)
+
+    def resolve(self, match: re.Match, repository: Repository, body: bytes) -> None:
+        files = repository.files(match[2])
+        if files is None:
+            return self.fail(404, "RevisionNotFound", f"Invalid rev id: {match[2]}")
+        sha = repository.head if match[2] == "main" else match[2]
+        if match[3] not in files:
+            return self.reply(404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
+        data = files[match[3]]
+        etag = f'"{hashlib.sha256(data).hexdigest()}"'
+        return self.reply(200, data, ETag=etag, X_Repo_Commit=sha, Accept_Ranges="bytes")

@@ -1,0 +1,267 @@
+"""Pushing to and loading from a Hub over HTTP, with the real `huggingface_hub` client in processes of its own."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from hub_server import TOKEN, Fault, HubServer, hub_server
+from noprop_hf import NoPropForMaskedLM
+from noprop_hf.evaluation import ModelNats, results_table
+from noprop_hf.hub import create_model_directory, save_block
+
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+INPUT = "torch.arange(12).view(2, 6)"
+
+
+@pytest.fixture
+def server():
+    with hub_server() as server:
+        yield server
+
+
+@pytest.fixture
+def directory(model, tokenizer, tmp_path) -> Path:
+    """What a run of `scripts/train.py` leaves, without the run."""
+    path = tmp_path / "model"
+    create_model_directory(path, model.config, tokenizer, model.model.embed_tokens)
+    for block in model.model.blocks:
+        save_block(path, block, model.model.embed_tokens, {"steps": "7", "seconds": "1.5"})
+    NoPropForMaskedLM(model.config).save_pretrained(path / "masked_lm")
+    (path / "checkpoints").mkdir()
+    (path / "checkpoints" / "optimizer.pt").write_bytes(b"not to be shared")
+    (path / "corpus.yaml").write_text("dataset_name: someone/texts\n")
+    nats = ModelNats(2.5, [2.6, 2.7, 2.8], 2.55, [2.6, -0.04, -0.01], [0.1, 0.01, 0.01], 1000)
+    rows = [
+        ("NoProp, all blocks", {"validation": 2.4, "test": 2.5}),
+        ("unigram counts", {"validation": 3, "test": 3.1}),
+    ]
+    results = {
+        "nats_per_token": dict(rows),
+        "details": {split: dataclasses.asdict(nats) for split in ("validation", "test")},
+        "table": results_table(rows, ["validation", "test"]),
+        "samples": [["the cat", ' sat "down"\nand slept'], ["a", "b"]],
+    }
+    (path / "results.json").write_text(json.dumps(results))
+    return path
+
+
+def environment(server: HubServer, tmp_path: Path, token: str | None = TOKEN) -> dict[str, str]:
+    """Of a process that knows this Hub alone, and is clean of caches."""
+    values = {
+        **os.environ,
+        "HF_ENDPOINT": server.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    values.pop("HF_TOKEN", None)
+    return values if token is None else values | {"HF_TOKEN": token}
+
+
+def push(server: HubServer, directory: Path, *options: str, token: str | None = TOKEN, fails: bool = False) -> str:
+    done = subprocess.run(
+        [sys.executable, "scripts/push_to_hub.py", str(directory), "user/tiny", *options],
+        cwd=ROOT,
+        env=environment(server, directory.parent, token),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode != 0) == fails, done.stdout
+    return done.stdout
+
+
+def load(server: HubServer, tmp_path: Path, code: str, fails: bool = False) -> str:
+    """Run code in a process without `noprop_hf`, against this Hub."""
+    preamble = f"""
+import sys
+sys.modules["noprop_hf"] = None
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, pipeline
+options = dict(trust_remote_code=True)
+inputs = {INPUT}
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", preamble + code],
+        cwd=tmp_path,
+        env=environment(server, tmp_path, None) | {"PYTHONPATH": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode != 0) == fails, done.stdout
+    return done.stdout
+
+
+def test_push_and_load_back(server, directory, model, tmp_path):
+    output = push(server, directory, "--license", "apache-2.0", "--language", "en")
+    assert "Uploaded: http" in output
+    repository = server.repositories["user/tiny"]
+    assert repository.messages == ["initial commit", "Upload NoProp model"]  # all in one commit
+    files = repository.files("main")
+    for name in ("README.md", "config.json", "tokenizer.json", "modeling_noprop.py", "block-02.safetensors"):
+        assert files[name] == (directory / name).read_bytes()
+    assert "masked_lm/model.safetensors" in files and not any("checkpoints" in name for name in files)
+    first = repository.head
+
+    load(
+        server,
+        tmp_path,
+        f"""
+model = AutoModelForCausalLM.from_pretrained("user/tiny", **options)
+torch.save(model(inputs).logits, {str(tmp_path / "logits.pt")!r})
+AutoModel.from_pretrained("user/tiny", **options)
+AutoModelForMaskedLM.from_pretrained("user/tiny", **options)
+AutoTokenizer.from_pretrained("user/tiny", **options)
+""",
+    )
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), model(eval(INPUT)).logits)
+
+    # another version; the first one is still there by its revision
+    shard = load_file(directory / "block-00.safetensors")
+    from safetensors.torch import save_file
+
+    save_file(
+        {name: tensor + 0.5 for name, tensor in shard.items()}, directory / "block-00.safetensors", {"format": "pt"}
+    )
+    assert "holds a model already. Use --update" in push(server, directory, fails=True)
+    push(server, directory, "--update", "--commit_message", "second")
+    assert repository.messages[-1] == "second"
+    code = f"""
+for revision in ({first!r}, "main"):
+    model = AutoModelForCausalLM.from_pretrained("user/tiny", revision=revision, code_revision=revision, **options)
+    torch.save(model(inputs).logits, {str(tmp_path)!r} + f"/{{revision}}.pt")
+"""
+    load(server, tmp_path, code)
+    assert torch.equal(torch.load(tmp_path / f"{first}.pt"), model(eval(INPUT)).logits)
+    assert not torch.allclose(torch.load(tmp_path / "main.pt"), model(eval(INPUT)).logits)
+    message = load(
+        server, tmp_path, 'AutoModelForCausalLM.from_pretrained("user/tiny", revision="nope", **options)', fails=True
+    )
+    assert "nope" in message and "revision" in message.lower()
+
+
+def test_the_card_is_made_of_what_was_measured(server, directory):
+    pytest.importorskip("matplotlib")
+    push(server, directory, "--license", "mit", "--language", "en")
+    files = server.repositories["user/tiny"].files("main")
+    card = ModelCard(files["README.md"].decode())
+    data = card.data.to_dict()
+    assert data["license"] == "mit" and data["language"] == "en" and data["datasets"] == ["someone/texts"]
+    assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
+    assert "base_model" not in data
+    results = {(r.dataset_split, r.metric_type): r.metric_value for r in card.data.eval_results}
+    assert results["test", "nats_per_token"] == 2.5 and results["test", "perplexity"] == pytest.approx(12.1825)
+    assert "| NoProp, all blocks |" in card.text and "![Bound by block](bound.png)" in card.text
+    assert files["bound.png"].startswith(b"\x89PNG")
+    assert re.search(r"^\| 1 \| [\d.]+ \| -0\.0400 \| 7 \| 1\.5 \|$", card.text, re.MULTILINE)
+    assert '**the cat** sat "down" and slept' in card.text
+    assert 'from_pretrained("user/tiny", trust_remote_code=True)' in card.text
+    assert "{{" not in card.text and yaml.safe_load(card.content.split("---")[1])
+
+
+def test_the_card_s_example_runs(server, directory, tmp_path, model, tokenizer):
+    push(server, directory)
+    text = server.repositories["user/tiny"].files("main")["README.md"].decode()
+    example = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    # the fixture's model has fewer tokens than the tokenizer; the example is run up to generating
+    load(server, tmp_path, example.split("prompt =")[0])
+
+
+def test_private_and_dry_run(server, directory, tmp_path):
+    output = push(server, directory, "--dry_run")
+    assert re.search(r"[\d,]+  block-01.safetensors", output) and "would go to user/tiny" in output
+    assert not server.repositories
+    push(server, directory, "--private")
+    assert server.repositories["user/tiny"].private
+    message = load(server, tmp_path, 'AutoModelForCausalLM.from_pretrained("user/tiny", **options)', fails=True)
+    assert "user/tiny" in message and "not a valid model identifier" in message
+
+
+def test_no_token(server, directory):
+    assert "hf auth login" in push(server, directory, token=None, fails=True)
+    assert "hf auth login" in push(server, directory, token="wrong", fails=True)
+    assert not server.repositories
+
+
+def test_half_trained_models_stay_at_home(server, directory):
+    (directory / "block-01.safetensors").unlink()
+    assert "not fully trained: block-01.safetensors missing" in push(server, directory, fails=True)
+    assert not server.repositories
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("PUT", "/lfs/", status=400),
+        Fault("POST", "/commit/", status=500),
+        Fault("POST", "/commit/"),
+        Fault("POST", "/preupload/", status=403),
+    ],
+    ids=["upload refused", "commit refused", "commit dropped", "preupload refused"],
+)
+def test_a_push_that_fails_on_the_way(server, directory, tmp_path, fault):
+    """Nothing is visible, and a second push sends what is missing and finishes."""
+    server.faults.append(fault)
+    push(server, directory, fails=True)
+    repository = server.repositories["user/tiny"]
+    assert list(repository.files("main")) == [".gitattributes"]
+    arrived = set(server.objects)
+    server.faults.clear()
+    server.requests.clear()
+    push(server, directory)
+    assert set(repository.files("main")) > {"config.json", "block-02.safetensors"}
+    assert len(repository.commits) == 2
+    sent_again = {path.removeprefix("/lfs/") for method, path in server.requests if method == "PUT"}
+    assert not sent_again & arrived
+
+
+def test_faults_that_pass_are_ridden_out(server, directory):
+    """A server that is busy for a moment is asked again by the client."""
+    server.faults += [
+        Fault("PUT", "/lfs/", status=503),
+        Fault("PUT", "/lfs/"),
+        Fault("POST", "objects/batch", status=503),
+    ]
+    push(server, directory)
+    assert "block-00.safetensors" in server.repositories["user/tiny"].files("main")
+
+
+def test_a_corrupted_shard_is_told(server, directory, tmp_path):
+    push(server, directory)
+    files = server.repositories["user/tiny"].files("main")
+    files["block-01.safetensors"] = files["block-01.safetensors"][:-100]
+    message = load(server, tmp_path, 'AutoModelForCausalLM.from_pretrained("user/tiny", **options)', fails=True)
+    assert "block-01" in message
+
+
+def test_a_shard_corrupted_on_disk_is_told(directory):
+    from transformers import AutoModelForCausalLM
+
+    path = directory / "block-01.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(OSError, match=r"block-01.safetensors.*corrupted"):
+        AutoModelForCausalLM.from_pretrained(directory)
+
+
+def test_a_repository_with_missing_blocks(server, directory, tmp_path):
+    push(server, directory)
+    del server.repositories["user/tiny"].files("main")["block-01.safetensors"]
+    message = load(server, tmp_path, 'AutoModelForCausalLM.from_pretrained("user/tiny", **options)', fails=True)
+    assert "block-01.safetensors" in message
