@@ -93,6 +93,14 @@ class BlockArguments:
     sample_max_new_tokens: int = field(default=40, metadata={"help": "Length of the samples, in tokens."})
 
 
+@dataclass
+class ShareArguments:
+    """What the model card says of the model with `--push_to_hub`, beside what was measured."""
+
+    license: str | None = field(default=None, metadata={"help": "Licence of the model, by its identifier on the Hub."})
+    language: str | None = field(default=None, metadata={"help": "Language of the text, by its ISO 639-1 code."})
+
+
 def parse_blocks(blocks: str, num_blocks: int) -> list[int]:
     """Read a selection of blocks such as `"0,2-3"` or `"all"`.
 

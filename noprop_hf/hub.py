@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -313,9 +314,16 @@ def model_card(
     )
 
 
+def write_card(directory: Path, repo_id: str, template: Path, license: str | None, language: str | None) -> None:
+    """Write the card of an evaluated model directory, with its picture where matplotlib is installed."""
+    if find_spec("matplotlib") is not None:
+        plot_bound(directory)
+    model_card(directory, repo_id, template, license, language).save(directory / CARD_NAME)
+
+
 def plot_bound(directory: Path) -> None:
     """Draw the bound by block as a picture beside the model's card."""
-    from matplotlib.figure import Figure  # of the extra `demo`, and used here alone
+    from matplotlib.figure import Figure  # of the extra `plot`, and used here alone
 
     results = json.loads((directory / RESULTS_FILE).read_text(encoding="utf-8"))
     split = list(results["details"])[-1]

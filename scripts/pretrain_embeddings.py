@@ -6,14 +6,20 @@ python scripts/pretrain_embeddings.py recipes/demo.yaml
 
 from transformers import TrainingArguments
 
-from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments, parse_arguments
+from noprop_hf.arguments import (
+    BlockArguments,
+    ModelArguments,
+    PretrainingArguments,
+    ShareArguments,
+    parse_arguments,
+)
 from noprop_hf.data import DataArguments
 from noprop_hf.training import pretrain_embeddings
 
 
 def main() -> None:
-    types = (ModelArguments, DataArguments, PretrainingArguments, BlockArguments, TrainingArguments)
-    model_args, data_args, pretraining_args, _, training_args = parse_arguments(types, __doc__)
+    types = (ModelArguments, DataArguments, PretrainingArguments, BlockArguments, ShareArguments, TrainingArguments)
+    model_args, data_args, pretraining_args, _, _, training_args = parse_arguments(types, __doc__)
     pretrain_embeddings(model_args, data_args, pretraining_args, training_args)
 
 

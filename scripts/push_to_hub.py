@@ -6,11 +6,10 @@ python scripts/push_to_hub.py runs/demo user/name --dry_run
 """
 
 import argparse
-from importlib.util import find_spec
 from pathlib import Path
 
 from noprop_hf.evaluation import RESULTS_FILE
-from noprop_hf.hub import CARD_NAME, files_to_push, model_card, plot_bound, push_model
+from noprop_hf.hub import files_to_push, push_model, write_card
 
 
 TEMPLATE = Path(__file__).parent.parent / "model_card.md"
@@ -32,10 +31,7 @@ def main() -> None:
     try:
         files_to_push(args.model)  # tells what is missing
         if (args.model / RESULTS_FILE).is_file():
-            if find_spec("matplotlib") is not None:
-                plot_bound(args.model)
-            card = model_card(args.model, args.repo_id, TEMPLATE, args.license, args.language)
-            card.save(args.model / CARD_NAME)
+            write_card(args.model, args.repo_id, TEMPLATE, args.license, args.language)
         else:
             print(f"There is no {RESULTS_FILE} in {args.model}, so no card is made: scripts/train.py writes it.")
         if args.dry_run:

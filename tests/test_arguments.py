@@ -1,11 +1,18 @@
 import pytest
 from transformers import TrainingArguments
 
-from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments, parse_arguments, parse_blocks
+from noprop_hf.arguments import (
+    BlockArguments,
+    ModelArguments,
+    PretrainingArguments,
+    ShareArguments,
+    parse_arguments,
+    parse_blocks,
+)
 from noprop_hf.data import DataArguments
 
 
-TYPES = (ModelArguments, DataArguments, PretrainingArguments, BlockArguments, TrainingArguments)
+TYPES = (ModelArguments, DataArguments, PretrainingArguments, BlockArguments, ShareArguments, TrainingArguments)
 
 
 def parse(tmp_path, recipe: str, *arguments: str):
@@ -24,7 +31,7 @@ def test_recipe_and_command_line(tmp_path):
     save_total_limit: null
     lr_scheduler_type: cosine
     """
-    model, data, _, block, training = parse(tmp_path, recipe, "--learning_rate", "0.5", "--blocks", "1-2")
+    model, data, _, block, _, training = parse(tmp_path, recipe, "--learning_rate", "0.5", "--blocks", "1-2")
     assert (model.hidden_size, model.num_blocks) == (64, None)
     assert data.packing is False
     assert training.learning_rate == 0.5
@@ -35,7 +42,7 @@ def test_recipe_and_command_line(tmp_path):
 
 
 def test_no_recipe():
-    _, data, _, _, training = parse_arguments(TYPES, "test", ["--dataset_name", "x", "--output_dir", "y"])
+    _, data, _, _, _, training = parse_arguments(TYPES, "test", ["--dataset_name", "x", "--output_dir", "y"])
     assert data.dataset_name == "x" and training.output_dir == "y"
 
 

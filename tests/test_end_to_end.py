@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from conftest import sentences
+from hub_server import TOKEN, hub_server
 
 
 ROOT = Path(__file__).parent.parent
@@ -89,6 +90,22 @@ def test_a_second_run_trains_nothing(trained, recipe):
     assert "phase 1 is skipped" in output
     assert "Block 0 is trained already" in output and "Block 1 is trained already" in output
     assert "step 15" not in output
+
+
+def test_push_to_hub_after_training(trained, recipe, monkeypatch, tmp_path):
+    with hub_server() as server:
+        options = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+        for name, value in (options | {"HF_HOME": str(tmp_path)}).items():
+            monkeypatch.setenv(name, value)
+        message = run("scripts/train.py", str(recipe), "--push_to_hub", "true", fails=True)
+        assert "--hub_model_id user/name" in message
+        share = ["--push_to_hub", "true", "--hub_model_id", "user/tiny", "--license", "mit", "--language", "en"]
+        output = run("scripts/train.py", str(recipe), *share)
+        assert "Uploaded: " in output
+        files = server.repositories["user/tiny"].files("main")
+        assert b"license: mit" in files["README.md"] and "block-01.safetensors" in files
+        results = json.loads((trained[0] / "results.json").read_text())
+        assert results["table"].encode() in files["README.md"]
 
 
 def test_evaluate_perplexity(trained):
