@@ -27,13 +27,11 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 from .arguments import CORPUS_FILE
 from .configuration_noprop import NoPropConfig
 from .evaluation import MODEL_ROW, RESULTS_FILE
-from .modeling_noprop import (
+from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, TokenTable
+from .shards_noprop import (
     AUTO_MAP,
     EMBEDDINGS_SHARD,
     MASKED_LM_FOLDER,
-    DenoisingBlock,
-    NoPropForCausalLM,
-    TokenTable,
     block_shard,
     missing_shards,
     shard_index,

@@ -1,7 +1,7 @@
 """NoProp: a causal language model made of independently trained denoising blocks.
 
     tokens -> frozen table -> context encoder -> h ┐
-                                                    ├-> head -> logits = E (W h + s + correction(h, s)) + b
+                                                   ├-> head -> logits = E (W h + s + correction(h, s)) + b
     next token -> clean embedding + noise      -> s ┘
 
 Each [`DenoisingBlock`] is one encoder and one head, trained on its own at its own noise level. Nothing flows between
@@ -13,7 +13,6 @@ Method: NoProp (Li, Teh, Pascanu 2025, arXiv 2503.24322), with the noise enterin
 
 import json
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +47,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_noprop import NoPropConfig
 from .generation_noprop import NoPropGenerationMixin
 from .noise_noprop import sample_evidence, standardize
+from .shards_noprop import AUTO_MAP, MASKED_LM_FOLDER, is_damaged, missing_shards, shard_index, shard_of
 
 
 def vocabulary_nats(
@@ -194,7 +194,9 @@ class NoPropPreTrainedModel(PreTrainedModel):
     config_class = NoPropConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LlamaDecoderLayer"]
+    _no_split_modules = [
+        "NoPropModel"
+    ]  # blocks are used in parts, encoder and head, so `device_map` keeps them together
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -279,57 +281,6 @@ class NoPropPreTrainedModel(PreTrainedModel):
                 f"Weights of {pretrained_model_name_or_path} are corrupted: {', '.join(damaged) or error}. Restore the "
                 "file, train its block again, or download it anew with `force_download=True`."
             ) from error
-
-
-AUTO_MAP = {  # what `trust_remote_code` loads from a directory with these files
-    "AutoConfig": "configuration_noprop.NoPropConfig",
-    "AutoModel": "modeling_noprop.NoPropModel",
-    "AutoModelForCausalLM": "modeling_noprop.NoPropForCausalLM",
-    "AutoModelForMaskedLM": "modeling_noprop.NoPropForMaskedLM",
-}
-EMBEDDINGS_SHARD = "embeddings.safetensors"
-MASKED_LM_FOLDER = "masked_lm"  # in a model directory: the model of phase 1, which its table comes from
-
-
-def block_shard(block_index: int) -> str:
-    """File name of a block's weights."""
-    return f"block-{block_index:02d}.safetensors"
-
-
-def shard_of(weight_name: str) -> str:
-    """The file that a weight of [`NoPropForCausalLM`] or [`NoPropModel`] belongs to."""
-    block = re.match(r"(?:model\.)?blocks\.(\d+)\.", weight_name)
-    return block_shard(int(block[1])) if block else EMBEDDINGS_SHARD
-
-
-def shard_index(state_dict: dict[str, torch.Tensor]) -> dict:
-    """The content of the index file for the weights of a model; tensors on the meta device will do."""
-    return {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in state_dict.values())},
-        "weight_map": {name: shard_of(name) for name in state_dict},
-    }
-
-
-def is_damaged(shard: Path) -> bool:
-    """Whether a safetensors file is not as long as its own header says, or has none."""
-    try:
-        with open(shard, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        return shard.stat().st_size != 8 + length + max(entry["data_offsets"][1] for entry in header.values())
-    except (ValueError, KeyError, AttributeError, MemoryError):
-        return True
-
-
-def missing_shards(directory: str | Path, subfolder: str = "") -> list[str]:
-    """The weight files that a local model directory's index names and that are not there."""
-    folder = Path(str(directory), subfolder)
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if not index.is_file():
-        return []
-    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return sorted(shard for shard in shards if not (folder / shard).is_file())
 
 
 @dataclass

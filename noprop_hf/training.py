@@ -48,15 +48,9 @@ from .data import (
 )
 from .evaluation import sample_texts
 from .hub import block_is_trained, create_model_directory, load_table, save_block
-from .modeling_noprop import (
-    EMBEDDINGS_SHARD,
-    MASKED_LM_FOLDER,
-    DenoisingBlock,
-    NoPropForCausalLM,
-    NoPropForMaskedLM,
-    TokenTable,
-)
+from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForMaskedLM, TokenTable
 from .noise_noprop import information_levels, standardize
+from .shards_noprop import EMBEDDINGS_SHARD, MASKED_LM_FOLDER
 
 
 logger = logging.get_logger(__name__)

@@ -21,7 +21,7 @@ from noprop_hf.arguments import (
 from noprop_hf.data import DataArguments
 from noprop_hf.evaluation import report
 from noprop_hf.hub import push_model, write_card
-from noprop_hf.modeling_noprop import missing_shards
+from noprop_hf.shards_noprop import missing_shards
 from noprop_hf.training import pretrain_embeddings, train_blocks
 
 

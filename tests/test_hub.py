@@ -18,7 +18,7 @@ from noprop_hf.hub import (
     save_block,
     write_atomically,
 )
-from noprop_hf.modeling_noprop import block_shard
+from noprop_hf.shards_noprop import block_shard
 
 
 @pytest.fixture
@@ -82,7 +82,8 @@ def test_model_files_import_only_torch_and_transformers(directory):
     import ast
 
     files = sorted(path.name for path in directory.glob("*.py"))
-    assert files == ["configuration_noprop.py", "generation_noprop.py", "modeling_noprop.py", "noise_noprop.py"]
+    names = ("configuration", "generation", "modeling", "noise", "shards")
+    assert files == [f"{name}_noprop.py" for name in names]
     allowed = {"torch", "transformers", *sys.stdlib_module_names}
     for file in files:
         for node in ast.walk(ast.parse((directory / file).read_text())):

@@ -15,8 +15,8 @@ from noprop_hf import training as training_module
 from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments
 from noprop_hf.data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize, train_tokenizer
 from noprop_hf.hub import load_table, read_metadata
-from noprop_hf.modeling_noprop import block_shard
 from noprop_hf.noise_noprop import information_levels, standardize
+from noprop_hf.shards_noprop import block_shard
 from noprop_hf.training import (
     BlockTrainer,
     block_seed,
