@@ -30,9 +30,12 @@ from .evaluation import MODEL_ROW, RESULTS_FILE
 from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, TokenTable
 from .shards_noprop import (
     AUTO_MAP,
+    CONTENT_HASH,
     EMBEDDINGS_SHARD,
     MASKED_LM_FOLDER,
     block_shard,
+    content_hash,
+    damaged_shards,
     missing_shards,
     shard_index,
 )
@@ -68,9 +71,11 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def save_shard(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors and string metadata to a safetensors file, atomically."""
+    """Write tensors and string metadata to a safetensors file, atomically, with a hash of the content."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt", **metadata}))
+    contents = ((name, tensor.reshape(-1).view(torch.uint8).numpy().tobytes()) for name, tensor in tensors.items())
+    metadata = {"format": "pt", CONTENT_HASH: content_hash(contents), **metadata}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -182,13 +187,18 @@ def files_to_push(directory: Path) -> dict[str, Path]:
     """The files of a model directory that make up the model, by their path in the repository; no checkpoints.
 
     Raises:
-        FileNotFoundError: the directory holds no model, or one whose blocks are not all trained.
+        FileNotFoundError: the directory holds no model, or one whose blocks are not all there and whole.
     """
     if not (directory / EMBEDDINGS_SHARD).is_file():
         raise FileNotFoundError(f"{directory} holds no model: there is no {EMBEDDINGS_SHARD}.")
     missing = missing_shards(directory)
     if missing:
         raise FileNotFoundError(f"{directory} is not fully trained: {', '.join(missing)} missing.")
+    damaged = damaged_shards(directory)
+    if damaged:
+        raise FileNotFoundError(
+            f"Weights in {directory} are corrupted: {', '.join(damaged)}. Train these blocks again."
+        )
     files = {}
     for folder in (directory, directory / MASKED_LM_FOLDER):
         for pattern in SHARED_FILES:

@@ -47,7 +47,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_noprop import NoPropConfig
 from .generation_noprop import NoPropGenerationMixin
 from .noise_noprop import sample_evidence, standardize
-from .shards_noprop import AUTO_MAP, MASKED_LM_FOLDER, is_damaged, missing_shards, shard_index, shard_of
+from .shards_noprop import AUTO_MAP, MASKED_LM_FOLDER, damaged_shards, missing_shards, shard_index, shard_of
 
 
 def vocabulary_nats(
@@ -269,18 +269,20 @@ class NoPropPreTrainedModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path} is not fully trained: {', '.join(missing)} missing. Train what is "
                 "missing with scripts/train_blocks.py, whose --blocks selects blocks by number."
             )
+        options = {name: kwargs[name] for name in ("cache_dir", "revision", "token", "subfolder") if name in kwargs}
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        except Exception as error:
-            if type(error).__name__ != "SafetensorError":  # not imported: a model needs torch and transformers alone
-                raise
-            options = {name: kwargs[name] for name in ("cache_dir", "revision", "token", "subfolder") if name in kwargs}
-            config = cached_file(pretrained_model_name_or_path, CONFIG_NAME, **options)
-            damaged = [path.name for path in sorted(Path(config).parent.glob("*.safetensors")) if is_damaged(path)]
-            raise OSError(
-                f"Weights of {pretrained_model_name_or_path} are corrupted: {', '.join(damaged) or error}. Restore the "
-                "file, train its block again, or download it anew with `force_download=True`."
-            ) from error
+        finally:
+            # Also when loading failed, since what it then says does not name the file.
+            config = cached_file(
+                pretrained_model_name_or_path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **options
+            )
+            damaged = damaged_shards(Path(config).parent) if config is not None else []
+            if damaged:
+                raise OSError(
+                    f"Weights of {pretrained_model_name_or_path} are corrupted: {', '.join(damaged)}. Restore the "
+                    "file, train its block again, or download it anew with `force_download=True`."
+                )
 
 
 @dataclass

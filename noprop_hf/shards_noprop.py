@@ -1,7 +1,9 @@
 """The weight files of a model: one for the embeddings, one per block, under the standard index of transformers."""
 
+import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ AUTO_MAP = {  # what `trust_remote_code` loads from a directory with these files
     "AutoModelForCausalLM": "modeling_noprop.NoPropForCausalLM",
     "AutoModelForMaskedLM": "modeling_noprop.NoPropForMaskedLM",
 }
+CONTENT_HASH = "content_sha256"  # in the metadata of a shard, where training wrote it
 EMBEDDINGS_SHARD = "embeddings.safetensors"
 MASKED_LM_FOLDER = "masked_lm"  # in a model directory: the model of phase 1, which its table comes from
 
@@ -37,16 +40,39 @@ def shard_index(state_dict: dict[str, torch.Tensor]) -> dict:
     }
 
 
+def content_hash(tensors: Iterable[tuple[str, bytes]]) -> str:
+    """A hash of names and bytes of tensors, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, data in sorted(tensors):
+        digest.update(name.encode() + b"\0" + data)
+    return digest.hexdigest()
+
+
 def is_damaged(shard: Path) -> bool:
-    """Whether a safetensors file is not as long as its own header says, or has none."""
+    """Whether a safetensors file is not as long as its header says, or its content not that of the hash kept there.
+
+    Read without the safetensors package, since a model needs torch and transformers alone.
+    """
     try:
         with open(shard, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        return shard.stat().st_size != 8 + length + max(entry["data_offsets"][1] for entry in header.values())
-    except (ValueError, KeyError, AttributeError, MemoryError):
+            kept_hash = header.pop("__metadata__", {}).get(CONTENT_HASH)
+            end = max(entry["data_offsets"][1] for entry in header.values())
+            if shard.stat().st_size != 8 + length + end:
+                return True
+            if kept_hash is None:
+                return False
+            data = file.read()
+        spans = {name: entry["data_offsets"] for name, entry in header.items()}
+        return content_hash((name, data[begin:end]) for name, (begin, end) in spans.items()) != kept_hash
+    except (ValueError, KeyError, AttributeError, TypeError, MemoryError):
         return True
+
+
+def damaged_shards(folder: Path) -> list[str]:
+    """The weight files in a folder that are damaged."""
+    return [path.name for path in sorted(folder.glob("*.safetensors")) if is_damaged(path)]
 
 
 def missing_shards(directory: str | Path, subfolder: str = "") -> list[str]:

@@ -251,11 +251,16 @@ def test_a_corrupted_shard_is_told(server, directory, tmp_path):
     assert "block-01" in message
 
 
-def test_a_shard_corrupted_on_disk_is_told(directory):
+@pytest.mark.parametrize("how", ["cut", "flipped bit", "empty", "no header"])
+def test_a_shard_corrupted_on_disk_is_told(server, directory, how):
     from transformers import AutoModelForCausalLM
 
     path = directory / "block-01.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 4
+    path.write_bytes({"cut": content[:-100], "flipped bit": content, "empty": b"", "no header": b"x" * 99}[how])
+    if how == "cut":
+        assert "corrupted: block-01.safetensors" in push(server, directory, fails=True)
     with pytest.raises(OSError, match=r"corrupted: block-01\.safetensors\."):
         AutoModelForCausalLM.from_pretrained(directory)
 
