@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file
 
 from hub_server import TOKEN, Fault, HubServer, hub_server
 from noprop_hf import NoPropForMaskedLM
 from noprop_hf.evaluation import ModelNats, results_table
-from noprop_hf.hub import create_model_directory, save_block
+from noprop_hf.hub import create_model_directory, push_model, save_block
 
 
 ROOT = Path(__file__).parent.parent
@@ -216,16 +216,20 @@ def test_half_trained_models_stay_at_home(server, directory):
     ],
     ids=["upload refused", "commit refused", "commit dropped", "preupload refused"],
 )
-def test_a_push_that_fails_on_the_way(server, directory, tmp_path, fault):
+def test_a_push_that_fails_on_the_way(server, directory, monkeypatch, fault):
     """Nothing is visible, and a second push sends what is missing and finishes."""
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     server.faults.append(fault)
-    push(server, directory, fails=True)
+    with pytest.raises(Exception):  # noqa: B017  of the client, as it is
+        push_model(directory, "user/tiny", token=TOKEN)
     repository = server.repositories["user/tiny"]
     assert list(repository.files("main")) == [".gitattributes"]
     arrived = set(server.objects)
     server.faults.clear()
     server.requests.clear()
-    push(server, directory)
+    push_model(directory, "user/tiny", token=TOKEN)
     assert set(repository.files("main")) > {"config.json", "block-02.safetensors"}
     assert len(repository.commits) == 2
     sent_again = {path.removeprefix("/lfs/") for method, path in server.requests if method == "PUT"}
