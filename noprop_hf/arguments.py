@@ -7,13 +7,14 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import cached_file
 
 from .configuration_noprop import NoPropConfig
+from .data import DataArguments
 
 
 CORPUS_FILE = "corpus.yaml"  # in a model directory: the data arguments it was trained with
@@ -122,6 +123,22 @@ def parse_blocks(blocks: str, num_blocks: int) -> list[int]:
             f"0 to {num_blocks - 1}."
         )
     return sorted(selected)
+
+
+class Recipe(NamedTuple):
+    """All arguments of a training run."""
+
+    model: ModelArguments
+    data: DataArguments
+    pretraining: PretrainingArguments
+    blocks: BlockArguments
+    share: ShareArguments
+    training: TrainingArguments
+
+
+def parse_recipe(description: str, arguments: list[str] | None = None) -> Recipe:
+    """Read `[RECIPE.yaml] [--name value ...]`, by default from the command line of the process."""
+    return Recipe(*parse_arguments(tuple(Recipe.__annotations__.values()), description, arguments))
 
 
 def parse_arguments(

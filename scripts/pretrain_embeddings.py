@@ -4,23 +4,13 @@
 python scripts/pretrain_embeddings.py recipes/demo.yaml
 """
 
-from transformers import TrainingArguments
-
-from noprop_hf.arguments import (
-    BlockArguments,
-    ModelArguments,
-    PretrainingArguments,
-    ShareArguments,
-    parse_arguments,
-)
-from noprop_hf.data import DataArguments
+from noprop_hf.arguments import parse_recipe
 from noprop_hf.training import pretrain_embeddings
 
 
 def main() -> None:
-    types = (ModelArguments, DataArguments, PretrainingArguments, BlockArguments, ShareArguments, TrainingArguments)
-    model_args, data_args, pretraining_args, _, _, training_args = parse_arguments(types, __doc__)
-    pretrain_embeddings(model_args, data_args, pretraining_args, training_args)
+    recipe = parse_recipe(__doc__)
+    pretrain_embeddings(recipe.model, recipe.data, recipe.pretraining, recipe.training)
 
 
 if __name__ == "__main__":

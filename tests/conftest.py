@@ -1,4 +1,7 @@
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 
 # Nothing in the tests may reach for the network: what is not on this machine is an error, at once.
@@ -14,6 +17,7 @@ from noprop_hf import NoPropConfig, NoPropForCausalLM
 from noprop_hf.data import DataArguments, load_corpus, train_tokenizer
 
 
+ROOT = Path(__file__).parent.parent
 WORDS = "the cat sat on a mat while old dogs slept near warm stones and birds sang over green hills".split()
 
 
@@ -69,3 +73,41 @@ def corpus(corpus_file) -> DatasetDict:
 @pytest.fixture(scope="session")
 def tokenizer(corpus):
     return train_tokenizer(corpus["train"]["text"], vocab_size=300, model_max_length=32)
+
+
+@pytest.fixture(scope="session")
+def writer(tokenizer) -> NoPropForCausalLM:
+    """A model of the tokenizer's vocabulary."""
+    torch.manual_seed(1)
+    config = NoPropConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_blocks=2,
+        num_layers_per_block=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = NoPropForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.model.blocks.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def run_python(*command: str, cwd: Path = ROOT, env: dict[str, str] | None = None, fails: bool = False) -> str:
+    """Run a script in a process of its own; returns all it prints, and insists on its success or failure."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env=os.environ if env is None else env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=540,
+    )
+    assert (done.returncode != 0) == fails, done.stdout
+    return done.stdout

@@ -1,23 +1,11 @@
 import pytest
-from transformers import TrainingArguments
 
-from noprop_hf.arguments import (
-    BlockArguments,
-    ModelArguments,
-    PretrainingArguments,
-    ShareArguments,
-    parse_arguments,
-    parse_blocks,
-)
-from noprop_hf.data import DataArguments
+from noprop_hf.arguments import Recipe, parse_blocks, parse_recipe
 
 
-TYPES = (ModelArguments, DataArguments, PretrainingArguments, BlockArguments, ShareArguments, TrainingArguments)
-
-
-def parse(tmp_path, recipe: str, *arguments: str):
+def parse(tmp_path, recipe: str, *arguments: str) -> Recipe:
     (tmp_path / "recipe.yaml").write_text(recipe)
-    return parse_arguments(TYPES, "test", [str(tmp_path / "recipe.yaml"), *arguments])
+    return parse_recipe("test", [str(tmp_path / "recipe.yaml"), *arguments])
 
 
 def test_recipe_and_command_line(tmp_path):
@@ -42,7 +30,7 @@ def test_recipe_and_command_line(tmp_path):
 
 
 def test_no_recipe():
-    _, data, _, _, _, training = parse_arguments(TYPES, "test", ["--dataset_name", "x", "--output_dir", "y"])
+    _, data, _, _, _, training = parse_recipe("test", ["--dataset_name", "x", "--output_dir", "y"])
     assert data.dataset_name == "x" and training.output_dir == "y"
 
 
@@ -64,7 +52,7 @@ def test_bad_recipes(tmp_path, capsys, recipe, message):
 
 def test_missing_recipe(capsys):
     with pytest.raises(SystemExit):
-        parse_arguments(TYPES, "test", ["nowhere.yaml"])
+        parse_recipe("test", ["nowhere.yaml"])
     assert "no recipe 'nowhere.yaml'" in capsys.readouterr().err
 
 
@@ -91,4 +79,4 @@ def test_shipped_recipes_are_read(request):
     recipes = sorted((request.config.rootpath / "recipes").glob("*.yaml"))
     assert len(recipes) >= 2
     for recipe in recipes:
-        parse_arguments(TYPES, "test", [str(recipe), "--fp16", "false"])
+        parse_recipe("test", [str(recipe), "--fp16", "false"])

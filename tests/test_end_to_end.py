@@ -3,18 +3,15 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import sentences
+from conftest import run_python, sentences
 from hub_server import TOKEN, hub_server
 
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
 
 TINY = """
@@ -39,19 +36,7 @@ sample_max_new_tokens: 5
 
 
 def run(*command: str, fails: bool = False) -> str:
-    """Run a command in the repository; returns all it prints."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=540,
-    )
-    assert (done.returncode != 0) == fails, done.stdout
-    return done.stdout
+    return run_python(*command, env={**os.environ, "PYTHONWARNINGS": "ignore"}, fails=fails)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer, TextStreamer, pipeline
 
 from conftest import sentences
-from noprop_hf import NoPropConfig, NoPropForCausalLM
+from noprop_hf import NoPropForCausalLM
 
 
 PROMPT = torch.tensor([[3, 7, 11, 4], [9, 2, 5, 8]])
@@ -115,28 +115,6 @@ def test_end_of_text_and_stopping_criteria(model, tokenizer):
     assert output[0].tolist() == free[0, : free[0, 4:].tolist().index(stop) + 5].tolist()
     limited = generate(model, PROMPT[:1], stopping_criteria=[lambda ids, scores: ids.shape[1] >= 6])
     assert limited.shape[1] == 6
-
-
-@pytest.fixture(scope="module")
-def writer(tokenizer) -> NoPropForCausalLM:
-    """A model of the tokenizer's vocabulary."""
-    torch.manual_seed(1)
-    config = NoPropConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_blocks=2,
-        num_layers_per_block=1,
-        num_attention_heads=2,
-        intermediate_size=24,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = NoPropForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.model.blocks.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
 
 
 def test_stop_strings_and_streamers(writer, tokenizer, capsys):

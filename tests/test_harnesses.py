@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,37 +15,18 @@ from transformers import (
     TrainingArguments,
 )
 
-from conftest import sentences
-from noprop_hf import NoPropConfig, NoPropForCausalLM
+from conftest import run_python, sentences
 from noprop_hf.evaluation import Perplexity
 
 
-ROOT = Path(__file__).parent.parent
 TEXTS = [*sentences(4, seed=9), "the", "birds sang " * 12]
 
 
 @pytest.fixture(scope="module")
-def directory(tokenizer, tmp_path_factory) -> str:
-    """A saved model of the tokenizer's vocabulary."""
-    torch.manual_seed(1)
-    config = NoPropConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_blocks=2,
-        num_layers_per_block=1,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=32,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = NoPropForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.model.blocks.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+def directory(writer, tokenizer, tmp_path_factory) -> str:
+    """A saved model."""
     path = str(tmp_path_factory.mktemp("model"))
-    model.save_pretrained(path)
+    writer.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
@@ -129,15 +108,9 @@ def test_the_script_gives_the_same(directory, tmp_path):
         (tmp_path / f"{split}.txt").write_text("\n".join(TEXTS) + "\n")
     files = [f"--{split}_file={tmp_path / split}.txt" for split in ("train", "test")]
     options = [*files, "--packing", "false", "--validation_split_percentage", "50", "--batch_size", "4"]
-    done = subprocess.run(
-        [sys.executable, "scripts/evaluate_perplexity.py", directory, *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    output = run_python("scripts/evaluate_perplexity.py", directory, *options)
     stock = stock_perplexity(TEXTS, directory, 4, True)
-    assert float(done.stdout.split()[-1]) == pytest.approx(sum(stock) / len(stock), abs=1e-4)
+    assert float(output.split()[-1]) == pytest.approx(sum(stock) / len(stock), abs=1e-4)
 
 
 # --- lm-eval ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from conftest import run_python
 from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM, NoPropModel
 from noprop_hf.hub import (
     block_is_trained,
@@ -70,11 +70,8 @@ AutoModelForCausalLM.from_pretrained({str(tmp_path / "again")!r}, **options)
 print(*names)
 """
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["NoPropConfig", "NoPropModel", "NoPropForMaskedLM", "(1,", "5)"]
+    output = run_python("-c", code, cwd=tmp_path, env=environment)
+    assert output.split()[-5:] == ["NoPropConfig", "NoPropModel", "NoPropForMaskedLM", "(1,", "5)"]
     assert torch.equal(torch.load(tmp_path / "logits.pt"), model(INPUT).logits)
 
 

@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,13 +12,13 @@ import yaml
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file
 
+from conftest import ROOT, run_python
 from hub_server import TOKEN, Fault, HubServer, hub_server
 from noprop_hf import NoPropForMaskedLM
 from noprop_hf.evaluation import ModelNats, results_table
 from noprop_hf.hub import create_model_directory, push_model, save_block
 
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
 INPUT = "torch.arange(12).view(2, 6)"
 
@@ -73,17 +71,8 @@ def environment(server: HubServer, tmp_path: Path, token: str | None = TOKEN) ->
 
 
 def push(server: HubServer, directory: Path, *options: str, token: str | None = TOKEN, fails: bool = False) -> str:
-    done = subprocess.run(
-        [sys.executable, "scripts/push_to_hub.py", str(directory), "user/tiny", *options],
-        cwd=ROOT,
-        env=environment(server, directory.parent, token),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert (done.returncode != 0) == fails, done.stdout
-    return done.stdout
+    command = ["scripts/push_to_hub.py", str(directory), "user/tiny", *options]
+    return run_python(*command, env=environment(server, directory.parent, token), fails=fails)
 
 
 def load(server: HubServer, tmp_path: Path, code: str, fails: bool = False) -> str:
@@ -96,17 +85,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, 
 options = dict(trust_remote_code=True)
 inputs = {INPUT}
 """
-    done = subprocess.run(
-        [sys.executable, "-c", preamble + code],
-        cwd=tmp_path,
-        env=environment(server, tmp_path, None) | {"PYTHONPATH": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert (done.returncode != 0) == fails, done.stdout
-    return done.stdout
+    env = environment(server, tmp_path, None) | {"PYTHONPATH": ""}
+    return run_python("-c", preamble + code, cwd=tmp_path, env=env, fails=fails)
 
 
 def test_push_and_load_back(server, directory, model, tmp_path):
