@@ -606,21 +606,22 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
         clean = self.model.embed_tokens(targets)
 
         evidence = torch.zeros_like(clean, dtype=torch.float32)
-        level, updated, token_nats, context_nats = 0.0, None, [], []
+        level, token_nats, context_nats = 0.0, [], []
+        previous = None  # the block before: its answer, updated to the present evidence, and its bias
         for block, states in zip(blocks, context_states, strict=True):
-            context = states[:, :-1][kept]
+            context, bias = states[:, :-1][kept], block.head.bias
             if block.level > level:
                 step = sample_evidence(clean, block.level - level, generator)
                 evidence, level = evidence + step, block.level
-                updated = updated + step
+                previous = (previous[0] + step, previous[1])
             prediction = block.head(context, evidence).float()
-            nats = vocabulary_nats(prediction, table, block.head.bias, targets)
-            context_nats.append(vocabulary_nats(block.head(context), table, block.head.bias, targets).mean())
-            if updated is None:
-                token_nats.append(nats)
-            else:
-                token_nats.append(nats - vocabulary_nats(updated, table, previous_bias, targets))  # noqa: F821
-            updated, previous_bias = prediction, block.head.bias  # noqa: F841
+            nats = vocabulary_nats(prediction, table, bias, targets)
+            if previous is not None:
+                updated, previous_bias = previous
+                nats = nats - vocabulary_nats(updated, table, previous_bias, targets)
+            token_nats.append(nats)
+            context_nats.append(vocabulary_nats(block.head(context), table, bias, targets).mean())
+            previous = (prediction, bias)
         token_nats = torch.stack(token_nats)
         return NoPropBoundOutput(
             bound=token_nats.sum(0).mean(),
