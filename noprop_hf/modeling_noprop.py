@@ -263,13 +263,16 @@ class NoPropPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """Load a model as every model of transformers; a directory whose blocks are not all trained is refused."""
+        if pretrained_model_name_or_path is None:  # weights handed in as `state_dict`
+            return super().from_pretrained(None, *model_args, **kwargs)
         missing = missing_shards(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         if missing:
             raise OSError(
                 f"{pretrained_model_name_or_path} is not fully trained: {', '.join(missing)} missing. Train what is "
                 "missing with scripts/train_blocks.py, whose --blocks selects blocks by number."
             )
-        options = {name: kwargs[name] for name in ("cache_dir", "revision", "token", "subfolder") if name in kwargs}
+        names = ("cache_dir", "revision", "token", "subfolder", "local_files_only")
+        options = {name: kwargs[name] for name in names if name in kwargs}
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         finally:
@@ -657,8 +660,9 @@ class NoPropForMaskedLM(NoPropPreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """Load the model of phase 1, also when the directory is that of the causal model made with it."""
-        if not kwargs.get("subfolder"):
-            options = {name: kwargs[name] for name in ("cache_dir", "revision", "token") if name in kwargs}
+        if pretrained_model_name_or_path is not None and not kwargs.get("subfolder"):
+            names = ("cache_dir", "revision", "token", "local_files_only")
+            options = {name: kwargs[name] for name in names if name in kwargs}
             nested = cached_file(
                 pretrained_model_name_or_path,
                 CONFIG_NAME,

@@ -141,6 +141,19 @@ def test_a_base_model_loads_into_the_causal_one_and_back(model, tmp_path):
     assert same(AutoModel.from_pretrained(tmp_path / "causal"), model.model)
 
 
+@pytest.mark.parametrize("model_class", [NoPropForCausalLM, NoPropForMaskedLM])
+def test_weights_from_a_state_dict(config, model_class):
+    torch.manual_seed(0)
+    model = model_class(config)
+    assert same(model_class.from_pretrained(None, config=config, state_dict=model.state_dict()), model)
+
+
+def test_saving_over_the_directory_it_came_from(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path, local_files_only=True).save_pretrained(tmp_path)
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+
+
 def test_saving_fewer_blocks_leaves_no_stale_ones(model, config, tmp_path):
     model.save_pretrained(tmp_path)
     small = NoPropForCausalLM(NoPropConfig(**config.to_dict() | {"num_blocks": 1, "noise_levels": [0.0]}))
