@@ -171,7 +171,7 @@ class CountingBaseline:
     """Unigram counts, and bigram counts interpolated with them.
 
     Unigrams are smoothed by one. Bigrams lean on them with the strength of `concentration` pseudo-counts (the Dirichlet
-    interpolation of MacKay and Peto 1995, "A hierarchical Dirichlet language model", eq. 18), fitted on held-out rows.
+    interpolation of MacKay and Peto 1995, "A hierarchical Dirichlet language model"), fitted on held-out rows.
 
     Args:
         dataset: tokenized training rows (`input_ids`).
