@@ -53,8 +53,8 @@ def prior_levels(noise_schedule: str, num_blocks: int, vocab_size: int, hidden_s
     - `"cosine"` (Nichol and Dhariwal 2021, arXiv 2102.09672, eq. 17, offset 0): `a_b = cos^2(pi/2 (1 - b/N))`;
     - `"linear"`: `a_b = b/N`; both with `gamma = a / (1 - a)`;
     - `"information"`: equal steps of information. At low signal-to-noise ratio the mutual information grows as
-      `gamma d / 2` (I-MMSE; Guo, Shamai, Verdu 2005, arXiv cs/0412108, theorem 1), and a uniform token has `log V` nats to
-      give. [`information_levels`] replaces this first guess once the table and the token counts are known.
+      `gamma d / 2` (I-MMSE; Guo, Shamai, Verdu 2005, arXiv cs/0412108, theorem 1), and a uniform token has `log V` nats
+      to give. [`information_levels`] replaces this first guess once the table and the token counts are known.
     """
     fractions = [block / num_blocks for block in range(num_blocks)]
     if noise_schedule == "cosine":
