@@ -4,7 +4,6 @@ Phase 1 writes everything but the blocks. Whoever trains block 3 then reads the 
 touches nothing else, and once all files are there the directory is a model like any other: no merge step.
 """
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -86,18 +85,12 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def fingerprint(config: NoPropConfig, table: torch.Tensor) -> str:
     """A hash of what a block depends on besides data and seed: architecture, objective and frozen table."""
-    own_fields = _own_fields(config)
-    digest = hashlib.sha256(json.dumps(own_fields, sort_keys=True).encode())
+    # All that the configuration declares, but token ids and switches that no weight depends on.
+    ignored = {"pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "max_position_embeddings"}
+    fields = {name: getattr(config, name) for name in NoPropConfig.__annotations__ if name not in ignored}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     digest.update(table.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _own_fields(config: NoPropConfig) -> dict:
-    """The fields that [`NoPropConfig`] itself declares, without token ids and switches that no weight depends on."""
-    ignored = {"pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "max_position_embeddings"}
-    names = [name for name in NoPropConfig.__annotations__ if name not in ignored]
-    declared = {field.name for field in dataclasses.fields(config)}
-    return {name: getattr(config, name) for name in names if name in declared}
 
 
 def create_model_directory(
@@ -311,7 +304,6 @@ def model_card(
         model_name=name,
         model_id=repo_id,
         config=config,
-        noise_levels=", ".join(f"{level:.4g}" for level in config.noise_levels),
         dataset=dataset,
         base_model=base_model,
         table=results["table"],

@@ -194,9 +194,8 @@ class NoPropPreTrainedModel(PreTrainedModel):
     config_class = NoPropConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = [
-        "NoPropModel"
-    ]  # blocks are used in parts, encoder and head, so `device_map` keeps them together
+    # Blocks are used in parts, encoder and head, so `device_map` must keep them together.
+    _no_split_modules = ["NoPropModel"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -271,21 +270,26 @@ class NoPropPreTrainedModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path} is not fully trained: {', '.join(missing)} missing. Train what is "
                 "missing with scripts/train_blocks.py, whose --blocks selects blocks by number."
             )
-        names = ("cache_dir", "revision", "token", "subfolder", "local_files_only")
-        options = {name: kwargs[name] for name in names if name in kwargs}
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         finally:
             # Also when loading failed, since what it then says does not name the file.
-            config = cached_file(
-                pretrained_model_name_or_path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **options
-            )
+            config = find_config(pretrained_model_name_or_path, kwargs.get("subfolder") or "", kwargs)
             damaged = damaged_shards(Path(config).parent) if config is not None else []
             if damaged:
                 raise OSError(
                     f"Weights of {pretrained_model_name_or_path} are corrupted: {', '.join(damaged)}. Restore the "
                     "file, train its block again, or download it anew with `force_download=True`."
                 )
+
+
+def find_config(name_or_path: str | Path, subfolder: str, options: dict) -> str | None:
+    """Where the configuration in a folder of a directory or repository is, looked up with the options of loading."""
+    names = ("cache_dir", "revision", "token", "local_files_only")
+    lookup = {name: options[name] for name in names if name in options}
+    return cached_file(
+        name_or_path, CONFIG_NAME, subfolder=subfolder, _raise_exceptions_for_missing_entries=False, **lookup
+    )
 
 
 @dataclass
@@ -379,13 +383,15 @@ class DenoisingBlock(NoPropPreTrainedModel):
             )
 
         alone, informed = self.head(context), self.head(context, evidence)
-        context_loss, denoising_loss = (
-            self._local_loss(prediction, table.weight, targets) / count for prediction in (alone, informed)
-        )
         context_nats, denoising_nats, updated_nats = (
             vocabulary_nats(prediction, table.weight, self.head.bias, targets, reduction="sum") / count
             for prediction in (alone, informed, alone + evidence)  # the last is Bayes' rule
         )
+        context_loss, denoising_loss = context_nats, denoising_nats
+        if self.config.loss_type != "cross_entropy":
+            context_loss, denoising_loss = (
+                self._local_loss(prediction, table.weight, targets) / count for prediction in (alone, informed)
+            )
         return DenoisingBlockOutput(
             loss=torch.lerp(context_loss, denoising_loss, weight),
             denoising_loss=denoising_loss,
@@ -660,18 +666,9 @@ class NoPropForMaskedLM(NoPropPreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """Load the model of phase 1, also when the directory is that of the causal model made with it."""
-        if pretrained_model_name_or_path is not None and not kwargs.get("subfolder"):
-            names = ("cache_dir", "revision", "token", "local_files_only")
-            options = {name: kwargs[name] for name in names if name in kwargs}
-            nested = cached_file(
-                pretrained_model_name_or_path,
-                CONFIG_NAME,
-                subfolder=MASKED_LM_FOLDER,
-                _raise_exceptions_for_missing_entries=False,
-                **options,
-            )
-            if nested is not None:
-                kwargs["subfolder"] = MASKED_LM_FOLDER
+        nested = pretrained_model_name_or_path is not None and not kwargs.get("subfolder")
+        if nested and find_config(pretrained_model_name_or_path, MASKED_LM_FOLDER, kwargs) is not None:
+            kwargs["subfolder"] = MASKED_LM_FOLDER
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     def token_table(self) -> torch.Tensor:

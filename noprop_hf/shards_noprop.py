@@ -44,7 +44,8 @@ def content_hash(tensors: Iterable[tuple[str, bytes]]) -> str:
     """A hash of names and bytes of tensors, in the order of the names."""
     digest = hashlib.sha256()
     for name, data in sorted(tensors):
-        digest.update(name.encode() + b"\0" + data)
+        digest.update(name.encode() + b"\0")
+        digest.update(data)
     return digest.hexdigest()
 
 

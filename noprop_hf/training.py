@@ -457,15 +457,10 @@ class SampleCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         was_training = model.training
-        with torch.random.fork_rng():
-            torch.manual_seed(args.seed)
-            alone = single_block_model(model, self.table).eval()
-            for prompt, text in sample_texts(
-                alone,
-                self.tokenizer,
-                self.block_args.sample_prompts,
-                self.block_args.sample_max_new_tokens,
-                use_cache=False,
-            ):
-                logger.warning(f"[block {model.block_index}] step {state.global_step}: {prompt!r} -> {text!r}")
+        alone = single_block_model(model, self.table).eval()
+        prompts, max_new_tokens = self.block_args.sample_prompts, self.block_args.sample_max_new_tokens
+        for prompt, text in sample_texts(
+            alone, self.tokenizer, prompts, max_new_tokens, use_cache=False, seed=args.seed
+        ):
+            logger.warning(f"[block {model.block_index}] step {state.global_step}: {prompt!r} -> {text!r}")
         model.train(was_training)
