@@ -50,8 +50,17 @@ class ModelArguments:
     denoising_weight: float | None = field(
         default=None, metadata={"help": "Weight of the denoising loss against the next-token loss on pure noise."}
     )
-    num_pretraining_layers: int | None = field(
-        default=None, metadata={"help": "Layers of the masked language model of phase 1."}
+    num_pretraining_layers: int | None = field(default=None, metadata={"help": "Layers of the model of phase 1."})
+    pretraining_objective: str | None = field(
+        default=None,
+        metadata={"help": "What the model of phase 1 learns: 'mlm' (masked tokens), 'clm' (next tokens) or 'mixed'."},
+    )
+    block_initialization: str | None = field(
+        default=None, metadata={"help": "Start of every block: 'pretraining' (the model of phase 1) or 'random'."}
+    )
+    context_source: str | None = field(
+        default=None,
+        metadata={"help": "What a block reads: 'embeddings' (independent blocks) or 'previous_block' (in order)."},
     )
 
     def config_fields(self) -> dict[str, Any]:

@@ -22,8 +22,16 @@ class NoPropConfig(PreTrainedConfig):
         num_key_value_heads (`int`, *optional*): heads of the keys and values; `num_attention_heads` when not given.
         intermediate_size (`int`, defaults to 1344): width of the gated feed-forward layer.
         correction_size (`int`, *optional*): width of the head's correction MLP; `hidden_size` when not given.
-        num_pretraining_layers (`int`, *optional*): layers of the masked language model of phase 1;
-            `num_layers_per_block` when not given.
+        num_pretraining_layers (`int`, *optional*): layers of the model of phase 1; `num_layers_per_block` when not
+            given.
+        pretraining_objective (`str`, defaults to `"mixed"`): what the model of phase 1 learns: `"mlm"` (masked
+            tokens), `"clm"` (next tokens), or `"mixed"` (both, each for half of the rows of a batch).
+        block_initialization (`str`, defaults to `"pretraining"`): where blocks start: `"pretraining"` (the layers of
+            the model of phase 1) or `"random"`.
+        context_source (`str`, defaults to `"embeddings"`): what the encoder of a block reads: `"embeddings"` (the
+            clean embeddings alone, so that blocks are independent), or `"previous_block"` (the context states of the
+            block before it, which is frozen: still a local loss and the memory of one block's training, but blocks
+            must be trained in order, and encoded in order at inference).
         max_position_embeddings (`int`, defaults to 512): longest sequence the model is meant for. Positions are
             rotary, so it is not a hard limit.
         noise_schedule (`str`, defaults to `"information"`): `"information"`, `"cosine"` or `"linear"`.
@@ -52,6 +60,9 @@ class NoPropConfig(PreTrainedConfig):
     intermediate_size: int = 1344
     correction_size: int | None = None
     num_pretraining_layers: int | None = None
+    pretraining_objective: str = "mixed"
+    block_initialization: str = "pretraining"
+    context_source: str = "embeddings"
     max_position_embeddings: int = 512
     noise_schedule: str = "information"
     noise_levels: list[float] | None = None
@@ -76,6 +87,7 @@ class NoPropConfig(PreTrainedConfig):
             self.correction_size = self.hidden_size
         if self.num_pretraining_layers is None:
             self.num_pretraining_layers = self.num_layers_per_block
+        self._check_choices()
         self._check_sizes()
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
@@ -89,6 +101,19 @@ class NoPropConfig(PreTrainedConfig):
     def num_hidden_layers(self) -> int:
         """Layers of all blocks together; what a key-value cache is sized by."""
         return self.num_blocks * self.num_layers_per_block
+
+    def _check_choices(self) -> None:
+        for name, choices in {
+            "noise_schedule": ("information", "cosine", "linear"),
+            "loss_type": ("cross_entropy", "mse"),
+            "pretraining_objective": ("mlm", "clm", "mixed"),
+            "block_initialization": ("pretraining", "random"),
+            "context_source": ("embeddings", "previous_block"),
+        }.items():
+            value = getattr(self, name)
+            if value not in choices:
+                listed = ", ".join(repr(choice) for choice in choices[:-1])
+                raise ValueError(f"`{name}` must be {listed} or {choices[-1]!r}, got {value!r}.")
 
     def _check_sizes(self) -> None:
         for name in (
@@ -106,6 +131,11 @@ class NoPropConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        if self.block_initialization == "pretraining" and self.num_pretraining_layers != self.num_layers_per_block:
+            raise ValueError(
+                f"Blocks of {self.num_layers_per_block} layers cannot start from the {self.num_pretraining_layers} "
+                "layers of phase 1: make `num_pretraining_layers` equal, or set `block_initialization='random'`."
+            )
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
@@ -121,10 +151,6 @@ class NoPropConfig(PreTrainedConfig):
             )
 
     def _check_noise(self) -> None:
-        if self.noise_schedule not in ("information", "cosine", "linear"):
-            raise ValueError(
-                f"`noise_schedule` must be 'information', 'cosine' or 'linear', got {self.noise_schedule!r}."
-            )
         levels = self.noise_levels
         if len(levels) != self.num_blocks:
             raise ValueError(
@@ -141,8 +167,6 @@ class NoPropConfig(PreTrainedConfig):
             raise ValueError(
                 f"`noise_levels` are signal-to-noise ratios and must not decrease from block to block, got {levels}."
             )
-        if self.loss_type not in ("cross_entropy", "mse"):
-            raise ValueError(f"`loss_type` must be 'cross_entropy' or 'mse', got {self.loss_type!r}.")
         if not 0 <= self.denoising_weight <= 1:
             raise ValueError(f"`denoising_weight` must be between 0 and 1, got {self.denoising_weight}.")
 

@@ -3,11 +3,48 @@
 import math
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.utils import GenerateOutput
 
 from .noise_noprop import sample_evidence
+
+
+class Beliefs:
+    """What the chain believes about the next token, block by block.
+
+    Blocks are independent estimates of one posterior, so block b does not replace what the blocks before it said but
+    refines it: the belief at block b is the normalised geometric mean of the distributions of blocks 0 to b, each
+    updated by Bayes' rule to the evidence `s_b` (block b itself through its head, which was trained at that level). In
+    logits, `l_b = (mean_{j<=b} a_j + s_b) E^T + mean_{j<=b} bias_j`, where `a_j` is a block's answer without evidence.
+    On pure noise this is the predictive distribution of the first blocks.
+    """
+
+    def __init__(self):
+        self.count = 0
+        self.answers: torch.Tensor | float = 0.0
+        self.biases: torch.Tensor | float = 0.0
+
+    def refine(
+        self, head: nn.Module, context: torch.Tensor, evidence: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hear the next block.
+
+        Args:
+            head ([`DenoisingHead`]): that of the block.
+            context (`(..., hidden_size)`): its context states.
+            evidence (`(..., hidden_size)`): evidence at its level, in float32.
+
+        Returns:
+            The belief without the evidence, `(..., hidden_size)`, and its bias, `(vocab_size,)`, in float32.
+        """
+        self.count += 1
+        own = head(context, evidence).float() - evidence
+        belief = (self.answers + own) / self.count
+        self.answers = self.answers + head(context).float()
+        self.biases = self.biases + head.bias.float()
+        return belief, self.biases / self.count
 
 
 class NoPropGenerationMixin(GenerationMixin):
@@ -78,10 +115,10 @@ class NoPropGenerationMixin(GenerationMixin):
         num_trajectories: int = 1,
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:
-        """Run the chain from pure noise: `s_{b+1} = s_b + D e_y + sqrt(D) eps` with `y ~ p_b(. | s_b, context)`.
+        """Run the chain from pure noise: `s_{b+1} = s_b + D e_y + sqrt(D) eps`, `y` drawn from the belief at block b.
 
         Drawing a token, where the paper moves to the mean embedding (NoProp, arXiv 2503.24322, section 2), makes a step
-        of any size exact when `p_b` is the true posterior.
+        of any size exact when the belief is the true posterior.
 
         Args:
             context_states: the context states of the blocks to run, `(..., hidden_size)` each.
@@ -93,14 +130,14 @@ class NoPropGenerationMixin(GenerationMixin):
         blocks, table = self.model.blocks[: len(context_states)], self.model.embed_tokens
         shape = (num_trajectories, *context_states[0].shape)
         evidence, level, log_probs = torch.zeros(shape, device=context_states[0].device), 0.0, None
+        beliefs = Beliefs()
         for block, context in zip(blocks, context_states, strict=True):
             if block.level > level:
                 tokens = sample_categorical(log_probs, generator)
                 evidence = evidence + sample_evidence(table(tokens), block.level - level, generator)
                 level = block.level
-            prediction = block.head(context.expand(shape), evidence).float()
-            logits = F.linear(prediction, table.weight.float(), block.head.bias.float())
-            log_probs = logits.log_softmax(-1)
+            belief, bias = beliefs.refine(block.head, context.expand(shape), evidence)
+            log_probs = F.linear(belief + evidence, table.weight.float(), bias).log_softmax(-1)
         return log_probs.logsumexp(0) - math.log(num_trajectories)
 
 

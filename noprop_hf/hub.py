@@ -150,23 +150,52 @@ def save_block(directory: Path, block: DenoisingBlock, table: TokenTable, metada
     """Write the shard of one trained block."""
     prefix = block_prefix(block.block_index)
     tensors = {prefix + name: tensor for name, tensor in block.state_dict().items()}
-    mark = {"fingerprint": fingerprint(block.config, table.weight)}
+    mark = block_mark(directory, block.config, table, block.block_index)
     save_shard(directory / block_shard(block.block_index), tensors, {**mark, **metadata})
+
+
+def load_block(directory: Path, config: NoPropConfig, block_index: int) -> DenoisingBlock:
+    """Read one trained block of a model directory."""
+    block, prefix = DenoisingBlock(config, block_index), block_prefix(block_index)
+    with safe_open(directory / block_shard(block_index), framework="pt") as file:
+        tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    block.load_state_dict(tensors)
+    return block
+
+
+def block_mark(directory: Path, config: NoPropConfig, table: TokenTable, block_index: int) -> dict[str, str]:
+    """What a block is trained on, as metadata of its shard: the fingerprint, and the block that it reads if it does.
+
+    Raises:
+        FileNotFoundError: it reads the block before it, which is not there.
+    """
+    mark = {"fingerprint": fingerprint(config, table.weight)}
+    if config.context_source == "previous_block" and block_index > 0:
+        previous = directory / block_shard(block_index - 1)
+        if not previous.is_file():
+            raise FileNotFoundError(
+                f"Block {block_index} reads block {block_index - 1}, which is not in {directory}: with "
+                "`context_source='previous_block'`, train the blocks in order."
+            )
+        mark["previous_block"] = read_metadata(previous)[CONTENT_HASH]
+    return mark
 
 
 def block_is_trained(directory: Path, config: NoPropConfig, table: TokenTable, block_index: int) -> bool:
     """Whether a block's shard is there.
 
     Raises:
-        ValueError: it is, but was trained with another table or configuration.
+        ValueError: it is, but was trained with another table or configuration, or on another block before it.
     """
     path = directory / block_shard(block_index)
     if not path.is_file():
         return False
-    if read_metadata(path).get("fingerprint") != fingerprint(config, table.weight):
+    metadata = read_metadata(path)
+    mark = block_mark(directory, config, table, block_index)
+    if any(metadata.get(name) != value for name, value in mark.items()):
         raise ValueError(
-            f"{path} was trained with another table or configuration than {directory} now holds. Remove it to train "
-            f"block {block_index} again, or use another output directory."
+            f"{path} was trained with another table or configuration than {directory} now holds, or on another block "
+            f"before it. Remove it to train block {block_index} again, or use another output directory."
         )
     return True
 

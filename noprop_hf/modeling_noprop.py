@@ -45,7 +45,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_noprop import NoPropConfig
-from .generation_noprop import NoPropGenerationMixin
+from .generation_noprop import Beliefs, NoPropGenerationMixin
 from .noise_noprop import sample_evidence, standardize
 from .shards_noprop import AUTO_MAP, MASKED_LM_FOLDER, damaged_shards, missing_shards, shard_index, shard_of
 
@@ -106,17 +106,13 @@ class ContextEncoder(nn.Module):
 
     Args:
         first_layer_idx: index of the first layer in a key-value cache shared by all blocks.
-        is_causal: whether a position sees only itself and earlier ones.
     """
 
-    def __init__(self, config: NoPropConfig, num_layers: int, first_layer_idx: int = 0, is_causal: bool = True):
+    def __init__(self, config: NoPropConfig, num_layers: int, first_layer_idx: int = 0):
         super().__init__()
         self.config = config
-        self.is_causal = is_causal
         self.input_projection = InputProjection(config.hidden_size, config.hidden_size, bias=False)
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, first_layer_idx + i) for i in range(num_layers))
-        for layer in self.layers:
-            layer.self_attn.is_causal = is_causal
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
 
@@ -126,8 +122,13 @@ class ContextEncoder(nn.Module):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
+        is_causal: bool = True,
     ) -> dict:
-        """Mask and positions. They are the same for every block, so a model of many blocks computes them once."""
+        """Mask and positions. They are the same for every block, so a model of many blocks computes them once.
+
+        Args:
+            is_causal: whether a position sees only itself and earlier ones; phase 1 looks both ways as well.
+        """
         if position_ids is None:
             seen = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
@@ -137,12 +138,13 @@ class ContextEncoder(nn.Module):
             "attention_mask": attention_mask,
             "cache": cache,
         }
-        if self.is_causal:
+        if is_causal:
             mask = create_causal_mask(position_ids=position_ids, **mask_arguments)
         else:
             mask = create_bidirectional_mask(**mask_arguments)
         return {
             "attention_mask": mask,
+            "is_causal": None if is_causal else False,  # None: what the layers are by themselves
             "position_ids": position_ids,
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
         }
@@ -347,6 +349,7 @@ class DenoisingBlock(NoPropPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         generator: torch.Generator | None = None,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> DenoisingBlockOutput:
         """The local loss: recover the next token from its noised embedding and the clean context.
 
@@ -360,8 +363,11 @@ class DenoisingBlock(NoPropPreTrainedModel):
             num_items_in_batch: what to divide the summed losses by (gradient accumulation); the number of predicted
                 tokens of this batch when not given.
             generator: source of the randomness; torch's global one when not given.
+            inputs_embeds (`(batch, sequence, hidden_size)`, *optional*): what the encoder reads in the place of the
+                embeddings of `input_ids` (with `context_source="previous_block"`, the states of the block before).
         """
-        inputs_embeds = table(input_ids)
+        if inputs_embeds is None:
+            inputs_embeds = table(input_ids)
         attention_inputs = self.encoder.attention_inputs(inputs_embeds, attention_mask, position_ids)
         context = self.encoder(inputs_embeds, **attention_inputs)[:, :-1]
         targets = labels[:, 1:]
@@ -438,7 +444,8 @@ class NoPropModelOutput(BaseModelOutputWithPast):
 
 
 class NoPropModel(NoPropPreTrainedModel):
-    """The frozen table and all blocks. The blocks read the same clean context and do not depend on one another."""
+    """The frozen table and all blocks. The blocks read the same clean context and do not depend on one another (with
+    `context_source="previous_block"`, each reads the states of the one before)."""
 
     def __init__(self, config: NoPropConfig):
         super().__init__(config)
@@ -481,10 +488,12 @@ class NoPropModel(NoPropPreTrainedModel):
 
         blocks = self.blocks[:num_inference_blocks]
         attention_inputs = blocks[0].encoder.attention_inputs(inputs_embeds, attention_mask, position_ids, cache)
-        context_states = tuple(
-            block.encoder(inputs_embeds, cache=cache, use_cache=use_cache, **attention_inputs, **kwargs)
-            for block in blocks
-        )
+        context_states: tuple[torch.Tensor, ...] = ()
+        for block in blocks:
+            context = block.encoder(inputs_embeds, cache=cache, use_cache=use_cache, **attention_inputs, **kwargs)
+            context_states += (context,)
+            if self.config.context_source == "previous_block":
+                inputs_embeds = context
         predictions = [block.head(context) for block, context in zip(blocks, context_states, strict=True)]
         return NoPropModelOutput(
             last_hidden_state=torch.stack(predictions).mean(0),
@@ -499,7 +508,8 @@ class NoPropBoundOutput(ModelOutput):
     Args:
         bound (`torch.Tensor`): variational bound on the negative log-likelihood, in nats per token.
         block_nats (`torch.Tensor` of shape `(num_blocks,)`): its split by block. Entry 0 is the cross-entropy of block
-            0 on pure noise; entry b is what block b changes against a Bayes update of block b-1 (negative is a gain).
+            0 on pure noise; entry b is what block b changes against a Bayes update of the belief before it (negative is
+            a gain).
         token_nats (`torch.Tensor` of shape `(num_blocks, num_tokens)`): the same for every predicted token.
         context_nats (`torch.Tensor` of shape `(num_blocks,)`): cross-entropy of each block alone on pure noise.
     """
@@ -592,13 +602,14 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
     ) -> NoPropBoundOutput:
         r"""An upper bound on the negative log-likelihood of the chain that `decoding_mode="denoising"` samples from.
 
-        With the evidence `s_b` on the true path of the next token `y`, and `l_{b-1} -> s_b` the logits of block b-1
-        updated by Bayes' rule to `s_b`,
+        With the evidence `s_b` on the true path of the next token `y`, the logits `l_b` of the belief at block b (see
+        [`Beliefs`]), and `l_{b-1} -> s_b` those of the belief before, updated by Bayes' rule to `s_b`,
 
             -log p(y) <= CE(l_0; s_0) + sum_{b>=1} [ CE(l_b; s_b) - CE(l_{b-1} -> s_b; s_b) ]
 
-        in expectation over the path: the negative evidence lower bound of a chain whose step draws a token from
-        block b-1 and moves on with its embedding (after NoProp, arXiv 2503.24322, section 2, with that transition).
+        in expectation over the path: the negative evidence lower bound of a chain whose step draws a token from the
+        belief at block b-1 and moves on with its embedding (after NoProp, arXiv 2503.24322, section 2, with that
+        transition).
 
         Args:
             input_ids, attention_mask (`(batch_size, sequence_length)`).
@@ -616,21 +627,20 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
 
         evidence = torch.zeros_like(clean, dtype=torch.float32)
         level, token_nats, context_nats = 0.0, [], []
-        previous = None  # the block before: its answer, updated to the present evidence, and its bias
+        beliefs, previous = Beliefs(), None
         for block, states in zip(blocks, context_states, strict=True):
-            context, bias = states[:, :-1][kept], block.head.bias
+            context = states[:, :-1][kept]
             if block.level > level:
-                step = sample_evidence(clean, block.level - level, generator)
-                evidence, level = evidence + step, block.level
-                previous = (previous[0] + step, previous[1])
-            prediction = block.head(context, evidence).float()
-            nats = vocabulary_nats(prediction, table, bias, targets)
-            if previous is not None:
-                updated, previous_bias = previous
-                nats = nats - vocabulary_nats(updated, table, previous_bias, targets)
+                evidence = evidence + sample_evidence(clean, block.level - level, generator)
+                level = block.level
+            belief, bias = beliefs.refine(block.head, context, evidence)
+            nats = vocabulary_nats(belief + evidence, table, bias, targets)
+            if previous is not None:  # the belief before, updated to the present evidence
+                nats = nats - vocabulary_nats(previous[0] + evidence, table, previous[1], targets)
             token_nats.append(nats)
-            context_nats.append(vocabulary_nats(block.head(context), table, bias, targets).mean())
-            previous = (prediction, bias)
+            alone = block.head(context).float()
+            context_nats.append(vocabulary_nats(alone, table, block.head.bias, targets).mean())
+            previous = (belief, bias)
         token_nats = torch.stack(token_nats)
         return NoPropBoundOutput(
             bound=token_nats.sum(0).mean(),
@@ -641,16 +651,18 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
 
 
 class NoPropForMaskedLM(NoPropPreTrainedModel):
-    """Phase 1: a bidirectional encoder whose tied input and output table becomes the frozen table of the blocks.
+    """Phase 1: a shallow encoder whose tied input and output table becomes the frozen table of the blocks.
 
-    The rows are centred and scaled on the way in *and* out, so that the table is trained in the very geometry in
-    which it is used afterwards. [`~NoPropForMaskedLM.token_table`] gives it.
+    With `config.pretraining_objective="mlm"` it learns to fill in masks, looking both ways; with `"clm"` to tell the
+    next token, looking back only; with `"mixed"` the same layers do both, each for half of the rows of a batch. The
+    rows of the table are centred and scaled on the way in *and* out, so that the table is trained in the very geometry
+    in which it is used afterwards. [`~NoPropForMaskedLM.token_table`] gives it.
     """
 
     def __init__(self, config: NoPropConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.encoder = ContextEncoder(config, config.num_pretraining_layers, is_causal=False)
+        self.encoder = ContextEncoder(config, config.num_pretraining_layers)
         self.readout = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.gradient_checkpointing = False
@@ -688,26 +700,50 @@ class NoPropForMaskedLM(NoPropPreTrainedModel):
     ) -> MaskedLMOutput:
         """
         Args:
-            input_ids (`(batch_size, sequence_length)`): tokens, some of them masked.
-            labels (`(batch_size, sequence_length)`, *optional*): the masked tokens; -100 everywhere else. While
-                training, only their positions go through the vocabulary and no logits are returned.
+            input_ids (`(batch_size, sequence_length)`): tokens, some of them masked (none for `"clm"`).
+            labels (`(batch_size, sequence_length)`, *optional*): the masked tokens, -100 everywhere else; for `"clm"`,
+                which has no masks, all tokens. With them the loss is that of `config.pretraining_objective`; while
+                training, only the positions it needs go through the vocabulary and no logits are returned.
         """
         table = self.token_table()
-        inputs_embeds = F.embedding(input_ids, table)
-        attention_inputs = self.encoder.attention_inputs(inputs_embeds, attention_mask, position_ids)
-        prediction = self.readout(self.encoder(inputs_embeds, **attention_inputs, **kwargs))
-
-        loss = None
-        if labels is not None:
-            masked = labels != -100
-            if num_items_in_batch is None:
-                num_items_in_batch = masked.sum()
-            nats = vocabulary_nats(prediction[masked], table, self.bias, labels[masked], reduction="sum")
-            loss = nats / num_items_in_batch
-        logits = None
         if labels is None or not self.training:
+            prediction = self._encode(input_ids, table, attention_mask, position_ids, **kwargs)
             logits = F.linear(prediction, table.to(prediction.dtype), self.bias.to(prediction.dtype))
+            if labels is None:
+                return MaskedLMOutput(logits=logits)
+        else:
+            logits = None
+
+        masked_rows = {"mlm": len(labels), "mixed": (len(labels) + 1) // 2, "clm": 0}[self.config.pretraining_objective]
+        rows = slice(masked_rows), slice(masked_rows, None)  # of the two objectives
+        masks, positions = (
+            [None if tensor is None else tensor.expand_as(input_ids)[part] for part in rows]
+            for tensor in (attention_mask, position_ids)
+        )
+        loss = 0.0
+        if masked_rows > 0:
+            prediction = self._encode(input_ids[rows[0]], table, masks[0], positions[0], **kwargs)
+            loss = loss + self._mean_nats(prediction, table, labels[rows[0]]) * masked_rows / len(labels)
+        if masked_rows < len(labels):
+            tokens = torch.where(labels == -100, input_ids, labels)[rows[1]]  # without masks
+            targets = tokens if masks[1] is None else tokens.masked_fill(masks[1] == 0, -100)
+            prediction = self._encode(tokens, table, masks[1], positions[1], is_causal=True, **kwargs)[:, :-1]
+            loss = loss + self._mean_nats(prediction, table, targets[:, 1:]) * (1 - masked_rows / len(labels))
+        if num_items_in_batch is not None:  # this batch's share of what gradients are accumulated over
+            loss = loss * ((labels != -100).sum() / num_items_in_batch)
         return MaskedLMOutput(loss=loss, logits=logits)
+
+    def _encode(self, input_ids, table, attention_mask, position_ids, is_causal: bool | None = None, **kwargs):
+        """Predictions `(batch_size, sequence_length, hidden_size)`; in both directions unless trained for one only."""
+        if is_causal is None:
+            is_causal = self.config.pretraining_objective == "clm"
+        inputs_embeds = F.embedding(input_ids, table)
+        attention_inputs = self.encoder.attention_inputs(inputs_embeds, attention_mask, position_ids, None, is_causal)
+        return self.readout(self.encoder(inputs_embeds, **attention_inputs, **kwargs))
+
+    def _mean_nats(self, prediction: torch.Tensor, table: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        kept = targets != -100
+        return vocabulary_nats(prediction[kept], table, self.bias, targets[kept], reduction="mean")
 
 
 __all__ = [

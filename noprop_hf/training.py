@@ -1,6 +1,6 @@
 """Training: the embedding table first, then each block on its own.
 
-    pretrain_embeddings   phase 1, masked language modelling with the stock `Trainer`
+    pretrain_embeddings   phase 1, a shallow masked and causal language model, with the stock `Trainer`
     train_blocks          phase 2, one `BlockTrainer` per block
 
 Both write into one model directory (see `hub.py`) and go on where an interrupted run stopped.
@@ -12,6 +12,7 @@ import gc
 import math
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ from .data import (
     train_tokenizer,
 )
 from .evaluation import sample_texts
-from .hub import block_is_trained, create_model_directory, load_table, save_block
+from .hub import block_is_trained, block_mark, create_model_directory, load_block, load_table, save_block
 from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForMaskedLM, TokenTable
 from .noise_noprop import information_levels, standardize
 from .shards_noprop import EMBEDDINGS_SHARD, MASKED_LM_FOLDER
@@ -86,8 +87,8 @@ def pretrain_embeddings(
 ) -> Path:
     """Make the frozen table and write the model directory around it.
 
-    The table comes from masked language modelling, or from `model_args.embeddings_from`. When the directory holds one
-    already, that one is kept.
+    The table comes from a shallow language model (`pretraining_objective`), which blocks start from as well, or from
+    `model_args.embeddings_from`. When the directory holds one already, that one is kept.
 
     Returns:
         The model directory, `training_args.output_dir`.
@@ -114,12 +115,12 @@ def pretrain_embeddings(
         rows = corpus["train"].take(TOKENIZER_ROWS)
         texts = (text or "" for text in rows[data_args.text_column_name])
         tokenizer = train_tokenizer(texts, model_args.vocab_size or 4096, data_args.max_length)
-    if source is None and tokenizer.mask_token is None:
+    config = build_config(model_args, data_args, tokenizer, source)
+    if source is None and config.pretraining_objective != "clm" and tokenizer.mask_token is None:
         raise ValueError(
             f"The tokenizer {model_args.tokenizer_name!r} has no mask token, which masked language modelling needs. "
-            "Use a tokenizer that has one, or take the table of a model with --embeddings_from."
+            "Use a tokenizer that has one, --pretraining_objective clm, or the table of a model with --embeddings_from."
         )
-    config = build_config(model_args, data_args, tokenizer, source)
     dataset = tokenize(corpus, tokenizer, data_args)
 
     table = TokenTable(config)
@@ -165,7 +166,10 @@ def _pretrain_masked_lm(
         train_dataset=dataset["train"],
         eval_dataset=dataset["validation"],
         data_collator=MaskedCollator(
-            tokenizer, mlm_probability=pretraining_args.mlm_probability, run_seed=training_args.seed
+            tokenizer,
+            mlm=config.pretraining_objective != "clm",
+            mlm_probability=pretraining_args.mlm_probability,
+            run_seed=training_args.seed,
         ),
     )
     trainer.args.prediction_loss_only = True
@@ -197,6 +201,10 @@ def build_config(
         ValueError: sizes that do not fit together.
     """
     fields = model_args.config_fields()
+    if source is not None and fields.setdefault("block_initialization", "random") != "random":
+        raise ValueError(
+            "With --embeddings_from there is no phase 1 for blocks to start from: leave --block_initialization out."
+        )
     vocab_size = len(tokenizer) if source is None else source.shape[0]
     if model_args.vocab_size not in (None, vocab_size) and (model_args.tokenizer_name or source is not None):
         raise ValueError(
@@ -253,12 +261,14 @@ class BlockTrainer(Trainer):
     Args:
         model ([`DenoisingBlock`]): the block.
         table ([`TokenTable`]): the frozen table.
+        previous: with `context_source="previous_block"`, the trained blocks before it, which only run forward.
         kwargs: arguments of [`Trainer`].
     """
 
-    def __init__(self, model: DenoisingBlock, table: TokenTable, **kwargs):
+    def __init__(self, model: DenoisingBlock, table: TokenTable, previous: Sequence[DenoisingBlock] = (), **kwargs):
         super().__init__(model=model, **kwargs)
         self.table = table.to(self.args.device)
+        self.previous = [block.to(self.args.device).eval().requires_grad_(False) for block in previous]
         self._terms: dict[str, list[torch.Tensor]] = {}  # the loss by term, of every batch since the last log
         self._eval_terms: list[torch.Tensor] = []
         self._eval_generator: torch.Generator | None = None
@@ -267,6 +277,8 @@ class BlockTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None
     ):
         inputs = {**inputs, "table": self.table}
+        if self.previous:
+            inputs["inputs_embeds"] = self._previous_states(inputs["input_ids"], inputs.get("attention_mask"))
         if not model.training:
             inputs["generator"] = self._eval_generator
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -278,6 +290,15 @@ class BlockTrainer(Trainer):
             nats = [outputs.context_nats, outputs.denoising_nats, outputs.bound_nats]
             self._eval_terms.append(torch.stack([*(term * count for term in nats), count]).detach())
         return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _previous_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        states = self.table(input_ids)
+        with self.compute_loss_context_manager():
+            attention_inputs = self.previous[0].encoder.attention_inputs(states, attention_mask)
+            for block in self.previous:
+                states = block.encoder(states, **attention_inputs)
+        return states
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._terms:
@@ -366,13 +387,16 @@ def train_block(
         seed=seed,
         push_to_hub=False,
     )
+    previous = []
+    if config.context_source == "previous_block" and block_index > 0:
+        block_mark(directory, config, table, block_index)  # tells when one is missing
+        previous = [load_block(directory, config, index) for index in range(block_index)]
     set_seed(seed)
-    block = DenoisingBlock(copy.deepcopy(config), block_index)
-    with torch.no_grad():
-        block.head.bias.copy_(table.log_prior)
+    block = new_block(directory, config, table, block_index, previous[-1] if previous else None)
     trainer = BlockTrainer(
         block,
         table,
+        previous,
         args=one_process(args),
         train_dataset=dataset["train"],
         eval_dataset=dataset["validation"],
@@ -381,7 +405,7 @@ def train_block(
     trainer.args.prediction_loss_only = True
     show_progress(trainer, f"block {block_index} ({block_index + 1} of {config.num_blocks})")
     if args.eval_strategy != "no" and block_args.sample_prompts:
-        trainer.add_callback(SampleCallback(table, tokenizer, block_args))
+        trainer.add_callback(SampleCallback(table, previous, tokenizer, block_args))
     summary = trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir)).metrics
     last = trainer.state.log_history[-2] if len(trainer.state.log_history) > 1 else {}  # before the summary
     evaluated = last.get("step") == trainer.state.global_step and "eval_bound_nats" in last
@@ -390,6 +414,40 @@ def train_block(
     cost = {"steps": str(trainer.state.global_step), "seconds": f"{summary['train_runtime']:.1f}"}
     save_block(directory, block, table, {**cost, "seed": str(seed), **kept})
     return metrics
+
+
+def new_block(
+    directory: Path, config: NoPropConfig, table: TokenTable, block_index: int, previous: DenoisingBlock | None = None
+) -> DenoisingBlock:
+    """A block before its training.
+
+    It is random, or says what the model of phase 1 says; on top of a `previous` block, what that one says, its own
+    layers adding nothing yet.
+
+    Raises:
+        FileNotFoundError: it is to start from a model of phase 1 that is not there.
+    """
+    block = DenoisingBlock(copy.deepcopy(config), block_index)
+    if config.block_initialization == "random":
+        block.head.bias.data.copy_(table.log_prior)
+        return block
+    if previous is not None:
+        for layer in block.encoder.layers:
+            nn.init.zeros_(layer.self_attn.o_proj.weight)
+            nn.init.zeros_(layer.mlp.down_proj.weight)
+        block.head.readout.load_state_dict(previous.head.readout.state_dict())
+        block.head.bias.data.copy_(previous.head.bias)
+        return block
+    if not (directory / MASKED_LM_FOLDER).is_dir():
+        raise FileNotFoundError(
+            f"{directory / MASKED_LM_FOLDER} is not there, and blocks start from it. Copy it together with the "
+            "embeddings, or make both with scripts/pretrain_embeddings.py."
+        )
+    start = NoPropForMaskedLM.from_pretrained(directory)
+    block.encoder.load_state_dict(start.encoder.state_dict())
+    block.head.readout.load_state_dict(start.readout.state_dict())
+    block.head.bias.data.copy_(start.bias)
+    return block
 
 
 def last_checkpoint(output_dir: str) -> str | None:
@@ -431,25 +489,33 @@ def show_progress(trainer: Trainer, name: str) -> None:
         trainer.add_callback(NamedProgressCallback(name))
 
 
-def single_block_model(block: DenoisingBlock, table: TokenTable) -> NoPropForCausalLM:
-    """The language model that one block is by itself. It shares the block's and the table's memory.
+def model_of_blocks(blocks: Sequence[DenoisingBlock], table: TokenTable) -> NoPropForCausalLM:
+    """The language model that some blocks are by themselves. It shares the blocks' and the table's memory.
 
-    Its layers keep their place in the cache of the full model, so use it with `use_cache=False`.
+    Their layers keep their place in the cache of the full model, so use it with `use_cache=False`.
     """
-    config = copy.deepcopy(block.config)
-    config.num_blocks, config.noise_levels = 1, [0.0]
+    config = copy.deepcopy(blocks[0].config)
+    config.num_blocks, config.noise_levels = len(blocks), [0.0] * len(blocks)
     with torch.device("meta"):
         model = NoPropForCausalLM(config)
     model.model.embed_tokens = table
-    model.model.blocks = nn.ModuleList([block])
+    model.model.blocks = nn.ModuleList(blocks)
     return model
 
 
 class SampleCallback(TrainerCallback):
-    """At every evaluation, logs text that the block alone writes. It leaves the random numbers of training alone."""
+    """At every evaluation, logs text that the block writes, alone or on top of those it reads. It leaves the random
+    numbers of training alone."""
 
-    def __init__(self, table: TokenTable, tokenizer: PreTrainedTokenizerBase, block_args: BlockArguments):
+    def __init__(
+        self,
+        table: TokenTable,
+        previous: Sequence[DenoisingBlock],
+        tokenizer: PreTrainedTokenizerBase,
+        block_args: BlockArguments,
+    ):
         self.table = table
+        self.previous = previous
         self.tokenizer = tokenizer
         self.block_args = block_args
 
@@ -457,7 +523,7 @@ class SampleCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         was_training = model.training
-        alone = single_block_model(model, self.table).eval()
+        alone = model_of_blocks([*self.previous, model], self.table).eval()
         prompts, max_new_tokens = self.block_args.sample_prompts, self.block_args.sample_max_new_tokens
         for prompt, text in sample_texts(
             alone, self.tokenizer, prompts, max_new_tokens, use_cache=False, seed=args.seed

@@ -7,6 +7,7 @@ from transformers import DynamicCache
 
 from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM
 from noprop_hf.modeling_noprop import TokenTable, vocabulary_nats
+from noprop_hf.noise_noprop import sample_evidence
 
 
 def tokens(*shape: int, vocab_size: int = 50) -> torch.Tensor:
@@ -143,20 +144,16 @@ def test_one_term_alone(model, weight):
     assert all(parameter.grad is not None for parameter in block.parameters())
 
 
-def test_bound_of_a_block_alone_is_the_bound_of_a_chain_of_it(model):
-    """The block's own bound is the variational bound of a two-block model that uses it twice."""
-    level = model.config.noise_levels[1]
-    config = NoPropConfig(**{**model.config.to_dict(), "num_blocks": 2, "noise_levels": [0.0, level]})
-    twice = NoPropForCausalLM(config).eval()
-    twice.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
-    for block in twice.model.blocks:
-        block.load_state_dict(model.model.blocks[1].state_dict())
-    input_ids = tokens(2, 8)
-    chain = twice.variational_bound(input_ids, generator=torch.Generator().manual_seed(1))
-    alone = model.model.blocks[1](
-        input_ids, input_ids, model.model.embed_tokens, generator=torch.Generator().manual_seed(1)
-    )
-    assert torch.allclose(alone.bound_nats, chain.bound, atol=1e-5)
+def test_bound_of_a_block_alone_is_that_of_its_answers_on_pure_noise_and_at_its_level(model):
+    block, table, input_ids = model.model.blocks[1], model.model.embed_tokens, tokens(2, 8)
+    output = block(input_ids, input_ids, table, generator=torch.Generator().manual_seed(1))
+    embeds, targets = table(input_ids), input_ids[:, 1:].flatten()
+    evidence = sample_evidence(embeds[:, 1:].flatten(0, 1), block.level, torch.Generator().manual_seed(1))
+    states = block.encoder(embeds, **block.encoder.attention_inputs(embeds))[:, :-1].flatten(0, 1)
+    alone, informed = (block.head(states, s) @ table.weight.T + block.head.bias for s in (None, evidence))
+    updated = alone + evidence @ table.weight.T
+    expected = F.cross_entropy(alone, targets) + F.cross_entropy(informed, targets) - F.cross_entropy(updated, targets)
+    assert torch.allclose(output.bound_nats, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("unfrozen", [False, True])
@@ -258,7 +255,8 @@ def tiny_model() -> NoPropForCausalLM:
 def chain_by_quadrature(model: NoPropForCausalLM, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact distribution of the chain's token after the first input, and the exact bound for each token.
 
-    A chain of two blocks: `p(y) = sum_y0 p_0(y0) E[p_1(y | s)]`, `s ~ N(g e_y0, g I)`, integrated on a grid.
+    A chain of two blocks: `p(y) = sum_y0 p_0(y0) E[p_1(y | s)]`, `s ~ N(g e_y0, g I)`, integrated on a grid, with `p_1`
+    the normalised geometric mean of the second block's answer and the first one's, updated by Bayes' rule.
     """
     first, second = model.model.blocks
     table = model.model.embed_tokens.weight.double()
@@ -271,8 +269,9 @@ def chain_by_quadrature(model: NoPropForCausalLM, input_ids: torch.Tensor) -> tu
     with torch.no_grad():
         log_p0 = (first.head(h0).double() @ table.T + first.head.bias).log_softmax(-1)
         prediction = second.head(h1.expand(len(grid), 2), grid.float()).double()
-        log_p1 = (prediction @ table.T + second.head.bias).log_softmax(-1)
+        own = (prediction @ table.T + second.head.bias).log_softmax(-1)
         updated = (log_p0 + grid @ table.T).log_softmax(-1)
+        log_p1 = ((own + updated) / 2).log_softmax(-1)
     densities = torch.stack(
         [torch.distributions.Normal(gamma * e, gamma**0.5).log_prob(grid).sum(-1).exp() * cell for e in table]
     )
@@ -388,12 +387,17 @@ def test_unknown_decoding_mode(model):
 # --- phase 1 ----------------------------------------------------------------------------------------------------------
 
 
-def test_masked_lm_sees_both_sides_and_ties_its_table(config):
+def phase_1_model(config: NoPropConfig, pretraining_objective: str) -> NoPropForMaskedLM:
     torch.manual_seed(0)
-    model = NoPropForMaskedLM(config).eval()
+    model = NoPropForMaskedLM(NoPropConfig(**config.to_dict() | {"pretraining_objective": pretraining_objective}))
     with torch.no_grad():
         torch.nn.init.normal_(model.readout.weight, std=0.3)
         model.bias.normal_()
+    return model.eval()
+
+
+def test_masked_lm_sees_both_sides_and_ties_its_table(config):
+    model = phase_1_model(config, "mlm")
     input_ids = tokens(2, 9)
     changed = input_ids.clone()
     changed[:, 8] = (changed[:, 8] + 1) % 50
@@ -407,6 +411,34 @@ def test_masked_lm_sees_both_sides_and_ties_its_table(config):
     assert torch.allclose(output.loss, reference, atol=1e-5)
     model.train()
     assert torch.allclose(model(input_ids, labels=labels).loss, reference, atol=1e-5)
+
+
+def test_next_token_objective_sees_the_past_alone(config):
+    model, input_ids = phase_1_model(config, "clm"), tokens(2, 9)
+    changed = input_ids.clone()
+    changed[:, 8] = (changed[:, 8] + 1) % 50
+    logits = model(input_ids).logits
+    assert torch.allclose(logits[:, :8], model(changed).logits[:, :8], atol=1e-5)
+    reference = F.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten())
+    assert torch.allclose(model.train()(input_ids, labels=input_ids).loss, reference, atol=1e-5)
+
+
+def test_mixed_objective_is_the_mean_of_both_on_their_rows(config):
+    """With padding, and with rows whose masks the next-token half must undo."""
+    mixed, causal, masked = (phase_1_model(config, objective) for objective in ("mixed", "clm", "mlm"))
+    original, attention_mask = tokens(4, 9), torch.ones(4, 9, dtype=torch.long)
+    attention_mask[3, 6:] = 0
+    labels = original.masked_fill(torch.arange(9) % 3 != 0, -100)
+    input_ids = original.masked_fill(labels != -100, 1)
+    options = {"attention_mask": attention_mask, "labels": labels}
+    first = masked(input_ids[:2], labels=labels[:2]).loss
+    targets = original.masked_fill(attention_mask == 0, -100)[2:]
+    logits = causal(original[2:], attention_mask=attention_mask[2:]).logits
+    second = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+    loss = mixed.train()(input_ids, **options).loss
+    assert torch.allclose(loss, (first + second) / 2, atol=1e-5)
+    halves = mixed(input_ids, num_items_in_batch=2 * (labels != -100).sum(), **options).loss
+    assert torch.allclose(halves, loss / 2)  # as one of two batches that gradients are accumulated over
 
 
 # --- precision --------------------------------------------------------------------------------------------------------

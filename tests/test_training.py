@@ -10,17 +10,18 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import BertConfig, BertModel, Trainer, TrainerCallback, TrainingArguments
 
-from noprop_hf import DenoisingBlock, NoPropConfig
+from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM
 from noprop_hf import training as training_module
 from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments
 from noprop_hf.data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize, train_tokenizer
-from noprop_hf.hub import load_table, read_metadata
+from noprop_hf.hub import load_block, load_table, read_metadata
 from noprop_hf.noise_noprop import information_levels, standardize
 from noprop_hf.shards_noprop import block_shard
 from noprop_hf.training import (
     BlockTrainer,
     block_seed,
     last_checkpoint,
+    new_block,
     pretrain_embeddings,
     train_blocks,
 )
@@ -371,3 +372,86 @@ def test_half_precision_training_on_a_gpu(directory, data):
     assert float(read_metadata(directory / block_shard(3))["denoising_nats"]) < 5
     gc.collect()
     assert torch.cuda.memory_allocated() < 50_000_000
+
+
+# --- where blocks start, and blocks that read one another -------------------------------------------------------------
+
+
+def test_blocks_start_as_the_model_of_phase_1(directory, data):
+    """Before its first step a block says what phase 1 says of the next token."""
+    config = NoPropConfig.from_pretrained(directory)
+    table = load_table(directory, config)
+    block = new_block(directory, config, table, 2).eval()
+    phase_1 = NoPropForMaskedLM.from_pretrained(directory).eval()
+    phase_1.config.pretraining_objective = "clm"  # looks back only
+    rows = tokenize(load_corpus(data), load_tokenizer(str(directory)), data)["validation"][:4]["input_ids"]
+    input_ids = torch.tensor(rows)
+    embeds = table(input_ids)
+    states = block.head(block.encoder(embeds, **block.encoder.attention_inputs(embeds)))
+    assert torch.allclose(states @ table.weight.T + block.head.bias, phase_1(input_ids).logits, atol=1e-4)
+    config.block_initialization = "random"
+    assert torch.equal(new_block(directory, config, table, 2).head.bias, table.log_prior)
+    config.block_initialization = "pretraining"
+    shutil.rmtree(directory / "masked_lm")
+    with pytest.raises(FileNotFoundError, match="Copy it together with the embeddings"):
+        train_blocks(data, BLOCKS, arguments(directory))
+
+
+@pytest.fixture
+def hierarchical(directory) -> Path:
+    config = NoPropConfig.from_pretrained(directory)
+    config.context_source = "previous_block"
+    config.save_pretrained(directory)
+    return directory
+
+
+def test_a_block_on_top_of_another_starts_as_that_one(hierarchical, data):
+    train_blocks(data, BlockArguments(blocks="0", sample_prompts=[]), arguments(hierarchical))
+    config = NoPropConfig.from_pretrained(hierarchical)
+    table = load_table(hierarchical, config)
+    below = load_block(hierarchical, config, 0).eval()
+    above = new_block(hierarchical, config, table, 1, below).eval()
+    embeds = table(torch.arange(16)[None])
+    inputs = below.encoder.attention_inputs(embeds)
+    states = below.encoder(embeds, **inputs)
+    learned = below.head.readout(states)  # without what block 0 has learned beside its readout
+    answer = above.head(above.encoder(states, **inputs))  # normalised once more, so a little off in scale
+    assert torch.allclose(answer, learned, atol=0.1 * learned.abs().max().item())
+    assert torch.cosine_similarity(answer, learned, dim=-1).min() > 0.9999
+
+
+def test_hierarchical_blocks_train_in_order_and_only_by_their_own_loss(hierarchical, data):
+    with pytest.raises(FileNotFoundError, match="train the blocks in order"):
+        train_blocks(data, BlockArguments(blocks="1", sample_prompts=[]), arguments(hierarchical))
+    train_blocks(data, BlockArguments(blocks="0,1", sample_prompts=["the cat"]), arguments(hierarchical))
+    first = digest(hierarchical / block_shard(0))
+    second = load_file(hierarchical / block_shard(1))
+    (hierarchical / block_shard(1)).unlink()
+    shutil.rmtree(hierarchical / "checkpoints" / "block-01")
+    train_blocks(data, BlockArguments(blocks="1-3", sample_prompts=[]), arguments(hierarchical))
+    assert digest(hierarchical / block_shard(0)) == first
+    again = load_file(hierarchical / block_shard(1))
+    assert all(torch.equal(again[name], tensor) for name, tensor in second.items())
+
+    # Each block's loss is that of the assembled model, whose block reads the states of the one before.
+    model = NoPropForCausalLM.from_pretrained(hierarchical).eval()
+    dataset = tokenize(load_corpus(data), load_tokenizer(str(hierarchical)), data)["validation"].select(range(8))
+    batch = torch.tensor(dataset["input_ids"])
+    nats = model.variational_bound(batch).context_nats
+    config, previous = model.config, list(model.model.blocks[:2])
+    trainer = BlockTrainer(
+        load_block(hierarchical, config, 2),
+        load_table(hierarchical, config),
+        previous,
+        args=arguments(hierarchical / "trainer"),
+        eval_dataset=dataset,
+        data_collator=CausalCollator(load_tokenizer(str(hierarchical))),
+    )
+    assert trainer.evaluate()["eval_context_nats"] == pytest.approx(nats[2].item(), abs=1e-4)
+
+    # A block that was trained on another block before it is told.
+    (hierarchical / block_shard(0)).unlink()
+    shutil.rmtree(hierarchical / "checkpoints")
+    train_blocks(data, BlockArguments(blocks="0", sample_prompts=[]), arguments(hierarchical, seed=5))
+    with pytest.raises(ValueError, match="another block before it"):
+        train_blocks(data, BLOCKS, arguments(hierarchical))

@@ -1,0 +1,442 @@
+#!/usr/bin/env python
+"""How far independent blocks are from end-to-end training: same text, arithmetic, parameters and depth, side by side.
+
+python benchmarks/quality.py --data_dir DIR           # two corpora, three seeds and one: under two hours on two cores
+python benchmarks/quality.py --data_dir DIR --small   # one corpus, one seed, a tenth of the training: some minutes
+
+DIR holds `shakespeare.txt` (tiny Shakespeare; its last tenth is held out), `wikitext2/test.txt` and
+`wikitext2/validation.txt` (WikiText-2; trained on the first, measured on the second). What is measured already is kept
+in --output_dir and not trained again, so that a run which broke off goes on.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import DatasetDict, disable_progress_bars
+from matplotlib.figure import Figure
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM
+from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments
+from noprop_hf.data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize, train_tokenizer
+from noprop_hf.evaluation import evaluate_model
+from noprop_hf.hub import load_table
+from noprop_hf.modeling_noprop import TokenTable
+from noprop_hf.training import pretrain_embeddings, train_blocks
+
+
+MODELS = {
+    "end_to_end": "end-to-end, learned table",
+    "end_to_end_frozen": "end-to-end, our frozen table",
+    "single_block": "one block, a block's share",
+    "single_block_long": "one block, the arithmetic of all",
+    "noprop": "NoProp, independent blocks",
+    "noprop_hierarchical": "NoProp, hierarchical context",
+}
+
+
+@dataclass
+class QualityArguments:
+    """What is compared. The defaults are those of the kept results."""
+
+    data_dir: str = field(metadata={"help": "Where the corpora are."})
+    output_dir: str = field(default="runs/quality", metadata={"help": "Where models and their figures are kept."})
+    results: str = field(
+        default="benchmarks/results/quality.json", metadata={"help": "Results; a .md and a .png go beside them."}
+    )
+    corpora: list[str] = field(default_factory=lambda: ["shakespeare", "wikitext2"], metadata={"help": "Corpora."})
+    models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": f"Of {', '.join(MODELS)}."})
+    num_seeds: int = field(default=3, metadata={"help": "Seeds on Shakespeare; WikiText-2 has one."})
+    tokens: float = field(default=3e6, metadata={"help": "Training tokens of the end-to-end model."})
+    pretraining_share: float = field(default=0.2, metadata={"help": "Share of the arithmetic that phase 1 gets."})
+    vocab_size: int = field(default=2048, metadata={"help": "Entries of the tokenizer."})
+    max_length: int = field(default=64, metadata={"help": "Tokens in a window."})
+    hidden_size: int = field(default=128, metadata={"help": "Width of table and layers."})
+    num_attention_heads: int = field(default=4, metadata={"help": "Attention heads of a layer."})
+    intermediate_size: int = field(default=352, metadata={"help": "Width of the feed-forward layers of a block."})
+    num_blocks: int = field(default=4, metadata={"help": "Blocks."})
+    num_layers_per_block: int = field(default=2, metadata={"help": "Layers of a block."})
+    batch_size: int = field(default=32, metadata={"help": "Windows in a batch, of every model."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate end to end."})
+    pretraining_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of phase 1."})
+    block_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of blocks."})
+    num_workers: int = field(default=2, metadata={"help": "Models trained at a time, on one thread each."})
+    small: bool = field(default=False, metadata={"help": "Shakespeare, one seed and a tenth of the training."})
+
+    def __post_init__(self):
+        if self.small:
+            self.corpora, self.num_seeds, self.tokens = ["shakespeare"], 1, self.tokens / 10
+
+    def seeds(self, corpus: str) -> range:
+        return range(self.num_seeds if corpus == "shakespeare" else 1)
+
+    def data(self, corpus: str) -> DataArguments:
+        folder = Path(self.data_dir)
+        files = {
+            "shakespeare": {"train_file": "shakespeare.txt"},
+            "wikitext2": {"train_file": "wikitext2/test.txt", "validation_file": "wikitext2/validation.txt"},
+        }[corpus]
+        files = {name: str(folder / file) for name, file in files.items()}
+        return DataArguments(max_length=self.max_length, validation_split_percentage=10, **files)
+
+    def sizes(self) -> dict[str, int]:
+        names = ("hidden_size", "num_attention_heads", "intermediate_size", "num_blocks", "num_layers_per_block")
+        return {name: getattr(self, name) for name in names}
+
+    def training(self, directory: Path, seed: int, tokens: float, learning_rate: float) -> TrainingArguments:
+        """One setting of the optimizer for every model; only the peak learning rate is each one's own."""
+        return TrainingArguments(
+            output_dir=str(directory),
+            seed=seed,
+            max_steps=max(1, round(tokens / (self.batch_size * self.max_length))),
+            per_device_train_batch_size=self.batch_size,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            logging_steps=100,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+
+
+class Bench:
+    """One corpus and one seed: data, and how each model is trained and measured."""
+
+    def __init__(self, args: QualityArguments, corpus: str, seed: int):
+        self.args, self.corpus, self.seed = args, corpus, seed
+        self.folder = Path(args.output_dir, corpus, str(seed))
+        self.phase1 = self.folder / "phase1"
+
+    def tokenizer_folder(self) -> Path:
+        return Path(self.args.output_dir, self.corpus, "tokenizer")
+
+    def load(self) -> tuple[PreTrainedTokenizerBase, DatasetDict]:
+        tokenizer = load_tokenizer(str(self.tokenizer_folder()))
+        data_args = self.args.data(self.corpus)
+        return tokenizer, tokenize(load_corpus(data_args), tokenizer, data_args)
+
+    def prepare(self) -> None:
+        """Train the tokenizer that all models of a corpus share."""
+        if not self.tokenizer_folder().is_dir():
+            rows = load_corpus(self.args.data(self.corpus))["train"]["text"]
+            train_tokenizer(rows, self.args.vocab_size, self.args.max_length).save_pretrained(self.tokenizer_folder())
+
+    # --- sizes and budgets ----------------------------------------------------------------------------------------
+
+    def config(self, **changes: Any) -> NoPropConfig:
+        return NoPropConfig(vocab_size=self.args.vocab_size, **self.args.sizes() | changes)
+
+    def baseline(self) -> LlamaForCausalLM:
+        """A stock model as deep as all blocks together, its feed-forward layers widened to their parameters."""
+        args = self.args
+        config = LlamaConfig(
+            vocab_size=args.vocab_size,
+            hidden_size=args.hidden_size,
+            intermediate_size=args.intermediate_size,
+            num_hidden_layers=args.num_blocks * args.num_layers_per_block,
+            num_attention_heads=args.num_attention_heads,
+            max_position_embeddings=args.max_length,
+            tie_word_embeddings=True,
+        )
+        with torch.device("meta"):
+            goal = num_parameters(NoPropForCausalLM(self.config()))
+            missing = goal - num_parameters(LlamaForCausalLM(config))
+        config.intermediate_size += round(missing / (3 * config.num_hidden_layers * config.hidden_size))
+        return LlamaForCausalLM(config)
+
+    def flops(self) -> dict[str, float]:
+        """Floating-point operations per training token: end to end, in phase 1, and in one block."""
+        args, config = self.args, self.config()
+        tokens = torch.randint(args.vocab_size, (args.batch_size, args.max_length))
+        block, table = DenoisingBlock(config, config.num_blocks - 1).train(), TokenTable(config)
+        phase1 = NoPropForMaskedLM(self.config(pretraining_objective="clm")).train()
+        baseline = self.baseline()
+        # A token through the vocabulary is counted apart, since the fused loss is not known to the counter: forward
+        # and backward to the input and, where it is learned, to the table.
+        product = 2 * args.vocab_size * args.hidden_size * (args.max_length - 1) / args.max_length
+        return {
+            "end_to_end": count_flops(lambda: baseline(tokens, labels=tokens).loss) / tokens.numel(),
+            "phase1": count_flops(lambda: phase1(tokens, labels=tokens).loss) / tokens.numel() + 3 * product,
+            "block": count_flops(lambda: block(tokens, tokens, table).loss) / tokens.numel() + 2 * product,
+        }
+
+    def budgets(self) -> dict[str, float]:
+        """Training tokens, so that phase 1 and all blocks together cost what end-to-end training does."""
+        flops, args = self.flops(), self.args
+        total = flops["end_to_end"] * args.tokens
+        block = total * (1 - args.pretraining_share) / (args.num_blocks * flops["block"])
+        return {"end_to_end": args.tokens, "phase1": total * args.pretraining_share / flops["phase1"], "block": block}
+
+    # --- training -------------------------------------------------------------------------------------------------
+
+    def pretrain(self) -> dict[str, Any]:
+        """Phase 1, shared by all models but the first."""
+        args, tokens = self.args, self.budgets()["phase1"]
+        begin = time.perf_counter()
+        pretrain_embeddings(
+            ModelArguments(tokenizer_name=str(self.tokenizer_folder()), **args.sizes()),
+            args.data(self.corpus),
+            PretrainingArguments(),
+            args.training(self.phase1, self.seed, tokens, args.pretraining_learning_rate),
+        )
+        return {"tokens": tokens, "seconds": time.perf_counter() - begin}
+
+    def end_to_end(self, name: str) -> dict[str, Any]:
+        tokenizer, data = self.load()
+        args = self.args
+        set_seed(self.seed)
+        model = self.baseline()
+        if name == "end_to_end_frozen":
+            table = load_table(self.phase1, NoPropConfig.from_pretrained(self.phase1))
+            model.get_input_embeddings().weight.requires_grad_(False).copy_(table.weight)
+        training_args = args.training(self.folder / name, self.seed, args.tokens, args.learning_rate)
+        begin = time.perf_counter()
+        Trainer(model, training_args, CausalCollator(tokenizer), data["train"]).train()
+        seconds = time.perf_counter() - begin
+        model.save_pretrained(self.folder / name)
+        return {"tokens": args.tokens, "seconds": seconds, "nats_per_token": validation_nats(model, data, tokenizer)}
+
+    def blocks(self, name: str) -> dict[str, Any]:
+        args, tokens = self.args, self.budgets()["block"]
+        directory = self.folder / name
+        if not directory.is_dir():
+            shutil.copytree(self.phase1, directory)
+        changes: dict[str, Any] = {}
+        if name.startswith("single_block"):
+            changes = {"num_blocks": 1, "noise_levels": [0.0]}
+        if name == "noprop_hierarchical":
+            changes = {"context_source": "previous_block"}
+        if name == "single_block_long":
+            tokens *= args.num_blocks
+        config = NoPropConfig.from_pretrained(directory)
+        for key, value in changes.items():
+            setattr(config, key, value)
+        config.save_pretrained(directory)
+        begin = time.perf_counter()
+        training_args = args.training(directory, self.seed, tokens, args.block_learning_rate)
+        train_blocks(args.data(self.corpus), BlockArguments(sample_prompts=[]), training_args)
+        seconds = time.perf_counter() - begin
+        model = NoPropForCausalLM.from_pretrained(directory).eval()
+        tokenizer, data = self.load()
+        nats = evaluate_model(model, data["validation"], tokenizer)
+        return {
+            "tokens": tokens,
+            "seconds": seconds,
+            "nats_per_token": nats.predictive,
+            "bound": nats.bound,
+            "block_nats": nats.block_nats,
+            "block_errors": nats.block_errors,
+            "context": nats.context,
+        }
+
+    def sample_nats(self) -> dict[str, list[float]]:
+        """What the end-to-end model thinks of text sampled from the chain, and from the first block alone."""
+        tokenizer, data = self.load()
+        judge = LlamaForCausalLM.from_pretrained(self.folder / "end_to_end").eval()
+        model = NoPropForCausalLM.from_pretrained(self.folder / "noprop").eval()
+        rows = torch.tensor(data["validation"][:256]["input_ids"])
+        start = self.args.max_length // 4
+        options = {"do_sample": True, "top_k": 0, "max_new_tokens": self.args.max_length - start, "eos_token_id": None}
+        options["pad_token_id"] = tokenizer.pad_token_id
+        prompts, mask = rows[:, :start], torch.ones_like(rows[:, :start])
+        nats = {}
+        for name, mode in {
+            "chain": {"decoding_mode": "denoising"},
+            "predictive": {},
+            "first_block": {"num_inference_blocks": 1},
+        }.items():
+            texts = model.generate(prompts, attention_mask=mask, seed=self.seed, **options, **mode)
+            with torch.no_grad():
+                logits = judge(texts).logits[:, start - 1 : -1]
+            losses = F.cross_entropy(logits.transpose(1, 2), texts[:, start:], reduction="none")
+            nats[name] = [losses.mean().item(), losses.mean(1).std().item() / len(texts) ** 0.5]
+        return nats
+
+
+def num_parameters(model: PreTrainedModel) -> int:
+    """All parameters, the frozen table among them, tied ones once."""
+    table = model.model.embed_tokens.weight
+    return model.num_parameters() + (0 if isinstance(table, nn.Parameter) else table.numel())
+
+
+def count_flops(loss: Callable[[], torch.Tensor]) -> float:
+    """Floating-point operations of the matrix products of one forward and backward pass."""
+    with FlopCounterMode(display=False) as counter:
+        loss().backward()
+    return counter.get_total_flops()
+
+
+@torch.no_grad()
+def validation_nats(model: PreTrainedModel, data: DatasetDict, tokenizer: PreTrainedTokenizerBase) -> float:
+    model.eval()
+    total, count = 0.0, 0
+    for batch in DataLoader(data["validation"], batch_size=32, collate_fn=CausalCollator(tokenizer)):
+        targets = batch.pop("labels")[:, 1:].flatten()
+        logits = model(**batch, use_cache=False).logits[:, :-1]
+        total += F.cross_entropy(logits.flatten(0, 1), targets, reduction="sum").item()
+        count += len(targets)
+    return total / count
+
+
+def run_job(args: QualityArguments, corpus: str, seed: int, name: str) -> dict[str, Any]:
+    """Train and measure one model on one thread, unless its figures are kept already."""
+    kept = Path(args.output_dir, corpus, str(seed), f"{name}.json")
+    if kept.is_file():
+        return json.loads(kept.read_text())
+    torch.set_num_threads(1)
+    disable_progress_bars()
+    bench = Bench(args, corpus, seed)
+    if name == "phase1":
+        figures = bench.pretrain()
+    elif name == "samples":
+        figures = bench.sample_nats()
+    elif name.startswith("end_to_end"):
+        figures = bench.end_to_end(name)
+    else:
+        figures = bench.blocks(name)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(figures, indent=1))
+    print(f"{corpus}, seed {seed}, {name}: {json.dumps(figures)}", flush=True)
+    return figures
+
+
+def report(args: QualityArguments, figures: dict[tuple[str, int, str], dict[str, Any]]) -> dict[str, Any]:
+    """The results by corpus and model, one entry per seed in each list."""
+    results: dict[str, Any] = {}
+    for corpus in args.corpora:
+        bench = Bench(args, corpus, 0)
+        tokenizer, data = bench.load()
+        rows = data["validation"]["input_ids"]
+        bytes_per_token = sum(len(tokenizer.decode(row).encode()) for row in rows) / sum(map(len, rows))
+        flops, budgets = bench.flops(), bench.budgets()
+        results[corpus] = {}
+        for name in args.models:
+            runs = [figures[corpus, seed, name] for seed in args.seeds(corpus)]
+            entry: dict[str, Any] = {key: [run[key] for run in runs] for key in runs[0] if key != "tokens"}
+            entry["bits_per_byte"] = [nats / np.log(2) / bytes_per_token for nats in entry["nats_per_token"]]
+            entry["tokens"] = runs[0]["tokens"]
+            results[corpus][name] = entry
+        results[corpus]["setting"] = {
+            "flops_per_token": flops,
+            "budgets": budgets,
+            "bytes_per_token": bytes_per_token,
+            "parameters": {
+                "noprop": num_parameters(NoPropForCausalLM(bench.config())),
+                "end_to_end": num_parameters(bench.baseline()),
+            },
+            "phase1_seconds": [figures[corpus, seed, "phase1"]["seconds"] for seed in args.seeds(corpus)],
+        }
+        if (corpus, 0, "samples") in figures:
+            results[corpus]["samples"] = [figures[corpus, seed, "samples"] for seed in args.seeds(corpus)]
+    return results
+
+
+def mean_and_spread(values: list[float]) -> str:
+    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
+
+
+def tables(args: QualityArguments, results: dict[str, Any]) -> str:
+    """The results in Markdown: mean over seeds, and their standard deviation."""
+    lines = []
+    for corpus in args.corpora:
+        entries, setting = results[corpus], results[corpus]["setting"]
+        parameters = setting["parameters"]
+        lines += [
+            f"**{corpus}**, seeds: {len(args.seeds(corpus))}; parameters: {parameters['end_to_end']:,} end to end, "
+            f"{parameters['noprop']:,} NoProp",
+            "",
+            "| model | validation nats per token | bits per byte | bound of the chain | tokens, millions | minutes |",
+            "| --- | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for name in args.models:
+            entry = entries[name]
+            bound = mean_and_spread(entry["bound"]) if name.startswith("noprop") else ""
+            lines.append(
+                f"| {MODELS[name]} | {mean_and_spread(entry['nats_per_token'])} | "
+                f"{mean_and_spread(entry['bits_per_byte'])} | {bound} | {entry['tokens'] / 1e6:.2f} | "
+                f"{np.mean(entry['seconds']) / 60:.1f} |"
+            )
+        lines += [
+            f"| phase 1 | | | | {setting['budgets']['phase1'] / 1e6:.2f} | "
+            f"{np.mean(setting['phase1_seconds']) / 60:.1f} |",
+            "",
+        ]
+        for name in [name for name in args.models if name.startswith("noprop")]:
+            nats, errors = (np.mean(entries[name][key], axis=0) for key in ("block_nats", "block_errors"))
+            gains = ", ".join(f"{gain:+.4f} ± {error:.4f}" for gain, error in zip(nats[1:], errors[1:], strict=True))
+            alone = ", ".join(f"{nats:.3f}" for nats in np.mean(entries[name]["context"], axis=0))
+            lines += [
+                f"{MODELS[name]}: what blocks 1 and later change in the bound: {gains} (standard error over tokens); "
+                f"each block alone on pure noise: {alone}.",
+                "",
+            ]
+        for source in ("chain", "predictive", "first_block") if "samples" in entries else ():
+            nats, errors = np.mean([run[source] for run in entries["samples"]], axis=0)
+            lines += [f"Text sampled from {source}, under the end-to-end model: {nats:.3f} ± {errors:.3f} nats.", ""]
+    return "\n".join(lines)
+
+
+def plot(args: QualityArguments, results: dict[str, Any], path: Path) -> None:
+    figure = Figure(figsize=(5.5 * len(args.corpora), 4), layout="constrained")
+    for axes, corpus in zip(np.atleast_1d(figure.subplots(1, len(args.corpora))), args.corpora, strict=True):
+        for row, name in enumerate(reversed(args.models)):
+            values = results[corpus][name]["nats_per_token"]
+            axes.plot(values, [row] * len(values), "o", color="C0", label="predictive" if row == 0 else None)
+            if name.startswith("noprop"):
+                values = results[corpus][name]["bound"]
+                axes.plot(values, [row] * len(values), "x", color="C1", label="bound of the chain")
+        axes.set_yticks(range(len(args.models)), [MODELS[name] for name in reversed(args.models)])
+        axes.set(xlabel="validation nats per token", title=f"{corpus}: one mark per seed")
+        axes.grid(axis="x", alpha=0.3)
+        handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        axes.legend(handles.values(), handles.keys())
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(QualityArguments, description=__doc__).parse_args_into_dataclasses()
+    runs = [(corpus, seed) for corpus in args.corpora for seed in args.seeds(corpus)]
+    for corpus in args.corpora:
+        Bench(args, corpus, 0).prepare()
+    names = [name for name in MODELS if name in args.models]
+    stages = [["phase1"], names, ["samples"] if {"end_to_end", "noprop"} <= set(names) else []]
+    figures = {}
+    with ProcessPoolExecutor(args.num_workers, mp_context=get_context("spawn")) as pool:
+        for stage in stages:
+            jobs = {(*run, name): pool.submit(run_job, args, *run, name) for run in runs for name in stage}
+            figures |= {key: job.result() for key, job in jobs.items()}
+    results = report(args, figures)
+    path = Path(args.results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.with_suffix(".md").write_text(tables(args, results))
+    plot(args, results, path.with_suffix(".png"))
+    print(tables(args, results))
+
+
+if __name__ == "__main__":
+    main()
