@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -123,10 +123,14 @@ class QualityArguments:
 
 
 class Bench:
-    """One corpus and one seed: data, and how each model is trained and measured."""
+    """One corpus and one seed: data, and how each model is trained and measured.
 
-    def __init__(self, args: QualityArguments, corpus: str, seed: int):
-        self.args, self.corpus, self.seed = args, corpus, seed
+    Args:
+        changes: fields of the configuration that are not the package's defaults.
+    """
+
+    def __init__(self, args: QualityArguments, corpus: str, seed: int, changes: dict[str, Any] | None = None):
+        self.args, self.corpus, self.seed, self.changes = args, corpus, seed, changes or {}
         self.folder = Path(args.output_dir, corpus, str(seed))
         self.phase1 = self.folder / "phase1"
 
@@ -147,7 +151,7 @@ class Bench:
     # --- sizes and budgets ----------------------------------------------------------------------------------------
 
     def config(self, **changes: Any) -> NoPropConfig:
-        return NoPropConfig(vocab_size=self.args.vocab_size, **self.args.sizes() | changes)
+        return NoPropConfig(vocab_size=self.args.vocab_size, **self.args.sizes() | self.changes | changes)
 
     def baseline(self) -> LlamaForCausalLM:
         """A stock model as deep as all blocks together, its feed-forward layers widened to their parameters."""
@@ -177,29 +181,42 @@ class Bench:
         # A token through the vocabulary is counted apart, since the fused loss is not known to the counter: forward
         # and backward to the input and, where it is learned, to the table.
         product = 2 * args.vocab_size * args.hidden_size * (args.max_length - 1) / args.max_length
+        embeds = table(tokens)
+        inputs = block.encoder.attention_inputs(embeds)
+        read = count_flops(lambda: block.encoder(embeds, **inputs).sum(), backward=False) / tokens.numel()
+        one = count_flops(lambda: block(tokens, tokens, table).loss) / tokens.numel() + 2 * product
         return {
             "end_to_end": count_flops(lambda: baseline(tokens, labels=tokens).loss) / tokens.numel(),
             "phase1": count_flops(lambda: phase1(tokens, labels=tokens).loss) / tokens.numel() + 3 * product,
-            "block": count_flops(lambda: block(tokens, tokens, table).loss) / tokens.numel() + 2 * product,
+            "block": one,
+            # which reads the blocks before it, on average this many of them
+            "hierarchical_block": one + read * (args.num_blocks - 1) / 2,
         }
 
     def budgets(self) -> dict[str, float]:
         """Training tokens, so that phase 1 and all blocks together cost what end-to-end training does."""
         flops, args = self.flops(), self.args
         total = flops["end_to_end"] * args.tokens
-        block = total * (1 - args.pretraining_share) / (args.num_blocks * flops["block"])
-        return {"end_to_end": args.tokens, "phase1": total * args.pretraining_share / flops["phase1"], "block": block}
+        share = total * (1 - args.pretraining_share) / args.num_blocks
+        return {
+            "end_to_end": args.tokens,
+            "phase1": total * args.pretraining_share / flops["phase1"],
+            "block": share / flops["block"],
+            "hierarchical_block": share / flops["hierarchical_block"],
+        }
 
     # --- training -------------------------------------------------------------------------------------------------
 
-    def pretrain(self) -> dict[str, Any]:
+    def pretrain(self, **pretraining: Any) -> dict[str, Any]:
         """Phase 1, shared by all models but the first."""
         args, tokens = self.args, self.budgets()["phase1"]
+        known = {one.name for one in fields(ModelArguments)}
+        changes = {name: value for name, value in self.changes.items() if name in known}
         begin = time.perf_counter()
         pretrain_embeddings(
-            ModelArguments(tokenizer_name=str(self.tokenizer_folder()), **args.sizes()),
+            ModelArguments(tokenizer_name=str(self.tokenizer_folder()), **args.sizes() | changes),
             args.data(self.corpus),
-            PretrainingArguments(),
+            PretrainingArguments(**pretraining),
             args.training(self.phase1, self.seed, tokens, args.pretraining_learning_rate),
         )
         return {"tokens": tokens, "seconds": time.perf_counter() - begin}
@@ -220,17 +237,20 @@ class Bench:
         return {"tokens": args.tokens, "seconds": seconds, "nats_per_token": validation_nats(model, data, tokenizer)}
 
     def blocks(self, name: str) -> dict[str, Any]:
-        args, tokens = self.args, self.budgets()["block"]
-        directory = self.folder / name
+        """NoProp, or one block of it alone."""
+        budgets = self.budgets()
+        if name == "noprop":
+            return self.train_blocks(name, {}, budgets["block"])
+        if name == "noprop_hierarchical":
+            return self.train_blocks(name, {"context_source": "previous_block"}, budgets["hierarchical_block"])
+        share = budgets["block"] * (self.args.num_blocks if name == "single_block_long" else 1)
+        return self.train_blocks(name, {"num_blocks": 1, "noise_levels": [0.0]}, share)
+
+    def train_blocks(self, name: str, changes: dict[str, Any], tokens: float) -> dict[str, Any]:
+        """Train and measure blocks on the table of phase 1, with `changes` of the configuration."""
+        args, directory = self.args, self.folder / name
         if not directory.is_dir():
             shutil.copytree(self.phase1, directory)
-        changes: dict[str, Any] = {}
-        if name.startswith("single_block"):
-            changes = {"num_blocks": 1, "noise_levels": [0.0]}
-        if name == "noprop_hierarchical":
-            changes = {"context_source": "previous_block"}
-        if name == "single_block_long":
-            tokens *= args.num_blocks
         config = NoPropConfig.from_pretrained(directory)
         for key, value in changes.items():
             setattr(config, key, value)
@@ -282,10 +302,12 @@ def num_parameters(model: PreTrainedModel) -> int:
     return model.num_parameters() + (0 if isinstance(table, nn.Parameter) else table.numel())
 
 
-def count_flops(loss: Callable[[], torch.Tensor]) -> float:
-    """Floating-point operations of the matrix products of one forward and backward pass."""
+def count_flops(compute: Callable[[], torch.Tensor], backward: bool = True) -> float:
+    """Floating-point operations of the matrix products of one forward and, for a loss, backward pass."""
     with FlopCounterMode(display=False) as counter:
-        loss().backward()
+        result = compute()
+        if backward:
+            result.backward()
     return counter.get_total_flops()
 
 

@@ -1,0 +1,256 @@
+#!/usr/bin/env python
+"""One thing at a time against the default: what makes independent blocks better and what does not.
+
+python benchmarks/ablation.py --data_dir DIR                     # everything; DIR as for quality.py
+python benchmarks/ablation.py --data_dir DIR --groups table      # one group
+
+Tiny Shakespeare, one seed, the sizes of quality.py; phase 1 and all blocks together have the arithmetic of --tokens
+tokens end to end. What is measured already is not trained again.
+"""
+
+import json
+import math
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import disable_progress_bars
+from quality import Bench, QualityArguments
+from torch.nn import functional as F
+from transformers import HfArgumentParser
+
+from noprop_hf import NoPropConfig, NoPropForCausalLM
+from noprop_hf.hub import create_model_directory, load_table
+from noprop_hf.noise_noprop import information_levels, prior_levels, standardize
+
+
+@dataclass
+class Variation:
+    """What is not as the defaults are.
+
+    Attributes:
+        config: fields of the configuration, for both phases.
+        blocks: fields of the configuration that only blocks see (they share the default's phase 1).
+        pretraining: fields of `PretrainingArguments`.
+        args: fields of `QualityArguments`.
+        whiten: whether the table is whitened before it is scaled.
+        level_scale: what all noise levels are multiplied by.
+    """
+
+    config: dict[str, Any] = field(default_factory=dict)
+    blocks: dict[str, Any] = field(default_factory=dict)
+    pretraining: dict[str, Any] = field(default_factory=dict)
+    args: dict[str, Any] = field(default_factory=dict)
+    whiten: bool = False
+    level_scale: float = 1.0
+
+    def phase1(self) -> dict[str, Any]:
+        """What phase 1 depends on."""
+        names = ("pretraining_share", "pretraining_learning_rate", "hidden_size", "num_layers_per_block")
+        args = {name: value for name, value in self.args.items() if name in names}
+        return {"config": self.config, "pretraining": self.pretraining, "args": args}
+
+
+GROUPS: dict[str, dict[str, Variation]] = {
+    "table": {
+        "phase 1 masked only": Variation(config={"pretraining_objective": "mlm"}),
+        "phase 1 masked only, four times the share": Variation(
+            config={"pretraining_objective": "mlm"}, args={"pretraining_share": 0.6}
+        ),
+        "phase 1 mixed": Variation(config={"pretraining_objective": "mixed"}),
+        "phase 1 next token only": Variation(config={"pretraining_objective": "clm"}),
+        "phase 1 mixed, mask 30 %": Variation(
+            config={"pretraining_objective": "mixed"}, pretraining={"mlm_probability": 0.3}
+        ),
+        "phase 1 has half of its share": Variation(args={"pretraining_share": 0.15}),
+        "phase 1 has one and a half of its share": Variation(args={"pretraining_share": 0.45}),
+        "whitened table": Variation(whiten=True),
+    },
+    "initialisation": {
+        "blocks start at random": Variation(blocks={"block_initialization": "random"}),
+        "blocks start at random, learning rate 2e-3": Variation(
+            blocks={"block_initialization": "random"}, args={"block_learning_rate": 2e-3}
+        ),
+        "blocks start from phase 1": Variation(blocks={"block_initialization": "pretraining"}),
+        "blocks start from phase 1, learning rate 2e-3": Variation(
+            blocks={"block_initialization": "pretraining"}, args={"block_learning_rate": 2e-3}
+        ),
+        "blocks start from phase 1, learning rate 5e-4": Variation(
+            blocks={"block_initialization": "pretraining"}, args={"block_learning_rate": 5e-4}
+        ),
+    },
+    "schedule": {
+        "cosine levels": Variation(blocks={"noise_schedule": "cosine"}),
+        "linear levels": Variation(blocks={"noise_schedule": "linear"}),
+        "information levels, a quarter as high": Variation(level_scale=0.25),
+        "information levels, twice as high": Variation(level_scale=2.0),
+        "2 blocks of 4 layers": Variation(args={"num_blocks": 2, "num_layers_per_block": 4}),
+        "8 blocks of 1 layer": Variation(args={"num_blocks": 8, "num_layers_per_block": 1}),
+    },
+    "objective": {
+        "denoising only": Variation(blocks={"denoising_weight": 1.0}),
+        "denoising weight 0.75": Variation(blocks={"denoising_weight": 0.75}),
+        "denoising weight 0.25": Variation(blocks={"denoising_weight": 0.25}),
+        "no denoising": Variation(blocks={"denoising_weight": 0.0}),
+        "squared error": Variation(blocks={"loss_type": "mse"}),
+    },
+    "head": {
+        "correction of width 16": Variation(blocks={"correction_size": 16}),
+        "correction of width 512": Variation(blocks={"correction_size": 512}),
+    },
+    "context": {"hierarchical context": Variation(blocks={"context_source": "previous_block"})},
+}
+
+
+@dataclass
+class AblationArguments:
+    data_dir: str = field(metadata={"help": "Where shakespeare.txt is."})
+    output_dir: str = field(default="runs/ablation", metadata={"help": "Where models and their figures are kept."})
+    results: str = field(default="benchmarks/results/ablation.json", metadata={"help": "Results; a .md beside it."})
+    groups: list[str] = field(default_factory=lambda: list(GROUPS), metadata={"help": f"Of {', '.join(GROUPS)}."})
+    tokens: float = field(default=1e6, metadata={"help": "End-to-end tokens whose arithmetic a variation gets."})
+    num_workers: int = field(default=2, metadata={"help": "Variations trained at a time, on one thread each."})
+
+
+def bench_of(args: AblationArguments, variation: Variation) -> Bench:
+    """The bench of a variation. Variations of blocks share the folder, and so the phase 1, of the default."""
+    folder = Path(args.output_dir, slug(json.dumps(variation.phase1())))
+    settings = QualityArguments(data_dir=args.data_dir, output_dir=str(folder), tokens=args.tokens)
+    return Bench(replace(settings, **variation.args), "shakespeare", 0, variation.config)
+
+
+def slug(text: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in text)
+
+
+def pretrain(args: AblationArguments, variation: Variation) -> None:
+    torch.set_num_threads(1)
+    bench = bench_of(args, variation)
+    bench.prepare()
+    bench.pretrain(**variation.pretraining)
+
+
+def measure(args: AblationArguments, name: str, variation: Variation) -> dict[str, Any]:
+    """Train and measure a variation, unless its figures are kept already."""
+    bench = bench_of(args, variation)
+    name = slug(name)
+    kept = bench.folder / f"{name}.json"
+    if kept.is_file():
+        return json.loads(kept.read_text())
+    torch.set_num_threads(1)
+    disable_progress_bars()
+    changes, num_blocks = dict(variation.blocks), bench.args.num_blocks
+    config = NoPropConfig.from_pretrained(bench.phase1)
+    if "noise_schedule" in changes:
+        sizes = (num_blocks, config.vocab_size, config.hidden_size)
+        changes["noise_levels"] = prior_levels(changes["noise_schedule"], *sizes)
+    changes.setdefault("noise_levels", [level * variation.level_scale for level in config.noise_levels])
+    if variation.whiten:
+        bench.phase1 = whitened(bench, bench.folder / "whitened")
+        changes = {"block_initialization": "random"}
+    tokens = bench.budgets()["hierarchical_block" if "context_source" in changes else "block"]
+    figures = bench.train_blocks(name, changes, tokens)
+    figures |= predictive_variants(bench, name)
+    kept.write_text(json.dumps(figures, indent=1))
+    print(f"{name}: {json.dumps(figures)}", flush=True)
+    return figures
+
+
+def whitened(bench: Bench, directory: Path) -> Path:
+    """A copy of phase 1 whose table has equal variance in every direction before its rows are scaled."""
+    config = NoPropConfig.from_pretrained(bench.phase1)
+    tokenizer, _ = bench.load()
+    table = load_table(bench.phase1, config)
+    centred = table.weight - table.weight.mean(0)
+    variances, directions = torch.linalg.eigh(centred.T @ centred / len(centred))
+    table.weight.copy_(standardize(centred @ directions / variances.sqrt()))
+    config.noise_levels = information_levels(table.weight, table.log_prior, config.num_blocks)
+    config.block_initialization = "random"
+    create_model_directory(directory, config, tokenizer, table)
+    return directory
+
+
+@torch.no_grad()
+def predictive_variants(bench: Bench, name: str) -> dict[str, float]:
+    """Other ways to a predictive distribution, in validation nats (on its second half; weights fitted on the first)."""
+    model = NoPropForCausalLM.from_pretrained(bench.folder / name).eval()
+    _, data = bench.load()
+    rows = torch.tensor(data["validation"]["input_ids"])
+    table = model.model.embed_tokens.weight
+    halves = []
+    for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+        answers, chains = [], []
+        for batch in half.split(64):
+            states = [states[:, :-1].flatten(0, 1) for states in model.model(batch).context_states]
+            answers.append(torch.stack([block.head(h) for block, h in zip(model.model.blocks, states, strict=True)]))
+            if len(chains) < 2:  # trajectories cost a chain each: a sample of the tokens will do
+                chains.append(model.denoise(states, 8, torch.Generator().manual_seed(0)))
+        answers = torch.cat(answers, dim=1)
+        targets = half[:, 1:].flatten()
+        biases = torch.stack([block.head.bias for block in model.model.blocks])[:, None]
+        logits = answers @ table.T + biases
+        halves.append((logits, targets, torch.cat(chains)))
+    (first, first_targets, _), (logits, targets, chains) = halves
+    with torch.enable_grad():
+        weights = torch.full((len(logits), 1, 1), 1 / len(logits), requires_grad=True)
+        optimizer = torch.optim.LBFGS([weights], max_iter=20)
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy((weights * first).sum(0), first_targets)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    log_probs = logits.log_softmax(-1)
+    some = targets[: len(chains)]
+    return {
+        "first block": F.cross_entropy(logits[0], targets).item(),
+        "geometric mean": F.cross_entropy(logits.mean(0), targets).item(),
+        "mixture": F.nll_loss(log_probs.logsumexp(0) - math.log(len(logits)), targets).item(),
+        "fitted weights": F.cross_entropy((weights.detach() * logits).sum(0), targets).item(),
+        "geometric mean, some tokens": F.cross_entropy(logits.mean(0)[: len(some)], some).item(),
+        "8 trajectories averaged, some tokens": F.nll_loss(chains, some).item(),
+    }
+
+
+def row(name: str, figures: dict[str, Any]) -> str:
+    gains = ", ".join(f"{gain:+.3f}" for gain in figures["block_nats"][1:])
+    numbers = (figures["nats_per_token"], figures["bound"], figures["context"][0], figures["mixture"])
+    return f"| {name} | " + " | ".join(f"{number:.3f}" for number in numbers) + f" | {gains} |"
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(AblationArguments, description=__doc__).parse_args_into_dataclasses()
+    groups = {"default": {"default": Variation()}} | {name: GROUPS[name] for name in args.groups}
+    variations = {name: variation for group in groups.values() for name, variation in group.items()}
+    with ProcessPoolExecutor(args.num_workers, mp_context=get_context("spawn")) as pool:
+        phase1 = {json.dumps(variation.phase1()): variation for variation in variations.values()}
+        for job in [pool.submit(pretrain, args, variation) for variation in phase1.values()]:
+            job.result()
+        jobs = {name: pool.submit(measure, args, name, variation) for name, variation in variations.items()}
+        figures = {name: job.result() for name, job in jobs.items()}
+    lines = []
+    for group, names in groups.items():
+        lines += [
+            f"**{group}**",
+            "",
+            "| | predictive | bound | first block | mixture (half) | change of the bound by later blocks |",
+            "| --- | ---: | ---: | ---: | ---: | --- |",
+            *(row(name, figures[name]) for name in names),
+            "",
+        ]
+    path = Path(args.results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = json.loads(path.read_text()) if path.is_file() else {}
+    kept |= {name: {"variation": asdict(variations[name])} | figures[name] for name in variations}
+    path.write_text(json.dumps(kept, indent=1) + "\n")
+    path.with_suffix(".md").write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
