@@ -57,14 +57,11 @@ class Variation:
 GROUPS: dict[str, dict[str, Variation]] = {
     "table": {
         "phase 1 masked only": Variation(config={"pretraining_objective": "mlm"}),
-        "phase 1 masked only, four times the share": Variation(
+        "phase 1 masked only, twice the share": Variation(
             config={"pretraining_objective": "mlm"}, args={"pretraining_share": 0.6}
         ),
-        "phase 1 mixed": Variation(config={"pretraining_objective": "mixed"}),
         "phase 1 next token only": Variation(config={"pretraining_objective": "clm"}),
-        "phase 1 mixed, mask 30 %": Variation(
-            config={"pretraining_objective": "mixed"}, pretraining={"mlm_probability": 0.3}
-        ),
+        "phase 1 mixed, mask 30 %": Variation(pretraining={"mlm_probability": 0.3}),
         "phase 1 has half of its share": Variation(args={"pretraining_share": 0.15}),
         "phase 1 has one and a half of its share": Variation(args={"pretraining_share": 0.45}),
         "whitened table": Variation(whiten=True),
@@ -74,11 +71,10 @@ GROUPS: dict[str, dict[str, Variation]] = {
         "blocks start at random, learning rate 2e-3": Variation(
             blocks={"block_initialization": "random"}, args={"block_learning_rate": 2e-3}
         ),
-        "blocks start from phase 1": Variation(blocks={"block_initialization": "pretraining"}),
-        "blocks start from phase 1, learning rate 2e-3": Variation(
+        "start from phase 1, learning rate 2e-3": Variation(
             blocks={"block_initialization": "pretraining"}, args={"block_learning_rate": 2e-3}
         ),
-        "blocks start from phase 1, learning rate 5e-4": Variation(
+        "start from phase 1, learning rate 5e-4": Variation(
             blocks={"block_initialization": "pretraining"}, args={"block_learning_rate": 5e-4}
         ),
     },

@@ -70,7 +70,7 @@ class QualityArguments:
     models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": f"Of {', '.join(MODELS)}."})
     num_seeds: int = field(default=3, metadata={"help": "Seeds on Shakespeare; WikiText-2 has one."})
     tokens: float = field(default=3e6, metadata={"help": "Training tokens of the end-to-end model."})
-    pretraining_share: float = field(default=0.2, metadata={"help": "Share of the arithmetic that phase 1 gets."})
+    pretraining_share: float = field(default=0.3, metadata={"help": "Share of the arithmetic that phase 1 gets."})
     vocab_size: int = field(default=2048, metadata={"help": "Entries of the tokenizer."})
     max_length: int = field(default=64, metadata={"help": "Tokens in a window."})
     hidden_size: int = field(default=128, metadata={"help": "Width of table and layers."})

@@ -100,7 +100,9 @@ class DataArguments:
 
     def has_lines(self, split: str) -> bool:
         """Whether the rows of a split are the lines of a text file."""
-        return split in self.files() and _builder(self.files()[split]) == "text"
+        files = self.files()
+        file = files.get("train") if split == "validation" and split not in files else files.get(split)  # held out
+        return file is not None and _builder(file) == "text"
 
 
 # --- corpora ----------------------------------------------------------------------------------------------------------

@@ -248,3 +248,15 @@ def test_files_take_the_place_of_splits(corpus_file):
     own = load_corpus(DataArguments(dataset_name="cpython-docs", test_file=corpus_file))
     plain = load_corpus(DataArguments(dataset_name="cpython-docs"))
     assert len(own["test"]) == 400 and own["validation"]["text"] == plain["validation"]["text"]
+
+
+def test_held_out_lines_are_tokenized_as_those_they_were_held_out_from(tmp_path):
+    """Lines of one text file: no split of it gets an end of text after every line."""
+    (tmp_path / "train.txt").write_text("".join(f"line {number} of a play,\n" for number in range(400)))
+    args = DataArguments(train_file=str(tmp_path / "train.txt"), max_length=16, validation_split_percentage=25)
+    corpus = load_corpus(args)
+    tokenizer = train_tokenizer(corpus["train"]["text"], 300, 16)
+    tokens = tokenize(corpus, tokenizer, args)
+    for split in ("train", "validation"):
+        text = "".join(tokenizer.decode(row) for row in tokens[split]["input_ids"])
+        assert text and "".join(corpus[split]["text"]).startswith(text)
