@@ -42,8 +42,9 @@ from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropFor
 from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments
 from noprop_hf.data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize, train_tokenizer
 from noprop_hf.evaluation import evaluate_model
-from noprop_hf.hub import load_table
+from noprop_hf.hub import create_model_directory, load_table
 from noprop_hf.modeling_noprop import TokenTable
+from noprop_hf.shards_noprop import MASKED_LM_FOLDER
 from noprop_hf.training import pretrain_embeddings, train_blocks
 
 
@@ -178,6 +179,8 @@ class Bench:
         block, table = DenoisingBlock(config, config.num_blocks - 1).train(), TokenTable(config)
         phase1 = NoPropForMaskedLM(self.config(pretraining_objective="clm")).train()
         baseline = self.baseline()
+        for model in (block, phase1, baseline):
+            model.set_attn_implementation("eager")  # whose products the counter knows
         # A token through the vocabulary is counted apart, since the fused loss is not known to the counter: forward
         # and backward to the input and, where it is learned, to the table.
         product = 2 * args.vocab_size * args.hidden_size * (args.max_length - 1) / args.max_length
@@ -249,18 +252,18 @@ class Bench:
     def train_blocks(self, name: str, changes: dict[str, Any], tokens: float) -> dict[str, Any]:
         """Train and measure blocks on the table of phase 1, with `changes` of the configuration."""
         args, directory = self.args, self.folder / name
-        if not directory.is_dir():
-            shutil.copytree(self.phase1, directory)
-        config = NoPropConfig.from_pretrained(directory)
+        tokenizer, data = self.load()
+        config = NoPropConfig.from_pretrained(self.phase1)
         for key, value in changes.items():
             setattr(config, key, value)
-        config.save_pretrained(directory)
+        create_model_directory(directory, config, tokenizer, load_table(self.phase1, config))
+        if config.block_initialization == "pretraining":
+            shutil.copytree(self.phase1 / MASKED_LM_FOLDER, directory / MASKED_LM_FOLDER, dirs_exist_ok=True)
         begin = time.perf_counter()
         training_args = args.training(directory, self.seed, tokens, args.block_learning_rate)
         train_blocks(args.data(self.corpus), BlockArguments(sample_prompts=[]), training_args)
         seconds = time.perf_counter() - begin
         model = NoPropForCausalLM.from_pretrained(directory).eval()
-        tokenizer, data = self.load()
         nats = evaluate_model(model, data["validation"], tokenizer)
         return {
             "tokens": tokens,

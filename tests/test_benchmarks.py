@@ -1,0 +1,88 @@
+"""The benchmarks in a setting small enough for a test: that they run, keep what they measure, and cannot flatter."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, run_python, sentences
+
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from quality import MODELS, Bench, QualityArguments, num_parameters  # noqa: E402
+
+from noprop_hf import NoPropForCausalLM  # noqa: E402
+
+
+SMALL = "--hidden_size 16 --intermediate_size 24 --num_attention_heads 2 --num_layers_per_block 1 --num_blocks 2"
+SMALL += " --vocab_size 280 --max_length 16 --batch_size 4 --tokens 3000 --num_workers 2"
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpora")
+    (folder / "wikitext2").mkdir()
+    for name, seed in {"shakespeare": 0, "wikitext2/test": 1, "wikitext2/validation": 2}.items():
+        (folder / f"{name}.txt").write_text("\n".join(sentences(600, seed)))
+    return folder
+
+
+def test_every_model_gets_the_same_arithmetic_parameters_and_depth():
+    bench = Bench(QualityArguments(data_dir="unused"), "shakespeare", 0)
+    flops, budgets, args = bench.flops(), bench.budgets(), bench.args
+    total = flops["end_to_end"] * args.tokens
+    for block in ("block", "hierarchical_block"):
+        spent = flops["phase1"] * budgets["phase1"] + args.num_blocks * flops[block] * budgets[block]
+        assert spent == pytest.approx(total)
+    baseline = bench.baseline()
+    assert baseline.config.num_hidden_layers == args.num_blocks * args.num_layers_per_block
+    assert num_parameters(baseline) == pytest.approx(num_parameters(NoPropForCausalLM(bench.config())), rel=0.01)
+
+    # By hand: 6 operations per weight of a matrix and token; attention 12 per width and key; the vocabulary 6, or 4
+    # for a frozen table. A last position predicts nothing, and attention does not count the half that is masked.
+    width, inner, last = args.hidden_size, baseline.config.intermediate_size, 1 - 1 / args.max_length
+    layer = 6 * (4 * width**2 + 3 * width * inner) + 12 * width * args.max_length
+    stock = baseline.config.num_hidden_layers * layer + 6 * args.vocab_size * width
+    assert flops["end_to_end"] == pytest.approx(stock, rel=0.03)
+    layer = 6 * (4 * width**2 + 3 * width * args.intermediate_size) + 12 * width * args.max_length
+    head = 6 * last * (width**2 + 3 * width**2) + 4 * last * args.vocab_size * width
+    block = args.num_layers_per_block * layer + 4 * width**2 + head  # the embeddings get no gradient
+    assert flops["block"] == pytest.approx(block, rel=0.03)
+
+
+@pytest.mark.slow
+def test_quality_measures_every_model_and_goes_on_where_it_stopped(corpora, tmp_path):
+    command = ["benchmarks/quality.py", "--data_dir", str(corpora), "--output_dir", str(tmp_path / "runs")]
+    command += ["--results", str(tmp_path / "quality.json"), "--num_seeds", "2", *SMALL.split()]
+    run_python(*command)
+    results = json.loads((tmp_path / "quality.json").read_text())
+    for corpus, seeds in {"shakespeare": 2, "wikitext2": 1}.items():
+        for name in MODELS:
+            nats = results[corpus][name]["nats_per_token"]
+            assert len(nats) == seeds and all(0 < value < 20 for value in nats)
+        bounds = results[corpus]["noprop"]["block_nats"]
+        assert [sum(nats) for nats in bounds] == pytest.approx(results[corpus]["noprop"]["bound"])
+        assert len(results[corpus]["samples"]) == seeds
+    assert (tmp_path / "quality.png").stat().st_size > 10_000
+    assert MODELS["end_to_end"] in (tmp_path / "quality.md").read_text()
+
+    kept = tmp_path / "runs" / "shakespeare" / "1" / "end_to_end.json"
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"nats_per_token": 1.5}))
+    run_python(*command)  # nothing is trained again
+    again = json.loads((tmp_path / "quality.json").read_text())
+    assert again["shakespeare"]["end_to_end"]["nats_per_token"][1] == 1.5
+    assert again["shakespeare"]["noprop"] == results["shakespeare"]["noprop"]
+
+
+@pytest.mark.slow
+def test_ablation_measures_variations(corpora, tmp_path):
+    command = ["benchmarks/ablation.py", "--data_dir", str(corpora), "--output_dir", str(tmp_path / "runs")]
+    command += ["--results", str(tmp_path / "ablation.json"), "--tokens", "20000", "--groups", "context"]
+    run_python(*command)
+    results = json.loads((tmp_path / "ablation.json").read_text())
+    assert set(results) == {"default", "hierarchical context"}
+    for figures in results.values():
+        assert figures["mixture"] <= max(figures["first block"], figures["geometric mean"]) + 0.1
+        assert len(figures["block_nats"]) == 4
