@@ -49,55 +49,52 @@ class Variation:
 
     def phase1(self) -> dict[str, Any]:
         """What phase 1 depends on."""
-        names = ("pretraining_share", "pretraining_learning_rate", "hidden_size", "num_layers_per_block")
+        names = ("pretraining_share", "hidden_size", "num_blocks", "num_layers_per_block")
         args = {name: value for name, value in self.args.items() if name in names}
         return {"config": self.config, "pretraining": self.pretraining, "args": args}
 
 
 GROUPS: dict[str, dict[str, Variation]] = {
     "table": {
-        "phase 1 masked only": Variation(config={"pretraining_objective": "mlm"}),
-        "phase 1 masked only, twice the share": Variation(
+        "phase 1 masked": Variation(config={"pretraining_objective": "mlm"}),
+        "phase 1 masked, twice the share": Variation(
             config={"pretraining_objective": "mlm"}, args={"pretraining_share": 0.6}
         ),
-        "phase 1 next token only": Variation(config={"pretraining_objective": "clm"}),
-        "phase 1 mixed, mask 30 %": Variation(pretraining={"mlm_probability": 0.3}),
-        "phase 1 has half of its share": Variation(args={"pretraining_share": 0.15}),
-        "phase 1 has one and a half of its share": Variation(args={"pretraining_share": 0.45}),
+        "phase 1 mixed": Variation(config={"pretraining_objective": "mixed"}),
+        "phase 1 mixed, mask 30 %": Variation(
+            config={"pretraining_objective": "mixed"}, pretraining={"mlm_probability": 0.3}
+        ),
+        "phase 1 half its share": Variation(args={"pretraining_share": 0.15}),
+        "phase 1 twice its share": Variation(args={"pretraining_share": 0.6}),
         "whitened table": Variation(whiten=True),
     },
     "initialisation": {
-        "blocks start at random": Variation(blocks={"block_initialization": "random"}),
-        "blocks start at random, learning rate 2e-3": Variation(
+        "random start": Variation(blocks={"block_initialization": "random"}),
+        "random start, learning rate 2e-3": Variation(
             blocks={"block_initialization": "random"}, args={"block_learning_rate": 2e-3}
         ),
-        "start from phase 1, learning rate 2e-3": Variation(
-            blocks={"block_initialization": "pretraining"}, args={"block_learning_rate": 2e-3}
-        ),
-        "start from phase 1, learning rate 5e-4": Variation(
-            blocks={"block_initialization": "pretraining"}, args={"block_learning_rate": 5e-4}
-        ),
-    },
-    "schedule": {
-        "cosine levels": Variation(blocks={"noise_schedule": "cosine"}),
-        "linear levels": Variation(blocks={"noise_schedule": "linear"}),
-        "information levels, a quarter as high": Variation(level_scale=0.25),
-        "information levels, twice as high": Variation(level_scale=2.0),
-        "2 blocks of 4 layers": Variation(args={"num_blocks": 2, "num_layers_per_block": 4}),
-        "8 blocks of 1 layer": Variation(args={"num_blocks": 8, "num_layers_per_block": 1}),
+        "learning rate 2e-3": Variation(args={"block_learning_rate": 2e-3}),
+        "learning rate 5e-4": Variation(args={"block_learning_rate": 5e-4}),
     },
     "objective": {
         "denoising only": Variation(blocks={"denoising_weight": 1.0}),
-        "denoising weight 0.75": Variation(blocks={"denoising_weight": 0.75}),
         "denoising weight 0.25": Variation(blocks={"denoising_weight": 0.25}),
         "no denoising": Variation(blocks={"denoising_weight": 0.0}),
         "squared error": Variation(blocks={"loss_type": "mse"}),
+    },
+    "context": {"hierarchical context": Variation(blocks={"context_source": "previous_block"})},
+    "schedule": {
+        "cosine levels": Variation(blocks={"noise_schedule": "cosine"}),
+        "linear levels": Variation(blocks={"noise_schedule": "linear"}),
+        "levels a quarter as high": Variation(level_scale=0.25),
+        "levels twice as high": Variation(level_scale=2.0),
+        "2 blocks of 4 layers": Variation(args={"num_blocks": 2, "num_layers_per_block": 4}),
+        "8 blocks of 1 layer": Variation(args={"num_blocks": 8, "num_layers_per_block": 1}),
     },
     "head": {
         "correction of width 16": Variation(blocks={"correction_size": 16}),
         "correction of width 512": Variation(blocks={"correction_size": 512}),
     },
-    "context": {"hierarchical context": Variation(blocks={"context_source": "previous_block"})},
 }
 
 

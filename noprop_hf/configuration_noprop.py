@@ -24,7 +24,7 @@ class NoPropConfig(PreTrainedConfig):
         correction_size (`int`, *optional*): width of the head's correction MLP; `hidden_size` when not given.
         num_pretraining_layers (`int`, *optional*): layers of the model of phase 1; `num_layers_per_block` when not
             given.
-        pretraining_objective (`str`, defaults to `"mixed"`): what the model of phase 1 learns: `"mlm"` (masked
+        pretraining_objective (`str`, defaults to `"clm"`): what the model of phase 1 learns: `"mlm"` (masked
             tokens), `"clm"` (next tokens), or `"mixed"` (both, each for half of the rows of a batch).
         block_initialization (`str`, defaults to `"pretraining"`): where blocks start: `"pretraining"` (the layers of
             the model of phase 1) or `"random"`.
@@ -60,7 +60,7 @@ class NoPropConfig(PreTrainedConfig):
     intermediate_size: int = 1344
     correction_size: int | None = None
     num_pretraining_layers: int | None = None
-    pretraining_objective: str = "mixed"
+    pretraining_objective: str = "clm"
     block_initialization: str = "pretraining"
     context_source: str = "embeddings"
     max_position_embeddings: int = 512
