@@ -93,13 +93,16 @@ def test_phase_1_writes_a_directory_without_blocks(phase1, data):
     assert torch.allclose(table.log_prior.exp(), counts / counts.sum())
 
 
-def test_masked_language_modelling_moves_the_table(phase1, data, tmp_path):
-    again = tmp_path / "again"
-    pretrain_embeddings(MODEL, data, PretrainingArguments(pretraining_max_steps=8), arguments(again))
-    tables = [load_file(path / "embeddings.safetensors")["model.embed_tokens.weight"] for path in (phase1, again)]
+@pytest.mark.parametrize("pretraining_objective", ["mlm", "clm", "mixed"])
+def test_phase_1_moves_the_table(data, tmp_path, pretraining_objective):
+    model = dataclasses.replace(MODEL, pretraining_objective=pretraining_objective)
+    runs = [tmp_path / "once", tmp_path / "again"]
+    for directory in runs:
+        pretrain_embeddings(model, data, PretrainingArguments(pretraining_max_steps=8), arguments(directory))
+    tables = [load_file(path / "embeddings.safetensors")["model.embed_tokens.weight"] for path in runs]
     assert torch.equal(*tables)  # same seed, same bits
     short = tmp_path / "short"
-    pretrain_embeddings(MODEL, data, PretrainingArguments(pretraining_max_steps=1), arguments(short))
+    pretrain_embeddings(model, data, PretrainingArguments(pretraining_max_steps=1), arguments(short))
     other = load_file(short / "embeddings.safetensors")["model.embed_tokens.weight"]
     assert not torch.allclose(tables[0], other, atol=1e-3)
 
@@ -175,9 +178,16 @@ def test_tokenizer_without_a_mask_token(data, tmp_path, tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.mask_token = None
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    model = dataclasses.replace(MODEL, tokenizer_name=str(tmp_path / "tokenizer"), vocab_size=None)
-    with pytest.raises(ValueError, match="no mask token.*--embeddings_from"):
+    model = dataclasses.replace(
+        MODEL, tokenizer_name=str(tmp_path / "tokenizer"), vocab_size=None, pretraining_objective="mixed"
+    )
+    with pytest.raises(ValueError, match="no mask token.*--pretraining_objective clm"):
         pretrain_embeddings(model, data, PretrainingArguments(), arguments(tmp_path / "model"))
+    model.pretraining_objective = "clm"  # which needs none
+    directory = pretrain_embeddings(
+        model, data, PretrainingArguments(pretraining_max_steps=1), arguments(tmp_path / "model")
+    )
+    assert (directory / "embeddings.safetensors").is_file()
 
 
 # --- phase 2 ----------------------------------------------------------------------------------------------------------
