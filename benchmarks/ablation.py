@@ -12,13 +12,13 @@ import json
 import math
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import disable_progress_bars
-from quality import Bench, QualityArguments
+from quality import Bench, QualityArguments, measured_once
 from torch.nn import functional as F
 from transformers import HfArgumentParser
 
@@ -129,27 +129,20 @@ def pretrain(args: AblationArguments, variation: Variation) -> None:
 def measure(args: AblationArguments, name: str, variation: Variation) -> dict[str, Any]:
     """Train and measure a variation, unless its figures are kept already."""
     bench = bench_of(args, variation)
-    name = slug(name)
-    kept = bench.folder / f"{name}.json"
-    if kept.is_file():
-        return json.loads(kept.read_text())
-    torch.set_num_threads(1)
-    disable_progress_bars()
-    changes, num_blocks = dict(variation.blocks), bench.args.num_blocks
-    config = NoPropConfig.from_pretrained(bench.phase1)
-    if "noise_schedule" in changes:
-        sizes = (num_blocks, config.vocab_size, config.hidden_size)
-        changes["noise_levels"] = prior_levels(changes["noise_schedule"], *sizes)
-    changes.setdefault("noise_levels", [level * variation.level_scale for level in config.noise_levels])
+    return measured_once(bench.folder / f"{slug(name)}.json", partial(train, bench, slug(name), variation))
+
+
+def train(bench: Bench, name: str, variation: Variation) -> dict[str, Any]:
+    changes, config = dict(variation.blocks), NoPropConfig.from_pretrained(bench.phase1)
     if variation.whiten:
         bench.phase1 = whitened(bench, bench.folder / "whitened")
-        changes = {"block_initialization": "random"}
+    elif "noise_schedule" in changes:
+        sizes = (config.num_blocks, config.vocab_size, config.hidden_size)
+        changes["noise_levels"] = prior_levels(changes["noise_schedule"], *sizes)
+    else:
+        changes["noise_levels"] = [level * variation.level_scale for level in config.noise_levels]
     tokens = bench.budgets()["hierarchical_block" if "context_source" in changes else "block"]
-    figures = bench.train_blocks(name, changes, tokens)
-    figures |= predictive_variants(bench, name)
-    kept.write_text(json.dumps(figures, indent=1))
-    print(f"{name}: {json.dumps(figures)}", flush=True)
-    return figures
+    return bench.train_blocks(name, changes, tokens) | predictive_variants(bench, name)
 
 
 def whitened(bench: Bench, directory: Path) -> Path:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields
+from functools import cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,7 @@ class Bench:
         config.intermediate_size += round(missing / (3 * config.num_hidden_layers * config.hidden_size))
         return LlamaForCausalLM(config)
 
+    @cached_property
     def flops(self) -> dict[str, float]:
         """Floating-point operations per training token: end to end, in phase 1, and in one block."""
         args, config = self.args, self.config()
@@ -198,7 +200,7 @@ class Bench:
 
     def budgets(self) -> dict[str, float]:
         """Training tokens, so that phase 1 and all blocks together cost what end-to-end training does."""
-        flops, args = self.flops(), self.args
+        flops, args = self.flops, self.args
         total = flops["end_to_end"] * args.tokens
         share = total * (1 - args.pretraining_share) / args.num_blocks
         return {
@@ -328,23 +330,23 @@ def validation_nats(model: PreTrainedModel, data: DatasetDict, tokenizer: PreTra
 
 def run_job(args: QualityArguments, corpus: str, seed: int, name: str) -> dict[str, Any]:
     """Train and measure one model on one thread, unless its figures are kept already."""
-    kept = Path(args.output_dir, corpus, str(seed), f"{name}.json")
+    bench = Bench(args, corpus, seed)
+    measures = {"phase1": bench.pretrain, "samples": bench.sample_nats}
+    for model in MODELS:
+        measures[model] = partial(bench.end_to_end if model.startswith("end_to_end") else bench.blocks, model)
+    return measured_once(bench.folder / f"{name}.json", measures[name])
+
+
+def measured_once(kept: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The figures in a file or, when it is not there, those of `measure` on one thread, kept there."""
     if kept.is_file():
         return json.loads(kept.read_text())
     torch.set_num_threads(1)
     disable_progress_bars()
-    bench = Bench(args, corpus, seed)
-    if name == "phase1":
-        figures = bench.pretrain()
-    elif name == "samples":
-        figures = bench.sample_nats()
-    elif name.startswith("end_to_end"):
-        figures = bench.end_to_end(name)
-    else:
-        figures = bench.blocks(name)
+    figures = measure()
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(figures, indent=1))
-    print(f"{corpus}, seed {seed}, {name}: {json.dumps(figures)}", flush=True)
+    print(f"{kept}: {json.dumps(figures)}", flush=True)
     return figures
 
 
@@ -356,7 +358,7 @@ def report(args: QualityArguments, figures: dict[tuple[str, int, str], dict[str,
         tokenizer, data = bench.load()
         rows = data["validation"]["input_ids"]
         bytes_per_token = sum(len(tokenizer.decode(row).encode()) for row in rows) / sum(map(len, rows))
-        flops, budgets = bench.flops(), bench.budgets()
+        flops, budgets = bench.flops, bench.budgets()
         results[corpus] = {}
         for name in args.models:
             runs = [figures[corpus, seed, name] for seed in args.seeds(corpus)]

@@ -73,7 +73,9 @@ class ModelArguments:
 class PretrainingArguments:
     """Phase 1. What is not given is taken from the training arguments of phase 2."""
 
-    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are masked."})
+    mlm_probability: float = field(
+        default=0.15, metadata={"help": "Share of the tokens that are masked ('mlm' and 'mixed')."}
+    )
     pretraining_max_steps: int | None = field(default=None, metadata={"help": "Optimizer steps of phase 1."})
     pretraining_num_train_epochs: float | None = field(default=None, metadata={"help": "Epochs of phase 1."})
     pretraining_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of phase 1."})

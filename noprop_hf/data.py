@@ -101,7 +101,7 @@ class DataArguments:
     def has_lines(self, split: str) -> bool:
         """Whether the rows of a split are the lines of a text file."""
         files = self.files()
-        file = files.get("train") if split == "validation" and split not in files else files.get(split)  # held out
+        file = files.get(split, files.get("train"))  # beside a training file, what has none is held out from it
         return file is not None and _builder(file) == "text"
 
 

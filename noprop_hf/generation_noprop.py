@@ -28,23 +28,25 @@ class Beliefs:
 
     def refine(
         self, head: nn.Module, context: torch.Tensor, evidence: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Hear the next block.
 
         Args:
             head ([`DenoisingHead`]): that of the block.
-            context (`(..., hidden_size)`): its context states.
+            context (`(..., hidden_size)`): its context states, of a shape that can be expanded to that of the evidence.
             evidence (`(..., hidden_size)`): evidence at its level, in float32.
 
         Returns:
-            The belief without the evidence, `(..., hidden_size)`, and its bias, `(vocab_size,)`, in float32.
+            The belief without the evidence, `(..., hidden_size)`, its bias, `(vocab_size,)`, and what the block says on
+            pure noise, in the shape of its context states; all in float32.
         """
         self.count += 1
-        own = head(context, evidence).float() - evidence
+        alone = head(context).float()
+        own = head(context.expand_as(evidence), evidence).float() - evidence
         belief = (self.answers + own) / self.count
-        self.answers = self.answers + head(context).float()
+        self.answers = self.answers + alone
         self.biases = self.biases + head.bias.float()
-        return belief, self.biases / self.count
+        return belief, self.biases / self.count, alone
 
 
 class NoPropGenerationMixin(GenerationMixin):
@@ -136,7 +138,7 @@ class NoPropGenerationMixin(GenerationMixin):
                 tokens = sample_categorical(log_probs, generator)
                 evidence = evidence + sample_evidence(table(tokens), block.level - level, generator)
                 level = block.level
-            belief, bias = beliefs.refine(block.head, context.expand(shape), evidence)
+            belief, bias, _ = beliefs.refine(block.head, context, evidence)
             log_probs = F.linear(belief + evidence, table.weight.float(), bias).log_softmax(-1)
         return log_probs.logsumexp(0) - math.log(num_trajectories)
 

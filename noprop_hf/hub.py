@@ -83,6 +83,12 @@ def read_metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
+def read_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, their names without `prefix`."""
+    with safe_open(path, framework="pt") as file:
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
 def fingerprint(config: NoPropConfig, table: torch.Tensor) -> str:
     """A hash of what a block depends on besides data and seed: architecture, objective and frozen table."""
     # All that the configuration declares, but token ids and switches that no weight depends on.
@@ -133,9 +139,7 @@ def load_table(directory: Path, config: NoPropConfig) -> TokenTable:
         raise FileNotFoundError(
             f"{directory} holds no {EMBEDDINGS_SHARD}. Pretrain the embeddings first: scripts/pretrain_embeddings.py."
         )
-    table = TokenTable(config)
-    with safe_open(path, framework="pt") as file:
-        tensors = {name.removeprefix(TABLE_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    table, tensors = TokenTable(config), read_tensors(path, TABLE_PREFIX)
     if tensors["weight"].shape != table.weight.shape:
         raise ValueError(
             f"The table in {path} is of size {tuple(tensors['weight'].shape)}, but the configuration asks for "
@@ -156,11 +160,24 @@ def save_block(directory: Path, block: DenoisingBlock, table: TokenTable, metada
 
 def load_block(directory: Path, config: NoPropConfig, block_index: int) -> DenoisingBlock:
     """Read one trained block of a model directory."""
-    block, prefix = DenoisingBlock(config, block_index), block_prefix(block_index)
-    with safe_open(directory / block_shard(block_index), framework="pt") as file:
-        tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    block.load_state_dict(tensors)
+    block = DenoisingBlock(config, block_index)
+    block.load_state_dict(read_tensors(trained_shard(directory, block_index), block_prefix(block_index)))
     return block
+
+
+def trained_shard(directory: Path, block_index: int) -> Path:
+    """The shard of a block that another block reads.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    path = directory / block_shard(block_index)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"Block {block_index + 1} reads block {block_index}, which is not in {directory}: with "
+            "`context_source='previous_block'`, train the blocks in order."
+        )
+    return path
 
 
 def block_mark(directory: Path, config: NoPropConfig, table: TokenTable, block_index: int) -> dict[str, str]:
@@ -171,13 +188,7 @@ def block_mark(directory: Path, config: NoPropConfig, table: TokenTable, block_i
     """
     mark = {"fingerprint": fingerprint(config, table.weight)}
     if config.context_source == "previous_block" and block_index > 0:
-        previous = directory / block_shard(block_index - 1)
-        if not previous.is_file():
-            raise FileNotFoundError(
-                f"Block {block_index} reads block {block_index - 1}, which is not in {directory}: with "
-                "`context_source='previous_block'`, train the blocks in order."
-            )
-        mark["previous_block"] = read_metadata(previous)[CONTENT_HASH]
+        mark["previous_block"] = read_metadata(trained_shard(directory, block_index - 1))[CONTENT_HASH]
     return mark
 
 

@@ -633,12 +633,11 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
             if block.level > level:
                 evidence = evidence + sample_evidence(clean, block.level - level, generator)
                 level = block.level
-            belief, bias = beliefs.refine(block.head, context, evidence)
+            belief, bias, alone = beliefs.refine(block.head, context, evidence)
             nats = vocabulary_nats(belief + evidence, table, bias, targets)
             if previous is not None:  # the belief before, updated to the present evidence
                 nats = nats - vocabulary_nats(previous[0] + evidence, table, previous[1], targets)
             token_nats.append(nats)
-            alone = block.head(context).float()
             context_nats.append(vocabulary_nats(alone, table, block.head.bias, targets).mean())
             previous = (belief, bias)
         token_nats = torch.stack(token_nats)

@@ -48,7 +48,7 @@ from .data import (
     train_tokenizer,
 )
 from .evaluation import sample_texts
-from .hub import block_is_trained, block_mark, create_model_directory, load_block, load_table, save_block
+from .hub import block_is_trained, create_model_directory, load_block, load_table, save_block
 from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForMaskedLM, TokenTable
 from .noise_noprop import information_levels, standardize
 from .shards_noprop import EMBEDDINGS_SHARD, MASKED_LM_FOLDER
@@ -389,7 +389,6 @@ def train_block(
     )
     previous = []
     if config.context_source == "previous_block" and block_index > 0:
-        block_mark(directory, config, table, block_index)  # tells when one is missing
         previous = [load_block(directory, config, index) for index in range(block_index)]
     set_seed(seed)
     block = new_block(directory, config, table, block_index, previous[-1] if previous else None)
