@@ -72,7 +72,7 @@ class QualityArguments:
     models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": f"Of {', '.join(MODELS)}."})
     num_seeds: int = field(default=3, metadata={"help": "Seeds on Shakespeare; WikiText-2 has one."})
     tokens: float = field(default=3e6, metadata={"help": "Training tokens of the end-to-end model."})
-    pretraining_share: float = field(default=0.3, metadata={"help": "Share of the arithmetic that phase 1 gets."})
+    pretraining_share: float = field(default=0.15, metadata={"help": "Share of the arithmetic that phase 1 gets."})
     vocab_size: int = field(default=2048, metadata={"help": "Entries of the tokenizer."})
     max_length: int = field(default=64, metadata={"help": "Tokens in a window."})
     hidden_size: int = field(default=128, metadata={"help": "Width of table and layers."})
@@ -82,7 +82,10 @@ class QualityArguments:
     num_layers_per_block: int = field(default=2, metadata={"help": "Layers of a block."})
     batch_size: int = field(default=32, metadata={"help": "Windows in a batch, of every model."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate end to end."})
-    pretraining_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of phase 1."})
+    frozen_scale: float = field(
+        default=0.06, metadata={"help": "Root mean square of the frozen table end to end; a learned one ends there."}
+    )
+    pretraining_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of phase 1."})
     block_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of blocks."})
     num_workers: int = field(default=2, metadata={"help": "Models trained at a time, on one thread each."})
     small: bool = field(default=False, metadata={"help": "Shakespeare, one seed and a tenth of the training."})
@@ -233,7 +236,8 @@ class Bench:
         model = self.baseline()
         if name == "end_to_end_frozen":
             table = load_table(self.phase1, NoPropConfig.from_pretrained(self.phase1))
-            model.get_input_embeddings().weight.requires_grad_(False).copy_(table.weight)
+            weight = model.get_input_embeddings().weight.requires_grad_(False)
+            weight.copy_(table.weight * args.frozen_scale)  # at norm sqrt(d) its rows would drown every layer
         training_args = args.training(self.folder / name, self.seed, args.tokens, args.learning_rate)
         begin = time.perf_counter()
         Trainer(model, training_args, CausalCollator(tokenizer), data["train"]).train()

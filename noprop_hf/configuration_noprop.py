@@ -26,8 +26,8 @@ class NoPropConfig(PreTrainedConfig):
             given.
         pretraining_objective (`str`, defaults to `"clm"`): what the model of phase 1 learns: `"mlm"` (masked
             tokens), `"clm"` (next tokens), or `"mixed"` (both, each for half of the rows of a batch).
-        block_initialization (`str`, defaults to `"pretraining"`): where blocks start: `"pretraining"` (the layers of
-            the model of phase 1) or `"random"`.
+        block_initialization (`str`, defaults to `"random"`): where blocks start: `"random"`, or `"pretraining"` (the
+            layers of the model of phase 1), which is better where the corpus is read once or twice only.
         context_source (`str`, defaults to `"embeddings"`): what the encoder of a block reads: `"embeddings"` (the
             clean embeddings alone, so that blocks are independent), or `"previous_block"` (the context states of the
             block before it, which is frozen: still a local loss and the memory of one block's training, but blocks
@@ -61,7 +61,7 @@ class NoPropConfig(PreTrainedConfig):
     correction_size: int | None = None
     num_pretraining_layers: int | None = None
     pretraining_objective: str = "clm"
-    block_initialization: str = "pretraining"
+    block_initialization: str = "random"
     context_source: str = "embeddings"
     max_position_embeddings: int = 512
     noise_schedule: str = "information"
