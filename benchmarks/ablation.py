@@ -16,6 +16,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from quality import Bench, QualityArguments, measured_once
@@ -23,8 +24,10 @@ from torch.nn import functional as F
 from transformers import HfArgumentParser
 
 from noprop_hf import NoPropConfig, NoPropForCausalLM
+from noprop_hf.generation_noprop import Beliefs
 from noprop_hf.hub import create_model_directory, load_table
-from noprop_hf.noise_noprop import information_levels, prior_levels, standardize
+from noprop_hf.modeling_noprop import vocabulary_nats
+from noprop_hf.noise_noprop import information_levels, prior_levels, sample_evidence, standardize
 
 
 @dataclass
@@ -38,6 +41,7 @@ class Variation:
         args: fields of `QualityArguments`.
         whiten: whether the table is whitened before it is scaled.
         level_scale: what all noise levels are multiplied by.
+        level_range: whether a block trains at levels drawn between its own and that of the next block.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -46,10 +50,11 @@ class Variation:
     args: dict[str, Any] = field(default_factory=dict)
     whiten: bool = False
     level_scale: float = 1.0
+    level_range: bool = False
 
     def phase1(self) -> dict[str, Any]:
         """What phase 1 depends on."""
-        names = ("pretraining_share", "hidden_size", "num_blocks", "num_layers_per_block")
+        names = ("pretraining_share", "hidden_size", "intermediate_size", "num_blocks", "num_layers_per_block")
         args = {name: value for name, value in self.args.items() if name in names}
         return {"config": self.config, "pretraining": self.pretraining, "args": args}
 
@@ -57,21 +62,24 @@ class Variation:
 GROUPS: dict[str, dict[str, Variation]] = {
     "table": {
         "phase 1 masked": Variation(config={"pretraining_objective": "mlm"}),
-        "phase 1 masked, twice the share": Variation(
+        "phase 1 masked, four times its share": Variation(
             config={"pretraining_objective": "mlm"}, args={"pretraining_share": 0.6}
         ),
         "phase 1 mixed": Variation(config={"pretraining_objective": "mixed"}),
         "phase 1 mixed, mask 30 %": Variation(
             config={"pretraining_objective": "mixed"}, pretraining={"mlm_probability": 0.3}
         ),
-        "phase 1 half its share": Variation(args={"pretraining_share": 0.15}),
-        "phase 1 twice its share": Variation(args={"pretraining_share": 0.6}),
+        "phase 1 twice its share": Variation(args={"pretraining_share": 0.3}),
+        "phase 1 four times its share": Variation(args={"pretraining_share": 0.6}),
         "whitened table": Variation(whiten=True),
     },
     "initialisation": {
-        "random start": Variation(blocks={"block_initialization": "random"}),
-        "random start, learning rate 2e-3": Variation(
-            blocks={"block_initialization": "random"}, args={"block_learning_rate": 2e-3}
+        "start from phase 1": Variation(blocks={"block_initialization": "pretraining"}),
+        "start from phase 1, twice its share": Variation(
+            blocks={"block_initialization": "pretraining"}, args={"pretraining_share": 0.3}
+        ),
+        "start from phase 1, four times its share": Variation(
+            blocks={"block_initialization": "pretraining"}, args={"pretraining_share": 0.6}
         ),
         "learning rate 2e-3": Variation(args={"block_learning_rate": 2e-3}),
         "learning rate 5e-4": Variation(args={"block_learning_rate": 5e-4}),
@@ -81,8 +89,14 @@ GROUPS: dict[str, dict[str, Variation]] = {
         "denoising weight 0.25": Variation(blocks={"denoising_weight": 0.25}),
         "no denoising": Variation(blocks={"denoising_weight": 0.0}),
         "squared error": Variation(blocks={"loss_type": "mse"}),
+        "levels up to the next block's": Variation(level_range=True),
     },
-    "context": {"hierarchical context": Variation(blocks={"context_source": "previous_block"})},
+    "context": {
+        "hierarchical context": Variation(blocks={"context_source": "previous_block"}),
+        "hierarchical context, start from the block before": Variation(
+            blocks={"context_source": "previous_block", "block_initialization": "pretraining"}
+        ),
+    },
     "schedule": {
         "cosine levels": Variation(blocks={"noise_schedule": "cosine"}),
         "linear levels": Variation(blocks={"noise_schedule": "linear"}),
@@ -90,6 +104,10 @@ GROUPS: dict[str, dict[str, Variation]] = {
         "levels twice as high": Variation(level_scale=2.0),
         "2 blocks of 4 layers": Variation(args={"num_blocks": 2, "num_layers_per_block": 4}),
         "8 blocks of 1 layer": Variation(args={"num_blocks": 8, "num_layers_per_block": 1}),
+    },
+    "dimensions": {
+        "64 dimensions": Variation(args={"hidden_size": 64, "intermediate_size": 176}),
+        "256 dimensions": Variation(args={"hidden_size": 256, "intermediate_size": 704}),
     },
     "head": {
         "correction of width 16": Variation(blocks={"correction_size": 16}),
@@ -142,7 +160,19 @@ def train(bench: Bench, name: str, variation: Variation) -> dict[str, Any]:
     else:
         changes["noise_levels"] = [level * variation.level_scale for level in config.noise_levels]
     tokens = bench.budgets()["hierarchical_block" if "context_source" in changes else "block"]
-    return bench.train_blocks(name, changes, tokens) | predictive_variants(bench, name)
+    draw = partial(evidence_in_range, config.noise_levels) if variation.level_range else sample_evidence
+    with patch("noprop_hf.modeling_noprop.sample_evidence", draw):
+        figures = bench.train_blocks(name, changes, tokens)
+    return figures | bench.measure(name) | predictive_variants(bench, name)
+
+
+def evidence_in_range(
+    levels: list[float], embeds: torch.Tensor, level: float, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Evidence at levels drawn uniformly between a block's own and that of the next one (the last block: twice its)."""
+    highest = min((higher for higher in levels if higher > level), default=2 * level)
+    drawn = level + (highest - level) * torch.rand(embeds.shape[:-1], generator=generator)
+    return sample_evidence(embeds, drawn[..., None], generator)
 
 
 def whitened(bench: Bench, directory: Path) -> Path:
@@ -168,12 +198,13 @@ def predictive_variants(bench: Bench, name: str) -> dict[str, float]:
     table = model.model.embed_tokens.weight
     halves = []
     for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
-        answers, chains = [], []
+        answers, chains, some_states = [], [], []
         for batch in half.split(64):
             states = [states[:, :-1].flatten(0, 1) for states in model.model(batch).context_states]
             answers.append(torch.stack([block.head(h) for block, h in zip(model.model.blocks, states, strict=True)]))
             if len(chains) < 2:  # trajectories cost a chain each: a sample of the tokens will do
                 chains.append(model.denoise(states, 8, torch.Generator().manual_seed(0)))
+                some_states.append(states)
         answers = torch.cat(answers, dim=1)
         targets = half[:, 1:].flatten()
         biases = torch.stack([block.head.bias for block in model.model.blocks])[:, None]
@@ -200,7 +231,34 @@ def predictive_variants(bench: Bench, name: str) -> dict[str, float]:
         "fitted weights": F.cross_entropy((weights.detach() * logits).sum(0), targets).item(),
         "geometric mean, some tokens": F.cross_entropy(logits.mean(0)[: len(some)], some).item(),
         "8 trajectories averaged, some tokens": F.nll_loss(chains, some).item(),
+        "8 candidates re-scored with the bound, some tokens": rescored_nats(
+            model, [torch.cat(parts) for parts in zip(*some_states, strict=True)], logits.mean(0)[: len(some)], some
+        ),
     }
+
+
+def rescored_nats(
+    model: NoPropForCausalLM, states: list[torch.Tensor], logits: torch.Tensor, targets: torch.Tensor
+) -> float:
+    """Nats per token if the probability of the 8 likeliest tokens is shared out by the bound of each (of 4 draws)."""
+    table, generator = model.model.embed_tokens.weight, torch.Generator().manual_seed(0)
+    mass, candidates = logits.log_softmax(-1).topk(8)
+    bounds = torch.zeros_like(mass)
+    for _ in range(4):
+        beliefs, level, previous = Beliefs(), 0.0, None
+        evidence = torch.zeros(*mass.shape, table.shape[1])
+        for block, context in zip(model.model.blocks, states, strict=True):
+            step, level = block.level - level, block.level
+            noise = torch.randn(len(mass), 1, table.shape[1], generator=generator)  # one path for all candidates
+            evidence = evidence + step * table[candidates] + math.sqrt(step) * noise
+            belief, bias, _ = beliefs.refine(block.head, context[:, None], evidence)
+            bounds += vocabulary_nats(belief + evidence, table, bias, candidates) / 4
+            if previous is not None:
+                bounds -= vocabulary_nats(previous[0] + evidence, table, previous[1], candidates) / 4
+            previous = (belief, bias)
+    shared = mass.logsumexp(-1, keepdim=True) + (-bounds).log_softmax(-1)
+    log_probs = logits.log_softmax(-1).scatter(-1, candidates, shared)
+    return F.nll_loss(log_probs, targets).item()
 
 
 def row(name: str, figures: dict[str, Any]) -> str:

@@ -258,7 +258,7 @@ class Bench:
     def train_blocks(self, name: str, changes: dict[str, Any], tokens: float) -> dict[str, Any]:
         """Train and measure blocks on the table of phase 1, with `changes` of the configuration."""
         args, directory = self.args, self.folder / name
-        tokenizer, data = self.load()
+        tokenizer, _ = self.load()
         config = NoPropConfig.from_pretrained(self.phase1)
         for key, value in changes.items():
             setattr(config, key, value)
@@ -268,12 +268,14 @@ class Bench:
         begin = time.perf_counter()
         training_args = args.training(directory, self.seed, tokens, args.block_learning_rate)
         train_blocks(args.data(self.corpus), BlockArguments(sample_prompts=[]), training_args)
-        seconds = time.perf_counter() - begin
-        model = NoPropForCausalLM.from_pretrained(directory).eval()
+        return {"tokens": tokens, "seconds": time.perf_counter() - begin} | self.measure(name)
+
+    def measure(self, name: str) -> dict[str, Any]:
+        """The figures of trained blocks."""
+        tokenizer, data = self.load()
+        model = NoPropForCausalLM.from_pretrained(self.folder / name).eval()
         nats = evaluate_model(model, data["validation"], tokenizer)
         return {
-            "tokens": tokens,
-            "seconds": seconds,
             "nats_per_token": nats.predictive,
             "bound": nats.bound,
             "block_nats": nats.block_nats,

@@ -44,7 +44,9 @@ def test_initialization(config):
             assert (parameter == 1).all(), name
         elif "input_projection" in name:
             assert torch.equal(parameter, torch.eye(config.hidden_size))
-        elif "readout" in name or "correction.2" in name or name.endswith("bias"):
+        elif "readout" in name:
+            assert torch.allclose(parameter @ parameter.T, torch.eye(config.hidden_size), atol=1e-5), name
+        elif "correction.2" in name or name.endswith("bias"):
             assert (parameter == 0).all(), name
 
 

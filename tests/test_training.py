@@ -391,6 +391,9 @@ def test_blocks_start_as_the_model_of_phase_1(directory, data):
     """Before its first step a block says what phase 1 says of the next token."""
     config = NoPropConfig.from_pretrained(directory)
     table = load_table(directory, config)
+    assert torch.equal(new_block(directory, config, table, 2).head.bias, table.log_prior)  # random by default
+    config.block_initialization = "pretraining"
+    config.save_pretrained(directory)
     block = new_block(directory, config, table, 2).eval()
     phase_1 = NoPropForMaskedLM.from_pretrained(directory).eval()
     phase_1.config.pretraining_objective = "clm"  # looks back only
@@ -399,9 +402,6 @@ def test_blocks_start_as_the_model_of_phase_1(directory, data):
     embeds = table(input_ids)
     states = block.head(block.encoder(embeds, **block.encoder.attention_inputs(embeds)))
     assert torch.allclose(states @ table.weight.T + block.head.bias, phase_1(input_ids).logits, atol=1e-4)
-    config.block_initialization = "random"
-    assert torch.equal(new_block(directory, config, table, 2).head.bias, table.log_prior)
-    config.block_initialization = "pretraining"
     shutil.rmtree(directory / "masked_lm")
     with pytest.raises(FileNotFoundError, match="Copy it together with the embeddings"):
         train_blocks(data, BLOCKS, arguments(directory))
@@ -418,6 +418,7 @@ def hierarchical(directory) -> Path:
 def test_a_block_on_top_of_another_starts_as_that_one(hierarchical, data):
     train_blocks(data, BlockArguments(blocks="0", sample_prompts=[]), arguments(hierarchical))
     config = NoPropConfig.from_pretrained(hierarchical)
+    config.block_initialization = "pretraining"
     table = load_table(hierarchical, config)
     below = load_block(hierarchical, config, 0).eval()
     above = new_block(hierarchical, config, table, 1, below).eval()
