@@ -7,7 +7,7 @@ from transformers import DynamicCache
 
 from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM
 from noprop_hf.modeling_noprop import TokenTable, vocabulary_nats
-from noprop_hf.noise_noprop import sample_evidence
+from noprop_hf.noise_noprop import sample_evidence, standardize
 
 
 def tokens(*shape: int, vocab_size: int = 50) -> torch.Tensor:
@@ -293,6 +293,18 @@ def test_bound_is_above_the_exact_likelihood_and_is_what_enumeration_gives():
         error = per_token.std() / len(per_token) ** 0.5
         assert abs(output.bound - exact_bound[y]) < 4 * error
         assert torch.allclose(output.block_nats.sum(), output.bound, atol=1e-5)
+
+
+def test_scales_at_the_start_do_not_depend_on_the_width():
+    """Rows enter the encoder, and answers leave the head, at norm 1, so that logits have a variance of 1."""
+    for width in (32, 512):
+        block = DenoisingBlock(NoPropConfig(vocab_size=4096, hidden_size=width, num_blocks=2, num_layers_per_block=1))
+        rows = standardize(torch.randn(4096, width))
+        entering = block.encoder.input_projection(rows)
+        assert torch.allclose(entering.norm(dim=-1), torch.ones(4096), atol=1e-4)
+        answers = block.head(rows[:64])  # states have a root mean square of 1, as rows have
+        assert torch.allclose(answers.norm(dim=-1), torch.ones(64), atol=1e-4)
+        assert (answers @ rows.T).std().item() == pytest.approx(1, rel=0.1)
 
 
 def test_bound_is_tight_for_exact_blocks(config):
