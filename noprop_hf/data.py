@@ -349,6 +349,17 @@ def _pack(table: pa.Table, length: int) -> pa.Table:
     return pa.table({"input_ids": pa.ListArray.from_arrays(offsets, values[: windows * length])})
 
 
+def data_fingerprint(dataset: Dataset | IterableDataset) -> str:
+    """A hash of the tokens of a split and of how they are cut, the same on every machine; of a stream, of its first
+    thousand rows."""
+    digest = hashlib.sha256()
+    rows = dataset.take(1000) if isinstance(dataset, IterableDataset) else dataset
+    for batch in rows.with_format("numpy").iter(batch_size=1000):
+        for row in batch["input_ids"]:
+            digest.update(len(row).to_bytes(8, "little") + np.asarray(row, dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
 def count_tokens(dataset: Dataset | IterableDataset, vocab_size: int, max_rows: int = 100_000) -> torch.Tensor:
     """How often each token occurs in the first `max_rows` rows, as a `(vocab_size,)` integer tensor."""
     counts = np.zeros(vocab_size, dtype=np.int64)

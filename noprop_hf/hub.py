@@ -24,6 +24,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from .arguments import CORPUS_FILE
+from .checkpoints import raise_if_disk_is_full
 from .configuration_noprop import NoPropConfig
 from .evaluation import MODEL_ROW, RESULTS_FILE
 from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, TokenTable
@@ -61,6 +62,9 @@ def write_atomically(path: Path, write) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except Exception as error:
+        raise_if_disk_is_full(path.parent, error)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -209,6 +213,23 @@ def block_is_trained(directory: Path, config: NoPropConfig, table: TokenTable, b
             f"before it. Remove it to train block {block_index} again, or use another output directory."
         )
     return True
+
+
+def check_data(directory: Path, data: str) -> None:
+    """Make sure that the training data are those of the table and of the blocks that are there.
+
+    Args:
+        data: the fingerprint of the training data (see [`~noprop_hf.data.data_fingerprint`]).
+
+    Raises:
+        ValueError: they are not.
+    """
+    for path in (directory / EMBEDDINGS_SHARD, *sorted(directory.glob("block-*.safetensors"))):
+        if read_metadata(path).get("data", data) != data:
+            raise ValueError(
+                f"{path.name} in {directory} was trained on other data, or on the same data cut in another way. Give "
+                f"the data arguments that {CORPUS_FILE} beside it holds, or use another output directory."
+            )
 
 
 # --- sharing ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import gc
 import math
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,10 +30,11 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from .arguments import CORPUS_FILE, BlockArguments, ModelArguments, PretrainingArguments, parse_blocks
+from .checkpoints import DurableTrainer
 from .configuration_noprop import NoPropConfig
 from .data import (
     CausalCollator,
@@ -42,13 +42,22 @@ from .data import (
     MaskedCollator,
     boundary_tokens,
     count_tokens,
+    data_fingerprint,
     load_corpus,
     load_tokenizer,
     tokenize,
     train_tokenizer,
 )
 from .evaluation import sample_texts
-from .hub import block_is_trained, create_model_directory, load_block, load_table, save_block
+from .hub import (
+    block_is_trained,
+    block_mark,
+    check_data,
+    create_model_directory,
+    load_block,
+    load_table,
+    save_block,
+)
 from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForMaskedLM, TokenTable
 from .noise_noprop import information_levels, standardize
 from .shards_noprop import EMBEDDINGS_SHARD, MASKED_LM_FOLDER
@@ -137,7 +146,9 @@ def pretrain_embeddings(
     directory.mkdir(parents=True, exist_ok=True)
     corpus_fields = {name: value for name, value in vars(data_args).items() if value is not None}
     (directory / CORPUS_FILE).write_text(yaml.safe_dump(corpus_fields, sort_keys=False), encoding="utf-8")
-    origin = {} if source is None else {"embeddings_from": model_args.embeddings_from}
+    origin = {"data": data_fingerprint(dataset["train"])}
+    if source is not None:
+        origin["embeddings_from"] = model_args.embeddings_from
     create_model_directory(directory, config, tokenizer, table, origin)
     logger.warning(
         f"The embedding table is in {directory}; noise levels {[round(level, 4) for level in config.noise_levels]}."
@@ -160,8 +171,14 @@ def _pretrain_masked_lm(
         push_to_hub=False,
         **pretraining_args.training_fields(),
     )
-    trainer = Trainer(
+    identity = {
+        "config": config.to_diff_dict(),
+        "data": data_fingerprint(dataset["train"]),
+        "mlm_probability": pretraining_args.mlm_probability,
+    }
+    trainer = DurableTrainer(
         model=model,
+        identity=identity,
         args=one_process(args),
         train_dataset=dataset["train"],
         eval_dataset=dataset["validation"],
@@ -174,7 +191,7 @@ def _pretrain_masked_lm(
     )
     trainer.args.prediction_loss_only = True
     show_progress(trainer, "embeddings")
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    trainer.train_durably()
     return model.cpu().eval()
 
 
@@ -252,7 +269,7 @@ def load_config(directory: Path, model_args: ModelArguments) -> NoPropConfig:
 # --- phase 2: the blocks ----------------------------------------------------------------------------------------------
 
 
-class BlockTrainer(Trainer):
+class BlockTrainer(DurableTrainer):
     """Trains one [`DenoisingBlock`] on its local loss.
 
     The block, its optimizer and its scheduler are those of a plain `Trainer`; the shared frozen table is handed to the
@@ -262,7 +279,7 @@ class BlockTrainer(Trainer):
         model ([`DenoisingBlock`]): the block.
         table ([`TokenTable`]): the frozen table.
         previous: with `context_source="previous_block"`, the trained blocks before it, which only run forward.
-        kwargs: arguments of [`Trainer`].
+        kwargs: arguments of [`DurableTrainer`].
     """
 
     def __init__(self, model: DenoisingBlock, table: TokenTable, previous: Sequence[DenoisingBlock] = (), **kwargs):
@@ -357,6 +374,7 @@ def train_blocks(
         return directory
     tokenizer = load_tokenizer(str(directory))
     dataset = tokenize(load_corpus(data_args), tokenizer, data_args)
+    check_data(directory, data_fingerprint(dataset["train"]))
     for index in waiting:
         train_block(index, config, table, tokenizer, dataset, block_args, training_args)
         gc.collect()
@@ -392,10 +410,12 @@ def train_block(
         previous = [load_block(directory, config, index) for index in range(block_index)]
     set_seed(seed)
     block = new_block(directory, config, table, block_index, previous[-1] if previous else None)
+    data = data_fingerprint(dataset["train"])
     trainer = BlockTrainer(
         block,
         table,
         previous,
+        identity={**block_mark(directory, config, table, block_index), "data": data},
         args=one_process(args),
         train_dataset=dataset["train"],
         eval_dataset=dataset["validation"],
@@ -405,13 +425,13 @@ def train_block(
     show_progress(trainer, f"block {block_index} ({block_index + 1} of {config.num_blocks})")
     if args.eval_strategy != "no" and block_args.sample_prompts:
         trainer.add_callback(SampleCallback(table, previous, tokenizer, block_args))
-    summary = trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir)).metrics
+    summary = trainer.train_durably().metrics
     last = trainer.state.log_history[-2] if len(trainer.state.log_history) > 1 else {}  # before the summary
     evaluated = last.get("step") == trainer.state.global_step and "eval_bound_nats" in last
     metrics = last if evaluated else trainer.evaluate()
     kept = {name: f"{metrics[f'eval_{name}']:.6f}" for name in ("context_nats", "denoising_nats", "bound_nats")}
     cost = {"steps": str(trainer.state.global_step), "seconds": f"{summary['train_runtime']:.1f}"}
-    save_block(directory, block, table, {**cost, "seed": str(seed), **kept})
+    save_block(directory, block, table, {**cost, "seed": str(seed), "data": data, **kept})
     return metrics
 
 
@@ -447,16 +467,6 @@ def new_block(
     block.head.readout.load_state_dict(start.readout.state_dict())
     block.head.bias.data.copy_(start.bias)
     return block
-
-
-def last_checkpoint(output_dir: str) -> str | None:
-    """The newest complete checkpoint in a directory. `Trainer` writes its state last, so that tells a whole one."""
-    steps = {}
-    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json"):
-        step = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.parent.name)
-        if step:
-            steps[int(step[1])] = path.parent
-    return str(steps[max(steps)]) if steps else None
 
 
 # --- what a person sees -----------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,12 @@ import datasets
 import pytest
 import torch
 from datasets import DatasetDict
+from transformers import TrainingArguments
 
 from noprop_hf import NoPropConfig, NoPropForCausalLM
+from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments
 from noprop_hf.data import DataArguments, load_corpus, train_tokenizer
+from noprop_hf.training import pretrain_embeddings, train_blocks
 
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +53,35 @@ def model(config) -> NoPropForCausalLM:
         for parameter in model.model.blocks.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model
+
+
+MODEL = ModelArguments(
+    vocab_size=300,
+    hidden_size=16,
+    num_blocks=4,
+    num_layers_per_block=1,
+    num_attention_heads=2,
+    intermediate_size=24,
+    attention_dropout=0.1,
+)
+BLOCKS = BlockArguments(sample_prompts=["the cat"], sample_max_new_tokens=4)
+
+
+def arguments(output_dir: Path, **options) -> TrainingArguments:
+    defaults = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 8,
+        "learning_rate": 5e-3,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "save_steps": 3,
+        "logging_steps": 2,
+        "disable_tqdm": True,
+        "seed": 11,
+        "use_cpu": True,
+    }
+    return TrainingArguments(output_dir=str(output_dir), **(defaults | options))
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
@@ -96,6 +129,30 @@ def writer(tokenizer) -> NoPropForCausalLM:
         for parameter in model.model.blocks.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+@pytest.fixture(scope="session")
+def data(corpus_file) -> DataArguments:
+    return DataArguments(train_file=corpus_file, max_length=16, max_eval_samples=40)
+
+
+@pytest.fixture(scope="session")
+def phase1(data, tmp_path_factory) -> Path:
+    """A model directory without blocks."""
+    directory = tmp_path_factory.mktemp("phase1") / "model"
+    return pretrain_embeddings(MODEL, data, PretrainingArguments(pretraining_max_steps=8), arguments(directory))
+
+
+@pytest.fixture
+def directory(phase1, tmp_path) -> Path:
+    return Path(shutil.copytree(phase1, tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def trained(phase1, data, tmp_path_factory) -> Path:
+    """All four blocks trained in order."""
+    directory = Path(shutil.copytree(phase1, tmp_path_factory.mktemp("trained") / "model"))
+    return train_blocks(data, BLOCKS, arguments(directory), MODEL)
 
 
 def run_python(*command: str, cwd: Path = ROOT, env: dict[str, str] | None = None, fails: bool = False) -> str:

@@ -8,11 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import BertConfig, BertModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import BertConfig, BertModel, Trainer, TrainerCallback
 
+from conftest import BLOCKS, MODEL, arguments
 from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM
 from noprop_hf import training as training_module
 from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments
+from noprop_hf.checkpoints import checkpoints_of
 from noprop_hf.data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize, train_tokenizer
 from noprop_hf.hub import load_block, load_table, read_metadata
 from noprop_hf.noise_noprop import information_levels, standardize
@@ -20,57 +22,10 @@ from noprop_hf.shards_noprop import block_shard
 from noprop_hf.training import (
     BlockTrainer,
     block_seed,
-    last_checkpoint,
     new_block,
     pretrain_embeddings,
     train_blocks,
 )
-
-
-MODEL = ModelArguments(
-    vocab_size=300,
-    hidden_size=16,
-    num_blocks=4,
-    num_layers_per_block=1,
-    num_attention_heads=2,
-    intermediate_size=24,
-    attention_dropout=0.1,
-)
-BLOCKS = BlockArguments(sample_prompts=["the cat"], sample_max_new_tokens=4)
-
-
-def arguments(output_dir: Path, **options) -> TrainingArguments:
-    defaults = {
-        "max_steps": 6,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 8,
-        "learning_rate": 5e-3,
-        "eval_strategy": "steps",
-        "eval_steps": 3,
-        "save_steps": 3,
-        "logging_steps": 2,
-        "disable_tqdm": True,
-        "seed": 11,
-        "use_cpu": True,
-    }
-    return TrainingArguments(output_dir=str(output_dir), **(defaults | options))
-
-
-@pytest.fixture(scope="module")
-def data(corpus_file) -> DataArguments:
-    return DataArguments(train_file=corpus_file, max_length=16, max_eval_samples=40)
-
-
-@pytest.fixture(scope="module")
-def phase1(data, tmp_path_factory) -> Path:
-    """A model directory without blocks."""
-    directory = tmp_path_factory.mktemp("phase1") / "model"
-    return pretrain_embeddings(MODEL, data, PretrainingArguments(pretraining_max_steps=8), arguments(directory))
-
-
-@pytest.fixture
-def directory(phase1, tmp_path) -> Path:
-    return Path(shutil.copytree(phase1, tmp_path / "model"))
 
 
 def digest(path: Path) -> str:
@@ -130,7 +85,7 @@ def test_an_interrupted_phase_1_ends_with_the_same_bits(phase1, data, tmp_path, 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "compute_loss", stop)
         pretrain_embeddings(*options)
-    assert last_checkpoint(str(directory / "checkpoints" / "masked_lm")).endswith("checkpoint-6")
+    assert [step for step, _ in checkpoints_of(directory / "checkpoints" / "masked_lm")] == [6, 3]
     assert not (directory / "embeddings.safetensors").exists()
     pretrain_embeddings(*options)
     resumed, straight = (load_file(path / "embeddings.safetensors") for path in (directory, phase1))
@@ -191,13 +146,6 @@ def test_tokenizer_without_a_mask_token(data, tmp_path, tokenizer):
 
 
 # --- phase 2 ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def trained(phase1, data, tmp_path_factory) -> Path:
-    """All four blocks trained in order."""
-    directory = Path(shutil.copytree(phase1, tmp_path_factory.mktemp("trained") / "model"))
-    return train_blocks(data, BLOCKS, arguments(directory), MODEL)
 
 
 def test_a_block_alone_is_bit_for_bit_the_block_among_all(trained, directory, data):
@@ -278,7 +226,7 @@ def test_an_interrupted_block_ends_with_the_same_bits(trained, directory, data, 
         train_blocks(data, only, arguments(directory))
     assert not (directory / block_shard(2)).exists()
     checkpoints = directory / "checkpoints" / "block-02"
-    assert last_checkpoint(str(checkpoints)).endswith("checkpoint-3")
+    assert [step for step, _ in checkpoints_of(checkpoints)] == [3]
     half_written = checkpoints / "checkpoint-5"
     half_written.mkdir()
     (half_written / "model.safetensors").write_bytes(b"half a file")
@@ -317,7 +265,10 @@ def test_training_lowers_the_loss_and_reports_nats(trained, directory, data):
     assert metrics["eval_loss"] == trainer.evaluate()["eval_loss"]  # the noise of an evaluation is fixed
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch(directory, data):
+def test_accumulated_gradients_are_those_of_the_whole_batch(data, tmp_path):
+    line = DataArguments(train_file=data.train_file, packing=False, max_length=16, max_eval_samples=40)
+    one_step = PretrainingArguments(pretraining_max_steps=1)
+    directory = pretrain_embeddings(MODEL, line, one_step, arguments(tmp_path / "model"))
     shards = []
     for size, steps in ((8, 1), (2, 4)):
         target = Path(shutil.copytree(directory, directory.parent / f"batch-{size}"))
@@ -328,7 +279,6 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(directory, data):
             "optim": "sgd",
             "max_grad_norm": 0.0,
         }
-        line = DataArguments(train_file=data.train_file, packing=False, max_length=16, max_eval_samples=40)
         no_dropout = NoPropConfig.from_pretrained(target)
         no_dropout.attention_dropout = 0.0
         no_dropout.save_pretrained(target)

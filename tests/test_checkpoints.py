@@ -1,0 +1,192 @@
+"""What interrupts a run, and that it goes on where it was."""
+
+import dataclasses
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import BLOCKS, arguments
+from noprop_hf.checkpoints import PREEMPTED, SEAL_NAME, checkpoints_of, read_seal
+from noprop_hf.shards_noprop import block_shard
+from noprop_hf.training import BlockTrainer, train_blocks
+
+
+ONE = dataclasses.replace(BLOCKS, blocks="2", sample_prompts=[])
+SAVES = {"eval_strategy": "no", "save_steps": 1, "save_total_limit": 2}
+
+
+def run(directory: Path, data, options: dict) -> None:
+    """Train one block, in a process of its own."""
+    torch.set_num_threads(1)
+    train_blocks(data, ONE, arguments(directory, **options))
+
+
+def start(directory: Path, data, **options):
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["noprop_hf.training"])
+    process = context.Process(target=run, args=(directory, data, SAVES | options))
+    process.start()
+    return process
+
+
+def same_bits(directory: Path, other: Path) -> bool:
+    one, two = (load_file(path / block_shard(2)) for path in (directory, other))
+    return all(torch.equal(one[name], two[name]) for name in one | two)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(phase1, data, tmp_path_factory) -> Path:
+    """A block trained for 30 steps in one go."""
+    directory = Path(shutil.copytree(phase1, tmp_path_factory.mktemp("undisturbed") / "model"))
+    train_blocks(data, ONE, arguments(directory, **SAVES, max_steps=30))
+    return directory
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bits(directory, data, undisturbed):
+    """SIGKILL at random moments; with a checkpoint at every step, many of them while one is written."""
+    moments, kills = random.Random(0), 0
+    checkpoints = directory / "checkpoints" / "block-02"
+    while True:
+        begun = newest_step(checkpoints)
+        process = start(directory, data, max_steps=30)
+        if moments.random() < 0.3:  # before its first step, or a little later
+            process.join(timeout=moments.uniform(0, 2))
+        else:
+            while process.exitcode is None and newest_step(checkpoints) == begun:
+                time.sleep(0.001)
+            process.join(timeout=moments.uniform(0, 0.1))
+        if process.exitcode is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+        for _, path in checkpoints_of(checkpoints):
+            assert read_seal(path) is not None, f"{path} has its name and is not whole"
+    assert process.exitcode == 0
+    assert kills >= 5
+    print(f"{kills} kills")
+    assert same_bits(directory, undisturbed)
+
+
+def newest_step(checkpoints: Path) -> int:
+    return max((step for step, _ in checkpoints_of(checkpoints)), default=0)
+
+
+def test_sigterm_saves_first(directory, data, undisturbed):
+    process = start(directory, data, max_steps=30, save_strategy="no")
+    process.join(timeout=4)
+    while process.exitcode is None:
+        process.terminate()
+        process.join(timeout=0.5)
+    saved = checkpoints_of(directory / "checkpoints" / "block-02")
+    if process.exitcode == PREEMPTED:
+        assert len(saved) == 1 and not (directory / block_shard(2)).exists()
+    train_blocks(data, ONE, arguments(directory, **SAVES, max_steps=30))
+    assert same_bits(directory, undisturbed)
+
+
+def interrupted(directory: Path, data) -> Path:
+    """The checkpoints of a block that was stopped after step 6 of 30."""
+
+    class Stopped(Exception):
+        pass
+
+    def stop(self, *args, **kwargs):
+        if self.state.global_step == 6:
+            raise Stopped
+        return training_step(self, *args, **kwargs)
+
+    training_step = BlockTrainer.training_step
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(BlockTrainer, "training_step", stop)
+        train_blocks(data, ONE, arguments(directory, **SAVES, max_steps=30))
+    return directory / "checkpoints" / "block-02"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json", SEAL_NAME])
+@pytest.mark.parametrize("damage", ["truncated", "removed", "altered"])
+def test_a_damaged_checkpoint_is_passed_over(directory, data, undisturbed, name, damage, caplog):
+    checkpoints = interrupted(directory, data)
+    newest = checkpoints_of(checkpoints)[0][1] / name
+    content = bytearray(newest.read_bytes())
+    if damage == "removed":
+        newest.unlink()
+    elif damage == "truncated":
+        newest.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 1
+        newest.write_bytes(content)
+    train_blocks(data, ONE, arguments(directory, **SAVES, max_steps=30))
+    assert same_bits(directory, undisturbed)
+
+
+def test_no_silent_restart_from_zero(directory, data):
+    checkpoints = interrupted(directory, data)
+    for _, path in checkpoints_of(checkpoints):
+        (path / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="None of the checkpoints .* is whole.*Remove that folder to start anew"):
+        train_blocks(data, ONE, arguments(directory, **SAVES, max_steps=30))
+
+
+@pytest.mark.parametrize("option", [{"learning_rate": 1e-4}, {"seed": 12}, {"per_device_train_batch_size": 8}])
+def test_other_settings_than_those_it_began_with(directory, data, option):
+    interrupted(directory, data)
+    with pytest.raises(ValueError, match=f"was another one: {next(iter(option))} was .* and is"):
+        train_blocks(data, ONE, arguments(directory, **(SAVES | {"max_steps": 30} | option)))
+
+
+def test_other_data_than_those_of_the_table(directory, data):
+    other = dataclasses.replace(data, max_length=12)
+    with pytest.raises(ValueError, match="trained on other data.*corpus.yaml"):
+        train_blocks(other, ONE, arguments(directory))
+
+
+def test_a_loss_that_is_no_number_ends_the_run(directory, data, monkeypatch):
+    interrupted(directory, data)
+    training_step = BlockTrainer.training_step
+
+    def explode(self, model, *args, **kwargs):
+        if self.state.global_step == 8:
+            next(model.parameters()).data.fill_(float("nan"))
+        return training_step(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(BlockTrainer, "training_step", explode)
+    with pytest.raises(FloatingPointError, match="Lower --learning_rate"):
+        train_blocks(data, ONE, arguments(directory, **SAVES, max_steps=30))
+    kept = checkpoints_of(directory / "checkpoints" / "block-02")
+    assert [step for step, _ in kept] == [8, 7]
+    assert all(weight.isfinite().all() for weight in load_file(kept[0][1] / "model.safetensors").values())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system, which needs root")
+def test_a_full_disk_is_told_and_loses_nothing(directory, data, undisturbed, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20M", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("cannot mount a file system here")
+    try:
+        full = Path(shutil.copytree(directory, disk / "model"))
+        checkpoints = interrupted(full, data)
+        kept = checkpoints_of(checkpoints)
+        with pytest.raises(OSError), open(disk / "filler", "wb") as filler:
+            while True:
+                filler.write(bytes(4096))
+                filler.flush()
+        with pytest.raises(OSError, match="The disk is full. Make room and run the same command again"):
+            train_blocks(data, ONE, arguments(full, **SAVES, max_steps=30))
+        assert not (full / block_shard(2)).exists()
+        assert checkpoints_of(checkpoints) == kept
+        (disk / "filler").unlink()
+        train_blocks(data, ONE, arguments(full, **SAVES, max_steps=30))
+        assert same_bits(full, undisturbed)
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
