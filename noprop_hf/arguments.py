@@ -3,18 +3,19 @@
 import difflib
 import json
 import sys
-from argparse import RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.utils import cached_file
+from transformers.utils import CONFIG_NAME, cached_file
 
 from .configuration_noprop import NoPropConfig
 from .data import DataArguments
+from .parallel import arrange_processes
 
 
 CORPUS_FILE = "corpus.yaml"  # in a model directory: the data arguments it was trained with
@@ -99,6 +100,14 @@ class BlockArguments:
     """Phase 2."""
 
     blocks: str = field(default="all", metadata={"help": "Blocks to train: 'all', or a list such as '0,2-3'."})
+    parallelism: str = field(
+        default="auto",
+        metadata={
+            "help": "With several processes: 'blocks' (each trains blocks of its own), 'data' (all train a block "
+            "together) or 'auto' ('blocks', or groups of processes when there are fewer blocks).",
+            "choices": ["auto", "blocks", "data"],
+        },
+    )
     sample_prompts: list[str] = field(
         default_factory=lambda: ["The "], metadata={"help": "Prompts that sample text is drawn from."}
     )
@@ -147,9 +156,25 @@ class Recipe(NamedTuple):
     training: TrainingArguments
 
 
-def parse_recipe(description: str, arguments: list[str] | None = None) -> Recipe:
-    """Read `[RECIPE.yaml] [--name value ...]`, by default from the command line of the process."""
-    return Recipe(*parse_arguments(tuple(Recipe.__annotations__.values()), description, arguments))
+def parse_recipe(description: str, arguments: list[str] | None = None, parallelism: str | None = None) -> Recipe:
+    """Read `[RECIPE.yaml] [--name value ...]`, by default from the command line of the process.
+
+    Of several processes that were launched together, each is told here whom it works with, since `TrainingArguments`
+    connect the processes they find (see [`~noprop_hf.parallel.arrange_processes`]).
+
+    Args:
+        parallelism: has precedence over that of the command line.
+    """
+
+    def arrange(known: Namespace) -> None:
+        config = Path(known.output_dir or "", CONFIG_NAME)
+        kept = NoPropConfig.from_pretrained(known.output_dir) if config.is_file() else NoPropConfig()
+        num_blocks = known.num_blocks or kept.num_blocks
+        in_order = (known.context_source or kept.context_source) == "previous_block"
+        selected = parse_blocks(known.blocks, num_blocks)
+        arrange_processes(parallelism or known.parallelism, 1 if in_order else len(selected))
+
+    return Recipe(*parse_arguments(tuple(Recipe.__annotations__.values()), description, arguments, prepare=arrange))
 
 
 def parse_arguments(
@@ -157,6 +182,7 @@ def parse_arguments(
     description: str,
     arguments: list[str] | None = None,
     model: bool = False,
+    prepare: Callable[[Namespace], None] | None = None,
 ) -> tuple:
     """Read a recipe and a command line into dataclasses; the command line has the last word.
 
@@ -165,6 +191,7 @@ def parse_arguments(
         description: what the script does, for `--help`.
         arguments: `[RECIPE.yaml] [--name value ...]`; those of the process when not given.
         model: instead of a recipe, the first word is a model, whose own `corpus.yaml` is read where it has one.
+        prepare: sees the values before any dataclass is made of them.
 
     Returns:
         One instance per dataclass, in order; with `model`, its name comes first.
@@ -180,6 +207,8 @@ def parse_arguments(
         recipe = first if not model or first is None else find_corpus_file(first)
         if recipe is not None:
             parser.set_defaults(**_read_recipe(Path(recipe), parser))
+        if prepare is not None:
+            prepare(parser.parse_known_args(arguments)[0])
         *parsed, rest = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     except (OSError, yaml.YAMLError, ValueError) as error:
         parser.error(str(error))

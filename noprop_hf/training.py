@@ -11,6 +11,7 @@ import dataclasses
 import gc
 import math
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ from .hub import (
 )
 from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForMaskedLM, TokenTable
 from .noise_noprop import information_levels, standardize
-from .shards_noprop import EMBEDDINGS_SHARD, MASKED_LM_FOLDER
+from .parallel import claim, first_says
+from .shards_noprop import EMBEDDINGS_SHARD, MASKED_LM_FOLDER, block_shard
 
 
 logger = logging.get_logger(__name__)
@@ -69,17 +71,8 @@ CHECKPOINTS_FOLDER = "checkpoints"
 TOKENIZER_ROWS = 1_000_000  # a tokenizer is trained on the first rows: a stream may have no end
 
 
-def one_process(args: TrainingArguments) -> TrainingArguments:
-    """The arguments for a `Trainer` that uses one device of one process.
-
-    Raises:
-        ValueError: several processes were launched together.
-    """
-    if args.world_size > 1:
-        raise ValueError(
-            f"{args.world_size} processes were launched together, but blocks know nothing of one another: launch one "
-            "process for each share of the blocks, with --num_processes 1 and its own --blocks."
-        )
+def one_device(args: TrainingArguments) -> TrainingArguments:
+    """The arguments for a `Trainer` that uses one device in each process."""
     if args.n_gpu > 1:
         args._n_gpu = 1  # as `Trainer` does itself for models that must not be wrapped in `DataParallel`
     return args
@@ -105,14 +98,29 @@ def pretrain_embeddings(
     Raises:
         ValueError: a tokenizer without a mask token, a corpus that cannot be used, or a directory of another model.
     """
-    one_process(training_args)
     directory = Path(training_args.output_dir)
-    if (directory / EMBEDDINGS_SHARD).is_file():
-        config = load_config(directory, model_args)
-        load_table(directory, config)
-        logger.warning(f"{directory} holds an embedding table already: phase 1 is skipped.")
-        return directory
+    shard = directory / EMBEDDINGS_SHARD
+    lock_file = directory / CHECKPOINTS_FOLDER / "embeddings.lock"
+    while not first_says(training_args, shard.is_file()):
+        with claim(lock_file, training_args, shard.is_file) as mine:
+            if mine:
+                _make_table(model_args, data_args, pretraining_args, training_args)
+                first_says(training_args, "written")  # which the others of a group wait for
+                return directory
+        time.sleep(1)  # another process is at it
+    config = load_config(directory, model_args)
+    load_table(directory, config)
+    logger.warning(f"{directory} holds an embedding table already: phase 1 is skipped.")
+    return directory
 
+
+def _make_table(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    pretraining_args: PretrainingArguments,
+    training_args: TrainingArguments,
+) -> None:
+    directory = Path(training_args.output_dir)
     corpus = load_corpus(data_args)
     source, tokenizer = None, None
     if model_args.embeddings_from is not None:
@@ -138,11 +146,14 @@ def pretrain_embeddings(
     else:
         model = _pretrain_masked_lm(config, tokenizer, dataset, pretraining_args, training_args)
         table.weight.copy_(model.token_table())
-        model.save_pretrained(directory / MASKED_LM_FOLDER)
+        if training_args.should_save:
+            model.save_pretrained(directory / MASKED_LM_FOLDER)
     counts = count_tokens(dataset["train"], config.vocab_size)
     table.log_prior.copy_(((counts + 1) / (counts + 1).sum()).log())
     if config.noise_schedule == "information":
         config.noise_levels = information_levels(table.weight, table.log_prior, config.num_blocks)
+    if not training_args.should_save:
+        return
     directory.mkdir(parents=True, exist_ok=True)
     corpus_fields = {name: value for name, value in vars(data_args).items() if value is not None}
     (directory / CORPUS_FILE).write_text(yaml.safe_dump(corpus_fields, sort_keys=False), encoding="utf-8")
@@ -153,7 +164,6 @@ def pretrain_embeddings(
     logger.warning(
         f"The embedding table is in {directory}; noise levels {[round(level, 4) for level in config.noise_levels]}."
     )
-    return directory
 
 
 def _pretrain_masked_lm(
@@ -179,7 +189,7 @@ def _pretrain_masked_lm(
     trainer = DurableTrainer(
         model=model,
         identity=identity,
-        args=one_process(args),
+        args=one_device(args),
         train_dataset=dataset["train"],
         eval_dataset=dataset["validation"],
         data_collator=MaskedCollator(
@@ -350,8 +360,8 @@ def train_blocks(
 ) -> Path:
     """Train the selected blocks, one after the other, and write a shard for each.
 
-    A block depends on the table, the data, the seed and its index alone. Blocks whose shard is there are skipped, and a
-    block that was interrupted goes on from its last checkpoint.
+    A block depends on the table, the data, the seed and its index alone. Blocks whose shard is there, or which another
+    process trains, are skipped, and a block that was interrupted goes on from its last checkpoint.
 
     Returns:
         The model directory, `training_args.output_dir`.
@@ -360,7 +370,6 @@ def train_blocks(
         FileNotFoundError: phase 1 has not been run.
         ValueError: blocks out of range, or a directory or shard of another model.
     """
-    one_process(training_args)
     directory = Path(training_args.output_dir)
     if not (directory / EMBEDDINGS_SHARD).is_file():
         load_table(directory, NoPropConfig())  # tells what to do
@@ -370,16 +379,20 @@ def train_blocks(
     waiting = [index for index in selected if not block_is_trained(directory, config, table, index)]
     for index in sorted(set(selected) - set(waiting)):
         logger.warning(f"Block {index} is trained already: skipped.")
-    if not waiting:
+    if not first_says(training_args, waiting):
         return directory
     tokenizer = load_tokenizer(str(directory))
     dataset = tokenize(load_corpus(data_args), tokenizer, data_args)
     check_data(directory, data_fingerprint(dataset["train"]))
-    for index in waiting:
-        train_block(index, config, table, tokenizer, dataset, block_args, training_args)
+    for index in first_says(training_args, waiting):
+        lock_file = directory / CHECKPOINTS_FOLDER / f"block-{index:02d}.lock"
+        with claim(lock_file, training_args, (directory / block_shard(index)).is_file) as mine:
+            if mine:
+                train_block(index, config, table, tokenizer, dataset, block_args, training_args)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+    first_says(training_args, "written")
     return directory
 
 
@@ -416,11 +429,13 @@ def train_block(
         table,
         previous,
         identity={**block_mark(directory, config, table, block_index), "data": data},
-        args=one_process(args),
+        args=one_device(args),
         train_dataset=dataset["train"],
         eval_dataset=dataset["validation"],
         data_collator=CausalCollator(tokenizer),
     )
+    if args.world_size > 1:  # noise and dropout of its own in each process; the weights are those of the first
+        set_seed(seed + args.process_index)
     trainer.args.prediction_loss_only = True
     show_progress(trainer, f"block {block_index} ({block_index + 1} of {config.num_blocks})")
     if args.eval_strategy != "no" and block_args.sample_prompts:
@@ -431,7 +446,8 @@ def train_block(
     metrics = last if evaluated else trainer.evaluate()
     kept = {name: f"{metrics[f'eval_{name}']:.6f}" for name in ("context_nats", "denoising_nats", "bound_nats")}
     cost = {"steps": str(trainer.state.global_step), "seconds": f"{summary['train_runtime']:.1f}"}
-    save_block(directory, block, table, {**cost, "seed": str(seed), "data": data, **kept})
+    if args.should_save:
+        save_block(directory, block, table, {**cost, "seed": str(seed), "data": data, **kept})
     return metrics
 
 

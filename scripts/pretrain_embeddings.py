@@ -9,7 +9,7 @@ from noprop_hf.training import pretrain_embeddings
 
 
 def main() -> None:
-    recipe = parse_recipe(__doc__)
+    recipe = parse_recipe(__doc__, parallelism="data")
     pretrain_embeddings(recipe.model, recipe.data, recipe.pretraining, recipe.training)
 
 

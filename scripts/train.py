@@ -3,17 +3,19 @@
 
 python scripts/train.py recipes/demo.yaml
 python scripts/train.py recipes/demo.yaml --max_steps 1000 --output_dir runs/longer
+accelerate launch scripts/train.py recipes/demo.yaml
 python scripts/train.py recipes/demo.yaml --push_to_hub true --hub_model_id user/name --license apache-2.0
 """
 
 from pathlib import Path
 
 from noprop_hf import NoPropConfig
-from noprop_hf.arguments import parse_blocks, parse_recipe
+from noprop_hf.arguments import Recipe, parse_blocks, parse_recipe
 from noprop_hf.evaluation import report
 from noprop_hf.hub import push_model, write_card
+from noprop_hf.parallel import claim
 from noprop_hf.shards_noprop import missing_shards
-from noprop_hf.training import pretrain_embeddings, train_blocks
+from noprop_hf.training import CHECKPOINTS_FOLDER, pretrain_embeddings, train_blocks
 
 
 TEMPLATE = Path(__file__).parent.parent / "model_card.md"
@@ -29,8 +31,16 @@ def main() -> None:
     directory = train_blocks(recipe.data, recipe.blocks, training, recipe.model)
     missing = missing_shards(directory)
     if missing:
-        print(f"The model in {directory} still misses {', '.join(missing)}: train the other blocks to evaluate it.")
+        print(f"The model in {directory} still misses {', '.join(missing)}, so it is not evaluated by this process.")
         return
+    with claim(directory / CHECKPOINTS_FOLDER / "evaluation.lock", training, lambda: False) as mine:
+        if mine and training.should_save:
+            finish(recipe, directory)
+
+
+def finish(recipe: Recipe, directory: Path) -> None:
+    """Measure the model that all processes together made, and share it if that is asked for."""
+    training = recipe.training
     print(report(directory, recipe.data, recipe.blocks, training.per_device_eval_batch_size, training.seed))
     if training.push_to_hub:
         write_card(directory, training.hub_model_id, TEMPLATE, recipe.share.license, recipe.share.language)
