@@ -108,6 +108,9 @@ class BlockArguments:
             "choices": ["auto", "blocks", "data"],
         },
     )
+    take_over: bool = field(
+        default=False, metadata={"help": "Train blocks that another worker says on the Hub it trains, if it is gone."}
+    )
     sample_prompts: list[str] = field(
         default_factory=lambda: ["The "], metadata={"help": "Prompts that sample text is drawn from."}
     )

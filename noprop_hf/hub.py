@@ -205,14 +205,26 @@ def block_is_trained(directory: Path, config: NoPropConfig, table: TokenTable, b
     path = directory / block_shard(block_index)
     if not path.is_file():
         return False
-    metadata = read_metadata(path)
-    mark = block_mark(directory, config, table, block_index)
+    check_mark(str(path), read_metadata(path), block_mark(directory, config, table, block_index))
+    return True
+
+
+def check_mark(shard: str, metadata: Mapping[str, str], mark: Mapping[str, str]) -> None:
+    """Make sure that a shard was trained on what it should have been.
+
+    Args:
+        shard: what to call it in a message.
+        metadata: its metadata.
+        mark: what [`block_mark`] says of the block.
+
+    Raises:
+        ValueError: it was not.
+    """
     if any(metadata.get(name) != value for name, value in mark.items()):
         raise ValueError(
-            f"{path} was trained with another table or configuration than {directory} now holds, or on another block "
-            f"before it. Remove it to train block {block_index} again, or use another output directory."
+            f"{shard} was trained with another table or configuration than the model now has, or on another block "
+            "before it. Remove it to train that block again, or use another output directory."
         )
-    return True
 
 
 def check_data(directory: Path, data: str) -> None:
@@ -253,6 +265,15 @@ def files_to_push(directory: Path) -> dict[str, Path]:
         raise FileNotFoundError(
             f"Weights in {directory} are corrupted: {', '.join(damaged)}. Train these blocks again."
         )
+    return _shared_files(directory)
+
+
+def files_of_phase_1(directory: Path) -> dict[str, Path]:
+    """The same without blocks, for a model whose blocks are trained elsewhere."""
+    return {name: path for name, path in _shared_files(directory).items() if not name.startswith("block-")}
+
+
+def _shared_files(directory: Path) -> dict[str, Path]:
     files = {}
     for folder in (directory, directory / MASKED_LM_FOLDER):
         for pattern in SHARED_FILES:

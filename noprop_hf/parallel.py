@@ -9,6 +9,7 @@ process group of their own, and that is ordinary data-parallel training by the `
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -101,7 +102,9 @@ def first_says(args: TrainingArguments, value: Any) -> Any:
 
 
 @contextmanager
-def claim(path: Path, args: TrainingArguments, is_done: Callable[[], bool]) -> Iterator[bool]:
+def claim(
+    path: Path, args: TrainingArguments, is_done: Callable[[], bool] = lambda: False, tell: bool = True
+) -> Iterator[bool]:
     """Claim a piece of work for this process or its group: nobody else has it while the context lasts.
 
     The claim is a lock of the operating system, so it ends with its process, however that ends.
@@ -109,15 +112,34 @@ def claim(path: Path, args: TrainingArguments, is_done: Callable[[], bool]) -> I
     Args:
         path: the file of the lock.
         is_done: whether the work was done by somebody else before.
+        tell: whether to log who else has it.
 
     Yields:
         Whether there is something to do.
     """
     with ExitStack() as stack:
         holder = stack.enter_context(lock(path)) if args.process_index == 0 else None
-        if holder is not None:
+        if holder is not None and tell:
             logger.warning(f"{path.stem} is being worked on by {holder}: left to it.")
         yield first_says(args, holder is None and not is_done())
+
+
+def once(path: Path, args: TrainingArguments, is_done: Callable[[], bool], work: Callable[[], None]) -> None:
+    """Do what one process, or one group, must do before all can go on; the others wait for it.
+
+    Args:
+        path: the file of the lock.
+        is_done: whether it is done.
+        work: what to do.
+    """
+    tell = True
+    while not first_says(args, is_done()):
+        with claim(path, args, is_done, tell) as mine:
+            if mine:
+                work()
+        if not mine:
+            time.sleep(1)
+            tell = False
 
 
 @contextmanager

@@ -11,8 +11,8 @@ import dataclasses
 import gc
 import math
 import sys
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +54,16 @@ from .hub import (
     block_is_trained,
     block_mark,
     check_data,
+    check_mark,
     create_model_directory,
     load_block,
     load_table,
     save_block,
 )
+from .meeting_place import MeetingPlace
 from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForMaskedLM, TokenTable
 from .noise_noprop import information_levels, standardize
-from .parallel import claim, first_says
+from .parallel import claim, first_says, once
 from .shards_noprop import EMBEDDINGS_SHARD, MASKED_LM_FOLDER, block_shard
 
 
@@ -99,15 +101,15 @@ def pretrain_embeddings(
         ValueError: a tokenizer without a mask token, a corpus that cannot be used, or a directory of another model.
     """
     directory = Path(training_args.output_dir)
-    shard = directory / EMBEDDINGS_SHARD
-    lock_file = directory / CHECKPOINTS_FOLDER / "embeddings.lock"
-    while not first_says(training_args, shard.is_file()):
-        with claim(lock_file, training_args, shard.is_file) as mine:
-            if mine:
-                _make_table(model_args, data_args, pretraining_args, training_args)
-                first_says(training_args, "written")  # which the others of a group wait for
-                return directory
-        time.sleep(1)  # another process is at it
+    shard, made = directory / EMBEDDINGS_SHARD, []
+
+    def make() -> None:
+        made.append(shard)
+        _make_table(model_args, data_args, pretraining_args, training_args)
+
+    once(directory / CHECKPOINTS_FOLDER / "embeddings.lock", training_args, shard.is_file, make)
+    if made:
+        return directory
     config = load_config(directory, model_args)
     load_table(directory, config)
     logger.warning(f"{directory} holds an embedding table already: phase 1 is skipped.")
@@ -357,11 +359,15 @@ def train_blocks(
     block_args: BlockArguments,
     training_args: TrainingArguments,
     model_args: ModelArguments | None = None,
+    place: MeetingPlace | None = None,
 ) -> Path:
     """Train the selected blocks, one after the other, and write a shard for each.
 
     A block depends on the table, the data, the seed and its index alone. Blocks whose shard is there, or which another
     process trains, are skipped, and a block that was interrupted goes on from its last checkpoint.
+
+    Args:
+        place: a repository where the table is taken from, if it is not in the directory, and blocks are published.
 
     Returns:
         The model directory, `training_args.output_dir`.
@@ -371,29 +377,59 @@ def train_blocks(
         ValueError: blocks out of range, or a directory or shard of another model.
     """
     directory = Path(training_args.output_dir)
-    if not (directory / EMBEDDINGS_SHARD).is_file():
+    if place is not None:
+        shard, lock_file = directory / EMBEDDINGS_SHARD, directory / CHECKPOINTS_FOLDER / "embeddings.lock"
+        once(lock_file, training_args, shard.is_file, place.fetch_table)
+    elif not (directory / EMBEDDINGS_SHARD).is_file():
         load_table(directory, NoPropConfig())  # tells what to do
     config = load_config(directory, model_args or ModelArguments())
     table = load_table(directory, config)
     selected = parse_blocks(block_args.blocks, config.num_blocks)
-    waiting = [index for index in selected if not block_is_trained(directory, config, table, index)]
-    for index in sorted(set(selected) - set(waiting)):
+    trained = {index for index in selected if block_is_trained(directory, config, table, index)}
+    if place is not None:
+        published = place.blocks()
+        for index in trained:
+            if block_shard(index) not in published:  # it was trained, and then something came between
+                place.publish_block(index)
+        for index in set(selected) - trained:
+            if block_shard(index) in published:
+                mark = block_mark(directory, config, table, index)
+                check_mark(f"{block_shard(index)} in {place.repo_id}", published[block_shard(index)], mark)
+                trained.add(index)
+    for index in sorted(trained):
         logger.warning(f"Block {index} is trained already: skipped.")
-    if not first_says(training_args, waiting):
+    waiting = first_says(training_args, [index for index in selected if index not in trained])
+    if not waiting:
         return directory
     tokenizer = load_tokenizer(str(directory))
     dataset = tokenize(load_corpus(data_args), tokenizer, data_args)
     check_data(directory, data_fingerprint(dataset["train"]))
-    for index in first_says(training_args, waiting):
+    for index in waiting:
         lock_file = directory / CHECKPOINTS_FOLDER / f"block-{index:02d}.lock"
-        with claim(lock_file, training_args, (directory / block_shard(index)).is_file) as mine:
+        with claim(lock_file, training_args, partial(_is_taken, directory, index, place, block_args)) as mine:
             if mine:
-                train_block(index, config, table, tokenizer, dataset, block_args, training_args)
+                if place is not None and config.context_source == "previous_block":
+                    for earlier in map(block_shard, range(index)):
+                        if earlier in published and not (directory / earlier).is_file():
+                            place.fetch(earlier)
+                train_block(index, config, table, tokenizer, dataset, block_args, training_args, place)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     first_says(training_args, "written")
     return directory
+
+
+def _is_taken(directory: Path, block_index: int, place: MeetingPlace | None, block_args: BlockArguments) -> bool:
+    """Whether somebody else has trained a block, or trains it, elsewhere."""
+    if (directory / block_shard(block_index)).is_file():
+        return True
+    other = None if place is None else place.claim(block_index, block_args.take_over)
+    if other is not None:
+        logger.warning(
+            f"Block {block_index} is being trained by {other}: left to it. If that worker is gone, --take_over true."
+        )
+    return other is not None
 
 
 def train_block(
@@ -404,6 +440,7 @@ def train_block(
     dataset: dict[str, Dataset | IterableDataset],
     block_args: BlockArguments,
     training_args: TrainingArguments,
+    place: MeetingPlace | None = None,
 ) -> dict[str, float]:
     """Train one block and write its shard into `training_args.output_dir`.
 
@@ -440,6 +477,8 @@ def train_block(
     show_progress(trainer, f"block {block_index} ({block_index + 1} of {config.num_blocks})")
     if args.eval_strategy != "no" and block_args.sample_prompts:
         trainer.add_callback(SampleCallback(table, previous, tokenizer, block_args))
+    if place is not None and args.should_save:
+        trainer.add_callback(ReportCallback(place, block_index))
     summary = trainer.train_durably().metrics
     last = trainer.state.log_history[-2] if len(trainer.state.log_history) > 1 else {}  # before the summary
     evaluated = last.get("step") == trainer.state.global_step and "eval_bound_nats" in last
@@ -448,6 +487,8 @@ def train_block(
     cost = {"steps": str(trainer.state.global_step), "seconds": f"{summary['train_runtime']:.1f}"}
     if args.should_save:
         save_block(directory, block, table, {**cost, "seed": str(seed), "data": data, **kept})
+        if place is not None:
+            place.publish_block(block_index)
     return metrics
 
 
@@ -483,6 +524,17 @@ def new_block(
     block.head.readout.load_state_dict(start.readout.state_dict())
     block.head.bias.data.copy_(start.bias)
     return block
+
+
+class ReportCallback(TrainerCallback):
+    """Tells the meeting place how far a block is, whenever that is saved."""
+
+    def __init__(self, place: MeetingPlace, block_index: int):
+        self.place = place
+        self.block_index = block_index
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control, **kwargs):
+        self.place.report(self.block_index, state.global_step)
 
 
 # --- what a person sees -----------------------------------------------------------------------------------------------

@@ -2,15 +2,20 @@
 """Phase 1: make the frozen embedding table and the model directory around it.
 
 python scripts/pretrain_embeddings.py recipes/demo.yaml
+accelerate launch scripts/pretrain_embeddings.py recipes/demo.yaml --push_to_hub true --hub_model_id user/name
 """
 
 from noprop_hf.arguments import parse_recipe
+from noprop_hf.meeting_place import meeting_place
 from noprop_hf.training import pretrain_embeddings
 
 
 def main() -> None:
     recipe = parse_recipe(__doc__, parallelism="data")
+    place = meeting_place(recipe.training)
     pretrain_embeddings(recipe.model, recipe.data, recipe.pretraining, recipe.training)
+    if place is not None and recipe.training.should_save:
+        place.publish_table(recipe.training.hub_private_repo)
 
 
 if __name__ == "__main__":

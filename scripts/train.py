@@ -33,7 +33,7 @@ def main() -> None:
     if missing:
         print(f"The model in {directory} still misses {', '.join(missing)}, so it is not evaluated by this process.")
         return
-    with claim(directory / CHECKPOINTS_FOLDER / "evaluation.lock", training, lambda: False) as mine:
+    with claim(directory / CHECKPOINTS_FOLDER / "evaluation.lock", training) as mine:
         if mine and training.should_save:
             finish(recipe, directory)
 

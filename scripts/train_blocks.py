@@ -2,15 +2,21 @@
 """Phase 2: train all denoising blocks, or some of them, beside a table that phase 1 made.
 
 python scripts/train_blocks.py recipes/demo.yaml --blocks 0,2-3
+accelerate launch scripts/train_blocks.py recipes/demo.yaml
+
+Workers that never meet share a repository of the Hub. Each takes the table from there and publishes its blocks:
+
+python scripts/train_blocks.py recipes/demo.yaml --blocks 3 --push_to_hub true --hub_model_id user/name
 """
 
 from noprop_hf.arguments import parse_recipe
+from noprop_hf.meeting_place import meeting_place
 from noprop_hf.training import train_blocks
 
 
 def main() -> None:
     recipe = parse_recipe(__doc__)
-    train_blocks(recipe.data, recipe.blocks, recipe.training, recipe.model)
+    train_blocks(recipe.data, recipe.blocks, recipe.training, recipe.model, meeting_place(recipe.training))
 
 
 if __name__ == "__main__":

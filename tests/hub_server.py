@@ -224,4 +224,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
         data = files[match[3]]
         etag = f'"{hashlib.sha256(data).hexdigest()}"'
+        if part := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            first, last = int(part[1]), min(int(part[2]), len(data) - 1)
+            span = f"bytes {first}-{last}/{len(data)}"
+            return self.reply(206, data[first : last + 1], ETag=etag, X_Repo_Commit=sha, Content_Range=span)
         return self.reply(200, data, ETag=etag, X_Repo_Commit=sha, Accept_Ranges="bytes")

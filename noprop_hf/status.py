@@ -1,0 +1,77 @@
+"""What there is of a model: block by block, in a directory or in a repository of the Hub."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .checkpoints import checkpoints_of
+from .configuration_noprop import NoPropConfig
+from .hub import read_metadata
+from .meeting_place import MeetingPlace
+from .parallel import lock
+from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, block_shard, is_damaged
+from .training import CHECKPOINTS_FOLDER
+
+
+@dataclass
+class BlockStatus:
+    """
+    Attributes:
+        state: `"missing"`, `"training"`, `"stopped"` (begun, and nobody is at it), `"done"` or `"damaged"`.
+        details: how far, by whom, and with what result.
+    """
+
+    state: str
+    details: str = ""
+
+
+def local_status(directory: Path) -> list[BlockStatus]:
+    """The blocks of a model directory.
+
+    Raises:
+        FileNotFoundError: it is none.
+    """
+    if not (directory / EMBEDDINGS_SHARD).is_file():
+        raise FileNotFoundError(f"{directory} holds no {EMBEDDINGS_SHARD}: phase 1 is not done, or this is no model.")
+    return [_local_block(directory, index) for index in range(NoPropConfig.from_pretrained(directory).num_blocks)]
+
+
+def _local_block(directory: Path, block_index: int) -> BlockStatus:
+    shard = directory / block_shard(block_index)
+    if shard.is_file():
+        return BlockStatus("damaged") if is_damaged(shard) else BlockStatus("done", _result(read_metadata(shard)))
+    checkpoints = directory / CHECKPOINTS_FOLDER
+    saved = checkpoints_of(checkpoints / f"block-{block_index:02d}")
+    step = f"step {saved[0][0]}" if saved else "step 0"
+    lock_file = checkpoints / f"block-{block_index:02d}.lock"
+    if lock_file.is_file():
+        with lock(lock_file) as holder:
+            if holder is not None:
+                return BlockStatus("training", f"saved at {step}, by {holder}")
+    return BlockStatus("stopped", f"saved at {step}") if saved else BlockStatus("missing")
+
+
+def remote_status(repo_id: str, token: str | None = None) -> list[BlockStatus]:
+    """The blocks of a repository of the Hub.
+
+    Raises:
+        OSError: there is no such repository, or it holds no model.
+    """
+    num_blocks = NoPropConfig.from_pretrained(repo_id, token=token).num_blocks
+    place = MeetingPlace(repo_id, None, token)
+    published, claims = place.blocks(), place.claims()
+    blocks = []
+    for index in range(num_blocks):
+        if block_shard(index) in published:
+            blocks.append(BlockStatus("done", _result(published[block_shard(index)])))
+        elif index in claims:
+            blocks.append(BlockStatus("stopped" if claims[index].is_stale else "training", str(claims[index])))
+        else:
+            blocks.append(BlockStatus("missing"))
+    return blocks
+
+
+def _result(metadata: Mapping[str, str]) -> str:
+    names = {"context_nats": "nats on pure noise", "bound_nats": "bound"}
+    figures = [f"{words} {float(metadata[name]):.3f}" for name, words in names.items() if name in metadata]
+    return ", ".join([*figures, f"sha256 {metadata.get(CONTENT_HASH, 'unknown')[:12]}"])
