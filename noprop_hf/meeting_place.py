@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from transformers import TrainingArguments
 from transformers.utils import logging
@@ -107,25 +107,28 @@ class MeetingPlace:
         Raises:
             FileNotFoundError: the repository is not there, or holds no table.
         """
-        others = ["block-*", f"{CLAIMS_FOLDER}/*", EMBEDDINGS_SHARD]
-        options = {"local_dir": self.directory, "token": self.token, "ignore_patterns": others}
         try:
-            self._insist(lambda: snapshot_download(self.repo_id, **options))
-            self.fetch(EMBEDDINGS_SHARD)  # last, since it says that the directory is complete
+            head = self._insist(lambda: self.api.repo_info(self.repo_id))
         except RepositoryNotFoundError as error:
             raise FileNotFoundError(
                 f"There is no repository {self.repo_id} on the Hub, or you may not see it."
             ) from error
-        except EntryNotFoundError as error:
+        names = [sibling.rfilename for sibling in head.siblings or []]
+        if EMBEDDINGS_SHARD not in names:
             raise FileNotFoundError(
                 f"{self.repo_id} holds no {EMBEDDINGS_SHARD}. Publish phase 1 first: scripts/pretrain_embeddings.py "
                 "with --push_to_hub true."
-            ) from error
+            )
+        others = [name for name in names if not name.startswith(("block-", f"{CLAIMS_FOLDER}/", EMBEDDINGS_SHARD))]
+        # One by one: `snapshot_download` takes an unfinished folder for a whole one when the Hub cannot be reached. The
+        # embeddings come last, since they say that the directory is complete.
+        for name in (*others, EMBEDDINGS_SHARD):
+            self.fetch(name, head.sha)
 
-    def fetch(self, shard: str) -> None:
-        """Download a shard into the directory."""
-        options = {"local_dir": self.directory, "token": self.token}
-        self._insist(lambda: hf_hub_download(self.repo_id, shard, **options))
+    def fetch(self, name: str, revision: str | None = None) -> None:
+        """Download a file into the directory."""
+        options = {"revision": revision, "local_dir": self.directory, "token": self.token}
+        self._insist(lambda: hf_hub_download(self.repo_id, name, **options))
 
     # --- blocks ---------------------------------------------------------------------------------------------------
 

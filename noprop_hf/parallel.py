@@ -161,3 +161,15 @@ def lock(path: Path) -> Iterator[str | None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield None  # closing the file gives the lock back
+
+
+def holder_of(path: Path) -> str | None:
+    """Who holds the lock of a file; None where nobody does."""
+    if not path.is_file():
+        return None
+    with open(path, encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read() or "another process"
+    return None

@@ -8,7 +8,7 @@ from .checkpoints import checkpoints_of
 from .configuration_noprop import NoPropConfig
 from .hub import read_metadata
 from .meeting_place import MeetingPlace
-from .parallel import lock
+from .parallel import holder_of
 from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, block_shard, is_damaged
 from .training import CHECKPOINTS_FOLDER
 
@@ -43,11 +43,9 @@ def _local_block(directory: Path, block_index: int) -> BlockStatus:
     checkpoints = directory / CHECKPOINTS_FOLDER
     saved = checkpoints_of(checkpoints / f"block-{block_index:02d}")
     step = f"step {saved[0][0]}" if saved else "step 0"
-    lock_file = checkpoints / f"block-{block_index:02d}.lock"
-    if lock_file.is_file():
-        with lock(lock_file) as holder:
-            if holder is not None:
-                return BlockStatus("training", f"saved at {step}, by {holder}")
+    holder = holder_of(checkpoints / f"block-{block_index:02d}.lock")
+    if holder is not None:
+        return BlockStatus("training", f"saved at {step}, by {holder}")
     return BlockStatus("stopped", f"saved at {step}") if saved else BlockStatus("missing")
 
 

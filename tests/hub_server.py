@@ -1,18 +1,23 @@
 """A small Hub, for the real `huggingface_hub` client over HTTP: repositories, LFS uploads, commits, downloads.
 
 Everything is in memory. A commit is all or nothing, LFS objects are kept by their hash across pushes, and faults can be
-planned: `server.faults.append(Fault(...))` makes the next matching requests fail.
+planned: `server.faults.append(Fault(...))` makes the next matching requests fail. With `server.chaos = Chaos(...)`, any
+request may.
 """
 
 import base64
 import hashlib
 import json
 import re
+import sys
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from random import Random
 from urllib.parse import unquote, urlsplit
 
 
@@ -27,6 +32,22 @@ class Fault:
     path: str
     status: int | None = None
     times: int = 1
+
+
+@dataclass
+class Chaos:
+    """Makes requests fail at random: errors of the server, too many requests, lost requests, lost answers, delays."""
+
+    rate: float
+    random: Random
+    counts: Counter = field(default_factory=Counter)
+
+    def draw(self) -> str | None:
+        if self.random.random() >= self.rate:
+            return None
+        kind = self.random.choice(["500", "503", "429", "lost request", "lost answer", "delay"])
+        self.counts[kind] += 1
+        return kind
 
 
 @dataclass
@@ -58,8 +79,14 @@ class HubServer(ThreadingHTTPServer):
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}  # LFS, by sha256
         self.faults: list[Fault] = []
+        self.chaos: Chaos | None = None
         self.requests: list[tuple[str, str]] = []
         self.lock = threading.Lock()
+
+    def handle_error(self, request, client_address) -> None:
+        """Say nothing of clients that were killed."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 @contextmanager
@@ -77,11 +104,14 @@ def hub_server() -> Iterator[HubServer]:
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: HubServer
+    loses_answer = False
 
     def log_message(self, *args) -> None:
         pass
 
     def reply(self, status: int, content: bytes | dict | list = b"", **headers: str) -> None:
+        if self.loses_answer:
+            return self.hang_up()
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
@@ -97,17 +127,31 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         with self.server.lock:
+            fault = self.server.chaos.draw() if self.server.chaos is not None else None
+        if fault == "delay":
+            time.sleep(self.server.chaos.random.uniform(0, 1))
+        elif fault == "lost request":
+            return self.hang_up()
+        elif fault == "429":
+            return self.reply(429, {"error": "too many requests"}, Retry_After="1")
+        elif fault in ("500", "503"):
+            return self.fail(int(fault), "Fault", "chaos")
+        with self.server.lock:
             self.server.requests.append((self.command, path))
-            for fault in self.server.faults:
-                if fault.times and fault.method == self.command and re.search(fault.path, path):
-                    fault.times -= 1
-                    if fault.status is None:
-                        self.connection.close()
-                        self.close_connection = True
+            for planned in self.server.faults:
+                if planned.times and planned.method == self.command and re.search(planned.path, path):
+                    planned.times -= 1
+                    if planned.status is None:
+                        self.hang_up()
                     else:
-                        self.fail(fault.status, "Fault", "planned by the test")
+                        self.fail(planned.status, "Fault", "planned by the test")
                     return
+            self.loses_answer = fault == "lost answer"
             self.route(path, body)
+
+    def hang_up(self) -> None:
+        self.connection.close()
+        self.close_connection = True
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_request
 

@@ -1,0 +1,251 @@
+#!/usr/bin/env python
+"""A fleet of workers that never talk trains one model, while they are killed and their network fails.
+
+python benchmarks/fleet.py           # 24 workers, 12 blocks, at least 200 kills: some minutes on two cores
+python benchmarks/fleet.py --small   # 4 workers, 3 blocks, at least 10 kills
+
+The workers are processes with a directory each. They meet in a repository of a local server that speaks the Hub's
+protocol, through the real client. Afterwards every block must be there, once, and be the one that a single process
+makes in order, bit for bit.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from random import Random
+from typing import Any
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from hub_server import TOKEN, Chaos, HubServer, hub_server
+
+
+REPOSITORY = "user/fleet"
+
+
+@dataclass
+class FleetArguments:
+    results: str = field(default="benchmarks/results/fleet.json", metadata={"help": "Where the figures are kept."})
+    num_workers: int = field(default=24, metadata={"help": "Workers."})
+    num_blocks: int = field(default=12, metadata={"help": "Blocks."})
+    num_kills: int = field(default=200, metadata={"help": "Kills, at the least; the last blocks wait for them."})
+    steps: int = field(default=40, metadata={"help": "Steps of training per block; every other is saved."})
+    fault_rate: float = field(default=0.1, metadata={"help": "Share of the requests that go wrong."})
+    seed: int = field(default=0, metadata={"help": "Seed of kills and faults."})
+    small: bool = field(default=False, metadata={"help": "4 workers, 3 blocks, 10 kills."})
+
+    def __post_init__(self):
+        if self.small:
+            self.num_workers, self.num_blocks, self.num_kills = 4, 3, 10
+
+
+# --- what a worker does -----------------------------------------------------------------------------------------------
+
+
+def settings(args: FleetArguments, folder: Path, directory: Path) -> dict[str, Any]:
+    from transformers import TrainingArguments
+
+    from noprop_hf.arguments import BlockArguments
+    from noprop_hf.data import DataArguments
+
+    return {
+        "data_args": DataArguments(train_file=str(folder / "text.txt"), max_length=16, max_eval_samples=20),
+        "block_args": BlockArguments(sample_prompts=[]),
+        "training_args": TrainingArguments(
+            output_dir=str(directory),
+            max_steps=args.steps,
+            per_device_train_batch_size=4,
+            learning_rate=5e-3,
+            save_steps=2,
+            save_total_limit=2,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        ),
+    }
+
+
+def prepare(args: FleetArguments, folder: Path) -> None:
+    """Phase 1, published; and all blocks in order, without the Hub."""
+    from noprop_hf.arguments import ModelArguments, PretrainingArguments
+    from noprop_hf.meeting_place import MeetingPlace
+    from noprop_hf.training import pretrain_embeddings, train_blocks
+
+    one = settings(args, folder, folder / "in_order")
+    model_args = ModelArguments(
+        vocab_size=300,
+        hidden_size=16,
+        num_blocks=args.num_blocks,
+        num_layers_per_block=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        attention_dropout=0.1,
+    )
+    phase1 = PretrainingArguments(pretraining_max_steps=10)
+    pretrain_embeddings(model_args, one["data_args"], phase1, one["training_args"])
+    MeetingPlace(REPOSITORY, folder / "in_order").publish_table()
+    train_blocks(**one)
+
+
+def work(args: FleetArguments, folder: Path, worker: int) -> None:
+    """Train what nobody else trains."""
+    import torch
+
+    from noprop_hf.meeting_place import MeetingPlace
+    from noprop_hf.training import train_blocks
+
+    torch.set_num_threads(1)
+    directory = folder / f"worker-{worker:02d}"
+    directory.mkdir(exist_ok=True)
+    log = os.open(directory / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    train_blocks(**settings(args, folder, directory), place=MeetingPlace(REPOSITORY, directory))
+
+
+# --- the harness ------------------------------------------------------------------------------------------------------
+
+
+class Fleet:
+    """Workers that start again whatever ends them."""
+
+    def __init__(self, args: FleetArguments, folder: Path):
+        self.args, self.folder = args, folder
+        self.context = get_context("forkserver")
+        self.context.set_forkserver_preload(["noprop_hf.training"])  # so that a start takes no seconds
+        self.processes: dict[int, Any] = {}
+        self.rests: dict[int, float] = {}
+        self.failures = 0
+
+    def run(self, target, *arguments: Any):
+        process = self.context.Process(target=target, args=(self.args, self.folder, *arguments))
+        process.start()
+        return process
+
+    def keep_running(self) -> None:
+        for worker in range(self.args.num_workers):
+            process = self.processes.get(worker)
+            if process is not None and process.exitcode is not None:
+                self.failures += process.exitcode > 0
+                del self.processes[worker]
+                self.rests[worker] = time.monotonic() + (0 if process.exitcode else 2)  # nothing to do: wait a little
+            if worker not in self.processes and time.monotonic() > self.rests.get(worker, 0):
+                self.processes[worker] = self.run(work, worker)
+
+    def kill(self, worker: int) -> bool:
+        process = self.processes.get(worker)
+        if process is None or process.exitcode is not None:
+            return False
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        return True
+
+    def stop(self) -> None:
+        for worker in list(self.processes):
+            self.kill(worker)
+
+
+def published(server: HubServer) -> dict[str, bytes]:
+    files = server.repositories[REPOSITORY].files("main")
+    return {name: content for name, content in files.items() if name.startswith("block-")}
+
+
+def simulate(args: FleetArguments, folder: Path, server: HubServer) -> dict[str, Any]:
+    random = Random(args.seed)
+    (folder / "text.txt").write_text(make_text(random))
+    fleet = Fleet(args, folder)
+    preparation = fleet.run(prepare)
+    preparation.join()
+    if preparation.exitcode:
+        raise SystemExit("The model in order could not be trained.")
+    server.chaos = Chaos(args.fault_rate, Random(args.seed + 1))
+    begin, kills, told = time.monotonic(), 0, 0.0
+    while len(published(server)) < args.num_blocks or kills < args.num_kills:
+        fleet.keep_running()
+        time.sleep(random.uniform(0, 0.6))
+        kills += fleet.kill(random.randrange(args.num_workers))
+        if time.monotonic() - told > 10:
+            told = time.monotonic()
+            print(f"{told - begin:4.0f} s: {len(published(server))} blocks, {kills} kills", flush=True)
+    fleet.stop()
+    logs = [path.read_text() for path in folder.glob("worker-*/log.txt")]
+    retries = sum(log.count("tried again in") for log in logs)
+    errors = {line for log in logs for line in log.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)}
+    print("\n".join(sorted(errors)))
+    return {
+        "workers": args.num_workers,
+        "blocks": args.num_blocks,
+        "kills": kills,
+        "failures": fleet.failures,
+        "faults": sum(server.chaos.counts.values()),
+        "faults_by_kind": dict(server.chaos.counts),
+        "retries": retries,
+        "seconds": time.monotonic() - begin,
+        **compare(args, folder, server),
+    }
+
+
+def compare(args: FleetArguments, folder: Path, server: HubServer) -> dict[str, Any]:
+    """Whether every block arrived, once, and is the one that was made in order."""
+    import torch
+    from safetensors.torch import load, load_file
+
+    blocks, identical = published(server), True
+    expected = {path.name: path for path in (folder / "in_order").glob("block-*.safetensors")}
+    for name in blocks.keys() & expected.keys():
+        ours, theirs = load(blocks[name]), load_file(expected[name])
+        identical &= ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    versions: dict[str, set[bytes]] = {}
+    for files in server.repositories[REPOSITORY].commits.values():
+        for name, content in files.items():
+            if name.startswith("block-"):
+                versions.setdefault(name, set()).add(content)
+    return {
+        "lost": len(expected.keys() - blocks.keys()),
+        "duplicated": sum(len(contents) - 1 for contents in versions.values()),
+        "bit_identical": identical and len(expected) == args.num_blocks,
+    }
+
+
+def make_text(random: Random) -> str:
+    words = "the cat sat on a mat while old dogs slept near warm stones and birds sang over green hills".split()
+    return "\n".join(" ".join(random.choices(words, k=8)) + "." for _ in range(400)) + "\n"
+
+
+def main() -> None:
+    from transformers import HfArgumentParser
+
+    (args,) = HfArgumentParser(FleetArguments, description=__doc__).parse_args_into_dataclasses()
+    folder = Path(tempfile.mkdtemp(prefix="fleet-"))
+    with hub_server() as server:
+        os.environ |= {  # before the client is imported, in the workers
+            "HF_ENDPOINT": server.url,
+            "HF_TOKEN": TOKEN,
+            "HF_HOME": str(folder / "home"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        figures = simulate(args, folder, server)
+    path = Path(args.results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures, indent=1))
+    shutil.rmtree(folder)
+    if figures["lost"] or figures["duplicated"] or not figures["bit_identical"]:
+        raise SystemExit("The fleet's model is not the one that a single process makes.")
+
+
+if __name__ == "__main__":
+    main()
