@@ -392,20 +392,20 @@ def mean_and_spread(values: list[float]) -> str:
     return f"{np.mean(values):.3f}{spread}"
 
 
-def tables(args: QualityArguments, results: dict[str, Any]) -> str:
+def tables(results: dict[str, Any]) -> str:
     """The results in Markdown: mean over seeds, and their standard deviation."""
     lines = []
-    for corpus in args.corpora:
-        entries, setting = results[corpus], results[corpus]["setting"]
-        parameters = setting["parameters"]
+    for corpus, entries in results.items():
+        setting, names = entries["setting"], [name for name in MODELS if name in entries]
+        parameters, num_seeds = setting["parameters"], len(entries[names[0]]["nats_per_token"])
         lines += [
-            f"**{corpus}**, seeds: {len(args.seeds(corpus))}; parameters: {parameters['end_to_end']:,} end to end, "
+            f"**{corpus}**, seeds: {num_seeds}; parameters: {parameters['end_to_end']:,} end to end, "
             f"{parameters['noprop']:,} NoProp",
             "",
             "| model | validation nats per token | bits per byte | bound of the chain | tokens, millions | minutes |",
             "| --- | ---: | ---: | ---: | ---: | ---: |",
         ]
-        for name in args.models:
+        for name in names:
             entry = entries[name]
             bound = mean_and_spread(entry["bound"]) if name.startswith("noprop") else ""
             lines.append(
@@ -418,7 +418,7 @@ def tables(args: QualityArguments, results: dict[str, Any]) -> str:
             f"{np.mean(setting['phase1_seconds']) / 60:.1f} |",
             "",
         ]
-        for name in [name for name in args.models if name.startswith("noprop")]:
+        for name in [name for name in names if name.startswith("noprop")]:
             nats, errors = (np.mean(entries[name][key], axis=0) for key in ("block_nats", "block_errors"))
             gains = ", ".join(f"{gain:+.4f} ± {error:.4f}" for gain, error in zip(nats[1:], errors[1:], strict=True))
             alone = ", ".join(f"{nats:.3f}" for nats in np.mean(entries[name]["context"], axis=0))
@@ -433,16 +433,17 @@ def tables(args: QualityArguments, results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(args: QualityArguments, results: dict[str, Any], path: Path) -> None:
-    figure = Figure(figsize=(5.5 * len(args.corpora), 4), layout="constrained")
-    for axes, corpus in zip(np.atleast_1d(figure.subplots(1, len(args.corpora))), args.corpora, strict=True):
-        for row, name in enumerate(reversed(args.models)):
-            values = results[corpus][name]["nats_per_token"]
+def plot(results: dict[str, Any], path: Path) -> None:
+    figure = Figure(figsize=(5.5 * len(results), 4), layout="constrained")
+    for axes, (corpus, entries) in zip(np.atleast_1d(figure.subplots(1, len(results))), results.items(), strict=True):
+        names = [name for name in reversed(MODELS) if name in entries]
+        for row, name in enumerate(names):
+            values = entries[name]["nats_per_token"]
             axes.plot(values, [row] * len(values), "o", color="C0", label="predictive" if row == 0 else None)
             if name.startswith("noprop"):
-                values = results[corpus][name]["bound"]
+                values = entries[name]["bound"]
                 axes.plot(values, [row] * len(values), "x", color="C1", label="bound of the chain")
-        axes.set_yticks(range(len(args.models)), [MODELS[name] for name in reversed(args.models)])
+        axes.set_yticks(range(len(names)), [MODELS[name] for name in names])
         axes.set(xlabel="validation nats per token", title=f"{corpus}: one mark per seed")
         axes.grid(axis="x", alpha=0.3)
         handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
@@ -462,13 +463,14 @@ def main() -> None:
         for stage in stages:
             jobs = {(*run, name): pool.submit(run_job, args, *run, name) for run in runs for name in stage}
             figures |= {key: job.result() for key, job in jobs.items()}
-    results = report(args, figures)
     path = Path(args.results)
     path.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    results |= report(args, figures)  # other corpora stay as they were
     path.write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".md").write_text(tables(args, results))
-    plot(args, results, path.with_suffix(".png"))
-    print(tables(args, results))
+    path.with_suffix(".md").write_text(tables(results))
+    plot(results, path.with_suffix(".png"))
+    print(tables(results))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from transformers import TrainingArguments
 from transformers.utils import logging
 
@@ -231,9 +237,9 @@ class MeetingPlace:
         while True:
             try:
                 return attempt()
-            except (RepositoryNotFoundError, EntryNotFoundError):
+            except (RepositoryNotFoundError, RemoteEntryNotFoundError):
                 raise
-            except HTTPError as error:
+            except (HTTPError, LocalEntryNotFoundError) as error:  # the second: a download without a connection
                 response = error.response if isinstance(error, HfHubHTTPError) else None
                 if response is not None and response.status_code in (401, 403):
                     raise PermissionError(
