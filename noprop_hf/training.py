@@ -77,6 +77,8 @@ def one_device(args: TrainingArguments) -> TrainingArguments:
     """The arguments for a `Trainer` that uses one device in each process."""
     if args.n_gpu > 1:
         args._n_gpu = 1  # as `Trainer` does itself for models that must not be wrapped in `DataParallel`
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False  # every step uses all parameters
     return args
 
 

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Jobs on the Hub's own machines: phase 1 in one, then each block in a job of its own. They meet in the repository.
+#   launch/hf_jobs.sh user/name recipes/t4_wikitext103.yaml 10 t4-small
+# Needs `hf auth login`; FLAVOR is one of `hf jobs hardware`.
+set -euo pipefail
+repository=$1 recipe=$2 num_blocks=$3 flavor=$4
+source=${SOURCE:?the address of this repository, for git clone}
+setup="git clone --depth 1 $source noprop && cd noprop && pip install -c constraints.txt -e ."
+share="--push_to_hub true --hub_model_id $repository"
+
+hf jobs run --flavor "$flavor" --secrets HF_TOKEN --timeout 12h python:3.11 \
+  bash -c "$setup && accelerate launch scripts/pretrain_embeddings.py $recipe $share"
+for ((block = 0; block < num_blocks; block++)); do
+  hf jobs run --detach --flavor "$flavor" --secrets HF_TOKEN --timeout 24h python:3.11 \
+    bash -c "$setup && accelerate launch scripts/train_blocks.py $recipe $share --blocks $block"
+done
+echo "Watch them arrive: python scripts/status.py $repository"

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# A SLURM job array: one block per task, on whatever node is free, again and again until it is done.
+#   sbatch --array=0-9 launch/slurm_blocks.sh recipes/t4_wikitext103.yaml [--push_to_hub true --hub_model_id user/name]
+# Phase 1 comes first: scripts/pretrain_embeddings.py with the same arguments.
+#SBATCH --job-name=noprop-block
+#SBATCH --gres=gpu:1
+#SBATCH --cpus-per-task=4
+#SBATCH --mem=16G
+#SBATCH --time=08:00:00
+#SBATCH --requeue
+#SBATCH --signal=TERM@120
+#SBATCH --output=runs/slurm-%A-block-%a.log
+set -euo pipefail
+exec srun accelerate launch --config_file launch/t4_fp16.yaml \
+  scripts/train_blocks.py "$@" --blocks "$SLURM_ARRAY_TASK_ID"
