@@ -93,7 +93,7 @@ GROUPS: dict[str, dict[str, Variation]] = {
     },
     "context": {
         "hierarchical context": Variation(blocks={"context_source": "previous_block"}),
-        "hierarchical context, start from the block before": Variation(
+        "hierarchical context, start from phase 1": Variation(
             blocks={"context_source": "previous_block", "block_initialization": "pretraining"}
         ),
     },

@@ -182,23 +182,27 @@ class Bench:
         args, config = self.args, self.config()
         tokens = torch.randint(args.vocab_size, (args.batch_size, args.max_length))
         block, table = DenoisingBlock(config, config.num_blocks - 1).train(), TokenTable(config)
+        hierarchical = DenoisingBlock(self.config(context_source="previous_block"), config.num_blocks - 1).train()
         phase1 = NoPropForMaskedLM(self.config(pretraining_objective="clm")).train()
         baseline = self.baseline()
-        for model in (block, phase1, baseline):
+        for model in (block, hierarchical, phase1, baseline):
             model.set_attn_implementation("eager")  # whose products the counter knows
         # A token through the vocabulary is counted apart, since the fused loss is not known to the counter: forward
         # and backward to the input and, where it is learned, to the table.
         product = 2 * args.vocab_size * args.hidden_size * (args.max_length - 1) / args.max_length
         embeds = table(tokens)
         inputs = block.encoder.attention_inputs(embeds)
-        read = count_flops(lambda: block.encoder(embeds, **inputs).sum(), backward=False) / tokens.numel()
-        one = count_flops(lambda: block(tokens, tokens, table).loss) / tokens.numel() + 2 * product
+        encode = partial(hierarchical.encoder, embeds, embeds, **inputs)
+        read = count_flops(lambda: encode().sum(), backward=False) / tokens.numel()
+        step = partial(hierarchical, tokens, tokens, table, previous_states=embeds)
         return {
             "end_to_end": count_flops(lambda: baseline(tokens, labels=tokens).loss) / tokens.numel(),
             "phase1": count_flops(lambda: phase1(tokens, labels=tokens).loss) / tokens.numel() + 3 * product,
-            "block": one,
-            # which reads the blocks before it, on average this many of them
-            "hierarchical_block": one + read * (args.num_blocks - 1) / 2,
+            "block": count_flops(lambda: block(tokens, tokens, table).loss) / tokens.numel() + 2 * product,
+            # with the blocks before it, on average this many of them
+            "hierarchical_block": count_flops(lambda: step().loss) / tokens.numel()
+            + 2 * product
+            + read * (args.num_blocks - 1) / 2,
         }
 
     def budgets(self) -> dict[str, float]:

@@ -30,8 +30,8 @@ class NoPropConfig(PreTrainedConfig):
             layers of the model of phase 1), which is better where the corpus is read once or twice only.
         context_source (`str`, defaults to `"embeddings"`): what the encoder of a block reads: `"embeddings"` (the
             clean embeddings alone, so that blocks are independent), or `"previous_block"` (the context states of the
-            block before it, which is frozen: still a local loss and the memory of one block's training, but blocks
-            must be trained in order, and encoded in order at inference).
+            block before it, which is frozen, as well: still a local loss and the memory of one block's training, but
+            blocks must be trained in order, and encoded in order at inference).
         max_position_embeddings (`int`, defaults to 512): longest sequence the model is meant for. Positions are
             rotary, so it is not a hard limit.
         noise_schedule (`str`, defaults to `"information"`): `"information"`, `"cosine"` or `"linear"`.

@@ -116,17 +116,26 @@ class Readout(nn.Linear):
         return super().forward(states / math.sqrt(self.out_features))
 
 
+class StateProjection(Readout):
+    """The map from the context states of the block before into an encoder. It starts at zero, so that a block begins as
+    one that is alone."""
+
+
 class ContextEncoder(nn.Module):
     """Pre-norm transformer over clean token embeddings, with rotary positions.
 
     Args:
         first_layer_idx: index of the first layer in a key-value cache shared by all blocks.
+        reads_states: whether it reads the context states of another encoder as well.
     """
 
-    def __init__(self, config: NoPropConfig, num_layers: int, first_layer_idx: int = 0):
+    def __init__(self, config: NoPropConfig, num_layers: int, first_layer_idx: int = 0, reads_states: bool = False):
         super().__init__()
         self.config = config
         self.input_projection = InputProjection(config.hidden_size, config.hidden_size, bias=False)
+        self.state_projection = None
+        if reads_states:
+            self.state_projection = StateProjection(config.hidden_size, config.hidden_size, bias=False)
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, first_layer_idx + i) for i in range(num_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
@@ -164,9 +173,13 @@ class ContextEncoder(nn.Module):
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
         }
 
-    def forward(self, inputs_embeds: torch.Tensor, **attention_inputs) -> torch.Tensor:
+    def forward(
+        self, inputs_embeds: torch.Tensor, previous_states: torch.Tensor | None = None, **attention_inputs
+    ) -> torch.Tensor:
         """`(batch, sequence, hidden_size)` clean embeddings to context states of the same shape."""
         hidden_states = self.input_projection(inputs_embeds)
+        if self.state_projection is not None:
+            hidden_states = hidden_states + self.state_projection(previous_states)
         for layer in self.layers:
             hidden_states = layer(hidden_states, **attention_inputs)
         return self.norm(hidden_states)
@@ -229,6 +242,8 @@ class NoPropPreTrainedModel(PreTrainedModel):
             # Start as Bayes' rule on top of the context.
             init.zeros_(module.correction[-1].weight)
             init.zeros_(module.bias)
+        elif isinstance(module, StateProjection):
+            init.zeros_(module.weight)
         elif isinstance(module, InputProjection):
             init.eye_(module.weight)
         elif isinstance(module, Readout):
@@ -349,7 +364,8 @@ class DenoisingBlock(NoPropPreTrainedModel):
         self.block_index = block_index
         self.level = config.noise_levels[block_index]
         num_layers = config.num_layers_per_block
-        self.encoder = ContextEncoder(config, num_layers, first_layer_idx=block_index * num_layers)
+        reads_states = config.context_source == "previous_block" and block_index > 0
+        self.encoder = ContextEncoder(config, num_layers, block_index * num_layers, reads_states)
         self.head = DenoisingHead(config, self.level)
         self.gradient_checkpointing = False
         self.post_init()
@@ -365,7 +381,7 @@ class DenoisingBlock(NoPropPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         generator: torch.Generator | None = None,
-        inputs_embeds: torch.Tensor | None = None,
+        previous_states: torch.Tensor | None = None,
     ) -> DenoisingBlockOutput:
         """The local loss: recover the next token from its noised embedding and the clean context.
 
@@ -379,13 +395,12 @@ class DenoisingBlock(NoPropPreTrainedModel):
             num_items_in_batch: what to divide the summed losses by (gradient accumulation); the number of predicted
                 tokens of this batch when not given.
             generator: source of the randomness; torch's global one when not given.
-            inputs_embeds (`(batch, sequence, hidden_size)`, *optional*): what the encoder reads in the place of the
-                embeddings of `input_ids` (with `context_source="previous_block"`, the states of the block before).
+            previous_states (`(batch, sequence, hidden_size)`, *optional*): context states of the block before, which a
+                block reads with `context_source="previous_block"`.
         """
-        if inputs_embeds is None:
-            inputs_embeds = table(input_ids)
+        inputs_embeds = table(input_ids)
         attention_inputs = self.encoder.attention_inputs(inputs_embeds, attention_mask, position_ids)
-        context = self.encoder(inputs_embeds, **attention_inputs)[:, :-1]
+        context = self.encoder(inputs_embeds, previous_states, **attention_inputs)[:, :-1]
         targets = labels[:, 1:]
         kept = targets != -100
         context, targets = context[kept], targets[kept]
@@ -461,7 +476,7 @@ class NoPropModelOutput(BaseModelOutputWithPast):
 
 class NoPropModel(NoPropPreTrainedModel):
     """The frozen table and all blocks. The blocks read the same clean context and do not depend on one another (with
-    `context_source="previous_block"`, each reads the states of the one before)."""
+    `context_source="previous_block"`, each reads the states of the one before as well)."""
 
     def __init__(self, config: NoPropConfig):
         super().__init__(config)
@@ -506,10 +521,11 @@ class NoPropModel(NoPropPreTrainedModel):
         attention_inputs = blocks[0].encoder.attention_inputs(inputs_embeds, attention_mask, position_ids, cache)
         context_states: tuple[torch.Tensor, ...] = ()
         for block in blocks:
-            context = block.encoder(inputs_embeds, cache=cache, use_cache=use_cache, **attention_inputs, **kwargs)
+            previous = context_states[-1] if context_states else None  # which only hierarchical blocks read
+            context = block.encoder(
+                inputs_embeds, previous, cache=cache, use_cache=use_cache, **attention_inputs, **kwargs
+            )
             context_states += (context,)
-            if self.config.context_source == "previous_block":
-                inputs_embeds = context
         predictions = [block.head(context) for block, context in zip(blocks, context_states, strict=True)]
         return NoPropModelOutput(
             last_hidden_state=torch.stack(predictions).mean(0),

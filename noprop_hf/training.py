@@ -309,7 +309,7 @@ class BlockTrainer(DurableTrainer):
     ):
         inputs = {**inputs, "table": self.table}
         if self.previous:
-            inputs["inputs_embeds"] = self._previous_states(inputs["input_ids"], inputs.get("attention_mask"))
+            inputs["previous_states"] = self._previous_states(inputs["input_ids"], inputs.get("attention_mask"))
         if not model.training:
             inputs["generator"] = self._eval_generator
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -324,11 +324,11 @@ class BlockTrainer(DurableTrainer):
 
     @torch.no_grad()
     def _previous_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        states = self.table(input_ids)
+        embeds, states = self.table(input_ids), None
         with self.compute_loss_context_manager():
-            attention_inputs = self.previous[0].encoder.attention_inputs(states, attention_mask)
+            attention_inputs = self.previous[0].encoder.attention_inputs(embeds, attention_mask)
             for block in self.previous:
-                states = block.encoder(states, **attention_inputs)
+                states = block.encoder(embeds, states, **attention_inputs)
         return states
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -461,7 +461,7 @@ def train_block(
     if config.context_source == "previous_block" and block_index > 0:
         previous = [load_block(directory, config, index) for index in range(block_index)]
     set_seed(seed)
-    block = new_block(directory, config, table, block_index, previous[-1] if previous else None)
+    block = new_block(directory, config, table, block_index)
     data = data_fingerprint(dataset["train"])
     trainer = BlockTrainer(
         block,
@@ -494,13 +494,8 @@ def train_block(
     return metrics
 
 
-def new_block(
-    directory: Path, config: NoPropConfig, table: TokenTable, block_index: int, previous: DenoisingBlock | None = None
-) -> DenoisingBlock:
-    """A block before its training.
-
-    It is random, or says what the model of phase 1 says; on top of a `previous` block, what that one says, its own
-    layers adding nothing yet.
+def new_block(directory: Path, config: NoPropConfig, table: TokenTable, block_index: int) -> DenoisingBlock:
+    """A block before its training: random, or one that says what the model of phase 1 says.
 
     Raises:
         FileNotFoundError: it is to start from a model of phase 1 that is not there.
@@ -509,20 +504,13 @@ def new_block(
     if config.block_initialization == "random":
         block.head.bias.data.copy_(table.log_prior)
         return block
-    if previous is not None:
-        for layer in block.encoder.layers:
-            nn.init.zeros_(layer.self_attn.o_proj.weight)
-            nn.init.zeros_(layer.mlp.down_proj.weight)
-        block.head.readout.load_state_dict(previous.head.readout.state_dict())
-        block.head.bias.data.copy_(previous.head.bias)
-        return block
     if not (directory / MASKED_LM_FOLDER).is_dir():
         raise FileNotFoundError(
             f"{directory / MASKED_LM_FOLDER} is not there, and blocks start from it. Copy it together with the "
             "embeddings, or make both with scripts/pretrain_embeddings.py."
         )
     start = NoPropForMaskedLM.from_pretrained(directory)
-    block.encoder.load_state_dict(start.encoder.state_dict())
+    block.encoder.load_state_dict(start.encoder.state_dict(), strict=False)  # `state_projection` starts at zero
     block.head.readout.load_state_dict(start.readout.state_dict())
     block.head.bias.data.copy_(start.bias)
     return block
