@@ -473,8 +473,6 @@ def train_block(
         eval_dataset=dataset["validation"],
         data_collator=CausalCollator(tokenizer),
     )
-    if args.world_size > 1:  # noise and dropout of its own in each process; the weights are those of the first
-        set_seed(seed + args.process_index)
     trainer.args.prediction_loss_only = True
     show_progress(trainer, f"block {block_index} ({block_index + 1} of {config.num_blocks})")
     if args.eval_strategy != "no" and block_args.sample_prompts:

@@ -162,8 +162,8 @@ def test_data_parallel_is_training_with_a_larger_batch(recipe, tmp_path):
     launch(2, *train, "--parallelism", "data", "--output_dir", str(tmp_path / "two"))
     one, two = blocks(tmp_path / "one"), blocks(tmp_path / "two")
     assert one.keys() == two.keys()
-    for name in one:
-        assert torch.allclose(one[name], two[name], atol=1e-5), name
+    apart = {name: (one[name] - two[name]).abs().max().item() for name in one}
+    assert max(apart.values()) < 1e-5, apart
 
 
 @pytest.mark.slow
