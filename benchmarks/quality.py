@@ -252,15 +252,16 @@ class Bench:
     def blocks(self, name: str) -> dict[str, Any]:
         """NoProp, or one block of it alone."""
         budgets = self.budgets()
-        if name == "noprop":
-            return self.train_blocks(name, {}, budgets["block"])
-        if name == "noprop_hierarchical":
-            return self.train_blocks(name, {"context_source": "previous_block"}, budgets["hierarchical_block"])
-        share = budgets["block"] * (self.args.num_blocks if name == "single_block_long" else 1)
-        return self.train_blocks(name, {"num_blocks": 1, "noise_levels": [0.0]}, share)
+        changes, tokens = {
+            "noprop": ({}, budgets["block"]),
+            "noprop_hierarchical": ({"context_source": "previous_block"}, budgets["hierarchical_block"]),
+            "single_block": ({"num_blocks": 1, "noise_levels": [0.0]}, budgets["block"]),
+            "single_block_long": ({"num_blocks": 1, "noise_levels": [0.0]}, budgets["block"] * self.args.num_blocks),
+        }[name]
+        return self.train_blocks(name, changes, tokens) | self.measure(name)
 
     def train_blocks(self, name: str, changes: dict[str, Any], tokens: float) -> dict[str, Any]:
-        """Train and measure blocks on the table of phase 1, with `changes` of the configuration."""
+        """Train blocks on the table of phase 1, with `changes` of the configuration."""
         args, directory = self.args, self.folder / name
         tokenizer, _ = self.load()
         config = NoPropConfig.from_pretrained(self.phase1)
@@ -272,7 +273,7 @@ class Bench:
         begin = time.perf_counter()
         training_args = args.training(directory, self.seed, tokens, args.block_learning_rate)
         train_blocks(args.data(self.corpus), BlockArguments(sample_prompts=[]), training_args)
-        return {"tokens": tokens, "seconds": time.perf_counter() - begin} | self.measure(name)
+        return {"tokens": tokens, "seconds": time.perf_counter() - begin}
 
     def measure(self, name: str) -> dict[str, Any]:
         """The figures of trained blocks."""

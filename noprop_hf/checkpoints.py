@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+CHECKPOINTS_FOLDER = "checkpoints"  # in a model directory: what is not finished, and who is at it
 SEAL_NAME = "seal.json"
 STAGING_FOLDER = "unfinished"
 PREEMPTED = 128 + signal.SIGTERM  # the exit status of a process that SIGTERM ended

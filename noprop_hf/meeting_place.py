@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from .checkpoints import CHECKPOINTS_FOLDER
 from .hub import files_of_phase_1, read_metadata, write_atomically
 from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, block_shard
 
@@ -272,7 +273,7 @@ def meeting_place(args: TrainingArguments) -> MeetingPlace | None:
 
 
 def _worker_of(directory: Path) -> str:
-    identity = directory / "checkpoints" / "worker"
+    identity = directory / CHECKPOINTS_FOLDER / "worker"
     if not identity.is_file():
         identity.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(identity, lambda path: path.write_text(uuid.uuid4().hex, encoding="utf-8"))

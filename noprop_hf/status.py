@@ -4,13 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoints import checkpoints_of
+from .checkpoints import CHECKPOINTS_FOLDER, checkpoints_of
 from .configuration_noprop import NoPropConfig
 from .hub import read_metadata
 from .meeting_place import MeetingPlace
 from .parallel import holder_of
 from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, block_shard, is_damaged
-from .training import CHECKPOINTS_FOLDER
 
 
 @dataclass

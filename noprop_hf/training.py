@@ -35,7 +35,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from .arguments import CORPUS_FILE, BlockArguments, ModelArguments, PretrainingArguments, parse_blocks
-from .checkpoints import DurableTrainer
+from .checkpoints import CHECKPOINTS_FOLDER, DurableTrainer
 from .configuration_noprop import NoPropConfig
 from .data import (
     CausalCollator,
@@ -69,7 +69,6 @@ from .shards_noprop import EMBEDDINGS_SHARD, MASKED_LM_FOLDER, block_shard
 
 logger = logging.get_logger(__name__)
 
-CHECKPOINTS_FOLDER = "checkpoints"
 TOKENIZER_ROWS = 1_000_000  # a tokenizer is trained on the first rows: a stream may have no end
 
 
@@ -144,11 +143,12 @@ def _make_table(
         )
     dataset = tokenize(corpus, tokenizer, data_args)
 
+    data = data_fingerprint(dataset["train"])
     table = TokenTable(config)
     if source is not None:
         table.weight.copy_(standardize(source))
     else:
-        model = _pretrain_masked_lm(config, tokenizer, dataset, pretraining_args, training_args)
+        model = _pretrain_masked_lm(config, tokenizer, dataset, data, pretraining_args, training_args)
         table.weight.copy_(model.token_table())
         if training_args.should_save:
             model.save_pretrained(directory / MASKED_LM_FOLDER)
@@ -161,7 +161,7 @@ def _make_table(
     directory.mkdir(parents=True, exist_ok=True)
     corpus_fields = {name: value for name, value in vars(data_args).items() if value is not None}
     (directory / CORPUS_FILE).write_text(yaml.safe_dump(corpus_fields, sort_keys=False), encoding="utf-8")
-    origin = {"data": data_fingerprint(dataset["train"])}
+    origin = {"data": data}
     if source is not None:
         origin["embeddings_from"] = model_args.embeddings_from
     create_model_directory(directory, config, tokenizer, table, origin)
@@ -174,6 +174,7 @@ def _pretrain_masked_lm(
     config: NoPropConfig,
     tokenizer: PreTrainedTokenizerBase,
     dataset: dict[str, Dataset | IterableDataset],
+    data: str,
     pretraining_args: PretrainingArguments,
     training_args: TrainingArguments,
 ) -> NoPropForMaskedLM:
@@ -187,7 +188,7 @@ def _pretrain_masked_lm(
     )
     identity = {
         "config": config.to_diff_dict(),
-        "data": data_fingerprint(dataset["train"]),
+        "data": data,
         "mlm_probability": pretraining_args.mlm_probability,
     }
     trainer = DurableTrainer(
@@ -405,7 +406,8 @@ def train_blocks(
         return directory
     tokenizer = load_tokenizer(str(directory))
     dataset = tokenize(load_corpus(data_args), tokenizer, data_args)
-    check_data(directory, data_fingerprint(dataset["train"]))
+    data = data_fingerprint(dataset["train"])
+    check_data(directory, data)
     for index in waiting:
         lock_file = directory / CHECKPOINTS_FOLDER / f"block-{index:02d}.lock"
         with claim(lock_file, training_args, partial(_is_taken, directory, index, place, block_args)) as mine:
@@ -414,7 +416,7 @@ def train_blocks(
                     for earlier in map(block_shard, range(index)):
                         if earlier in published and not (directory / earlier).is_file():
                             place.fetch(earlier)
-                train_block(index, config, table, tokenizer, dataset, block_args, training_args, place)
+                train_block(index, config, table, tokenizer, dataset, data, block_args, training_args, place)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -440,11 +442,15 @@ def train_block(
     table: TokenTable,
     tokenizer: PreTrainedTokenizerBase,
     dataset: dict[str, Dataset | IterableDataset],
+    data: str,
     block_args: BlockArguments,
     training_args: TrainingArguments,
     place: MeetingPlace | None = None,
 ) -> dict[str, float]:
     """Train one block and write its shard into `training_args.output_dir`.
+
+    Args:
+        data: the fingerprint of the training split.
 
     Returns:
         The metrics of its last evaluation.
@@ -462,7 +468,6 @@ def train_block(
         previous = [load_block(directory, config, index) for index in range(block_index)]
     set_seed(seed)
     block = new_block(directory, config, table, block_index)
-    data = data_fingerprint(dataset["train"])
     trainer = BlockTrainer(
         block,
         table,

@@ -9,13 +9,13 @@ python scripts/train.py recipes/demo.yaml --push_to_hub true --hub_model_id user
 
 from pathlib import Path
 
-from noprop_hf import NoPropConfig
-from noprop_hf.arguments import Recipe, parse_blocks, parse_recipe
+from noprop_hf.arguments import Recipe, parse_recipe
+from noprop_hf.checkpoints import CHECKPOINTS_FOLDER
 from noprop_hf.evaluation import report
 from noprop_hf.hub import push_model, write_card
 from noprop_hf.parallel import claim
 from noprop_hf.shards_noprop import missing_shards
-from noprop_hf.training import CHECKPOINTS_FOLDER, pretrain_embeddings, train_blocks
+from noprop_hf.training import pretrain_embeddings, train_blocks
 
 
 TEMPLATE = Path(__file__).parent.parent / "model_card.md"
@@ -26,7 +26,6 @@ def main() -> None:
     training = recipe.training
     if training.push_to_hub and not training.hub_model_id:
         raise SystemExit("Say where --push_to_hub goes: --hub_model_id user/name.")
-    parse_blocks(recipe.blocks.blocks, recipe.model.num_blocks or NoPropConfig().num_blocks)  # before the long work
     pretrain_embeddings(recipe.model, recipe.data, recipe.pretraining, training)
     directory = train_blocks(recipe.data, recipe.blocks, training, recipe.model)
     missing = missing_shards(directory)
