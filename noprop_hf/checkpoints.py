@@ -97,7 +97,14 @@ class DurableTrainer(Trainer):
         return json.loads(json.dumps(self.identity | arguments, default=str))
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+        if self.args.world_size == 1:
+            loss = super().training_step(*args, **kwargs)
+        else:  # noise and dropout of its own for every process, from random numbers that stay common: data follow those
+            seed = int(torch.randint(2**62, ())) + self.args.process_index
+            device = self.args.device
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(seed)
+                loss = super().training_step(*args, **kwargs)
         self._finite &= loss.isfinite()  # looked at when something is logged or saved: every look waits for the device
         return loss
 

@@ -7,11 +7,12 @@ accelerate launch scripts/train.py recipes/demo.yaml
 python scripts/train.py recipes/demo.yaml --push_to_hub true --hub_model_id user/name --license apache-2.0
 """
 
+import time
 from pathlib import Path
 
 from noprop_hf.arguments import Recipe, parse_recipe
 from noprop_hf.checkpoints import CHECKPOINTS_FOLDER
-from noprop_hf.evaluation import report
+from noprop_hf.evaluation import RESULTS_FILE, report
 from noprop_hf.hub import push_model, write_card
 from noprop_hf.parallel import claim
 from noprop_hf.shards_noprop import missing_shards
@@ -22,6 +23,7 @@ TEMPLATE = Path(__file__).parent.parent / "model_card.md"
 
 
 def main() -> None:
+    begin = time.time()
     recipe = parse_recipe(__doc__)
     training = recipe.training
     if training.push_to_hub and not training.hub_model_id:
@@ -32,7 +34,12 @@ def main() -> None:
     if missing:
         print(f"The model in {directory} still misses {', '.join(missing)}, so it is not evaluated by this process.")
         return
-    with claim(directory / CHECKPOINTS_FOLDER / "evaluation.lock", training) as mine:
+
+    def is_evaluated() -> bool:  # by another process of this launch
+        results = directory / RESULTS_FILE
+        return results.is_file() and results.stat().st_mtime > begin
+
+    with claim(directory / CHECKPOINTS_FOLDER / "evaluation.lock", training, is_evaluated) as mine:
         if mine and training.should_save:
             finish(recipe, directory)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import time
 from multiprocessing import get_context
@@ -40,7 +41,7 @@ sample_prompts: [the cat]
 
 @pytest.fixture
 def args(tmp_path) -> TrainingArguments:
-    return TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    return TrainingArguments(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True)
 
 
 # --- who works with whom ----------------------------------------------------------------------------------------------
@@ -164,6 +165,35 @@ def test_data_parallel_is_training_with_a_larger_batch(recipe, tmp_path):
     assert one.keys() == two.keys()
     apart = {name: (one[name] - two[name]).abs().max().item() for name in one}
     assert max(apart.values()) < 1e-5, apart
+
+
+DRAWS = """
+import sys
+import torch
+from datasets import Dataset
+from transformers import TrainingArguments
+from noprop_hf.checkpoints import DurableTrainer
+
+class Draws(torch.nn.Linear):
+    def forward(self, x):
+        sys.stdout.write(f"DRAW {torch.rand(()).item()} {x.tolist()}\\n")
+        return {"loss": super().forward(x[:, None].float()).square().mean()}
+
+torch.manual_seed(0)
+args = TrainingArguments(sys.argv[1], max_steps=4, per_device_train_batch_size=2, use_cpu=True, disable_tqdm=True)
+DurableTrainer(model=Draws(1, 1), args=args, train_dataset=Dataset.from_dict({"x": range(16)})).train()
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_a_group_share_the_data_and_not_the_noise(tmp_path):
+    script = tmp_path / "draws.py"
+    script.write_text(DRAWS)
+    told = re.findall(r"DRAW (\S+) (\[.+?\])", launch(2, str(script), str(tmp_path)))
+    draws = [draw for draw, _ in told]
+    rows = [row for _, batch in told for row in json.loads(batch)]
+    assert len(draws) == len(set(draws)) == 8
+    assert sorted(rows) == list(range(16))
 
 
 @pytest.mark.slow
