@@ -36,6 +36,7 @@ from .shards_noprop import (
     block_shard,
     content_hash,
     damaged_shards,
+    is_damaged,
     missing_shards,
     shard_index,
 )
@@ -131,18 +132,32 @@ def create_model_directory(
     save_shard(directory / EMBEDDINGS_SHARD, tensors, {**mark, **(metadata or {})})
 
 
+def check_whole(shard: Path) -> None:
+    """Make sure that a weight file is what was written.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if is_damaged(shard):
+        raise ValueError(
+            f"{shard} is damaged. Remove it and run the same command again: what it holds is made anew, from the last "
+            "checkpoint on."
+        )
+
+
 def load_table(directory: Path, config: NoPropConfig) -> TokenTable:
     """Read the frozen table of a model directory.
 
     Raises:
         FileNotFoundError: phase 1 has not been run.
-        ValueError: the table is not of the size that the configuration says.
+        ValueError: the table is damaged, or not of the size that the configuration says.
     """
     path = directory / EMBEDDINGS_SHARD
     if not path.is_file():
         raise FileNotFoundError(
             f"{directory} holds no {EMBEDDINGS_SHARD}. Pretrain the embeddings first: scripts/pretrain_embeddings.py."
         )
+    check_whole(path)
     table, tensors = TokenTable(config), read_tensors(path, TABLE_PREFIX)
     if tensors["weight"].shape != table.weight.shape:
         raise ValueError(
@@ -174,6 +189,7 @@ def trained_shard(directory: Path, block_index: int) -> Path:
 
     Raises:
         FileNotFoundError: it is not there.
+        ValueError: it is damaged.
     """
     path = directory / block_shard(block_index)
     if not path.is_file():
@@ -181,6 +197,7 @@ def trained_shard(directory: Path, block_index: int) -> Path:
             f"Block {block_index + 1} reads block {block_index}, which is not in {directory}: with "
             "`context_source='previous_block'`, train the blocks in order."
         )
+    check_whole(path)
     return path
 
 
@@ -200,11 +217,12 @@ def block_is_trained(directory: Path, config: NoPropConfig, table: TokenTable, b
     """Whether a block's shard is there.
 
     Raises:
-        ValueError: it is, but was trained with another table or configuration, or on another block before it.
+        ValueError: it is, but damaged, or trained with another table or configuration, or on another block before it.
     """
     path = directory / block_shard(block_index)
     if not path.is_file():
         return False
+    check_whole(path)
     check_mark(str(path), read_metadata(path), block_mark(directory, config, table, block_index))
     return True
 

@@ -114,6 +114,31 @@ class MeetingPlace:
         Raises:
             FileNotFoundError: the repository is not there, or holds no table.
         """
+        sha, names = self._begun()
+        others = [name for name in names if not name.startswith(("block-", f"{CLAIMS_FOLDER}/", EMBEDDINGS_SHARD))]
+        # One by one: `snapshot_download` takes an unfinished folder for a whole one when the Hub cannot be reached. The
+        # embeddings come last, since they say that the directory is complete.
+        for name in (*others, EMBEDDINGS_SHARD):
+            self.fetch(name, sha)
+
+    def check_table(self) -> None:
+        """Make sure that the table in the directory is the one of the repository.
+
+        Raises:
+            FileExistsError: it is another one.
+            FileNotFoundError: the repository is not there, or holds no table.
+        """
+        sha, _ = self._begun()
+        if self._insist(lambda: self._metadata(EMBEDDINGS_SHARD, sha)) != read_metadata(
+            self.directory / EMBEDDINGS_SHARD
+        ):
+            raise FileExistsError(
+                f"{self.directory} holds another table than {self.repo_id}. Fetch that one, with an empty "
+                "--output_dir, or publish yours elsewhere: scripts/pretrain_embeddings.py with another --hub_model_id."
+            )
+
+    def _begun(self) -> tuple[str, list[str]]:
+        """The newest state of a repository that holds a table, and its files."""
         try:
             head = self._insist(lambda: self.api.repo_info(self.repo_id))
         except RepositoryNotFoundError as error:
@@ -126,11 +151,7 @@ class MeetingPlace:
                 f"{self.repo_id} holds no {EMBEDDINGS_SHARD}. Publish phase 1 first: scripts/pretrain_embeddings.py "
                 "with --push_to_hub true."
             )
-        others = [name for name in names if not name.startswith(("block-", f"{CLAIMS_FOLDER}/", EMBEDDINGS_SHARD))]
-        # One by one: `snapshot_download` takes an unfinished folder for a whole one when the Hub cannot be reached. The
-        # embeddings come last, since they say that the directory is complete.
-        for name in (*others, EMBEDDINGS_SHARD):
-            self.fetch(name, head.sha)
+        return head.sha, names
 
     def fetch(self, name: str, revision: str | None = None) -> None:
         """Download a file into the directory."""

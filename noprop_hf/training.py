@@ -383,6 +383,7 @@ def train_blocks(
     if place is not None:
         shard, lock_file = directory / EMBEDDINGS_SHARD, directory / CHECKPOINTS_FOLDER / "embeddings.lock"
         once(lock_file, training_args, shard.is_file, place.fetch_table)
+        place.check_table()
     elif not (directory / EMBEDDINGS_SHARD).is_file():
         load_table(directory, NoPropConfig())  # tells what to do
     config = load_config(directory, model_args or ModelArguments())

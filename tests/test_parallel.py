@@ -258,6 +258,7 @@ def test_workers_that_never_meet(recipe, in_order, tmp_path):
         assert "was trained on other data" in run("train_blocks", "d", "--max_length", "12", fails=True)
         other = run("pretrain_embeddings", "e", "--seed", "5", fails=True)
         assert "holds the table of another run" in other
+        assert "holds another table than user/tiny" in run("train_blocks", "e", "--seed", "5", fails=True)
 
 
 @pytest.mark.slow

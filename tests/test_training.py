@@ -18,7 +18,7 @@ from noprop_hf.checkpoints import checkpoints_of
 from noprop_hf.data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize, train_tokenizer
 from noprop_hf.hub import load_block, load_table, read_metadata
 from noprop_hf.noise_noprop import information_levels, standardize
-from noprop_hf.shards_noprop import block_shard
+from noprop_hf.shards_noprop import EMBEDDINGS_SHARD, block_shard
 from noprop_hf.training import (
     BlockTrainer,
     block_seed,
@@ -315,6 +315,22 @@ def test_a_block_of_another_configuration(directory, data):
     config.save_pretrained(directory)
     with pytest.raises(ValueError, match="another table or configuration"):
         train_blocks(data, BLOCKS, arguments(directory))
+
+
+@pytest.mark.parametrize("name", [EMBEDDINGS_SHARD, block_shard(0)])
+@pytest.mark.parametrize("damage", ["cut", "flipped bit"])
+def test_a_damaged_shard_is_told_and_made_again(trained, data, tmp_path, name, damage):
+    directory = Path(shutil.copytree(trained, tmp_path / "model"))
+    content = bytearray((directory / name).read_bytes())
+    content[-8] ^= 1
+    (directory / name).write_bytes(content[:-9] if damage == "cut" else content)
+    with pytest.raises(ValueError, match=f"{name} is damaged. Remove it"):
+        train_blocks(data, BLOCKS, arguments(directory))
+    if name == block_shard(0):
+        (directory / name).unlink()
+        train_blocks(data, BLOCKS, arguments(directory))
+        ours, theirs = load_file(directory / name), load_file(trained / name)
+        assert all(torch.equal(ours[weight], theirs[weight]) for weight in ours | theirs)
 
 
 def test_settings_that_are_not_the_directory_s(directory, data):
