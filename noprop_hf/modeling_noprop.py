@@ -48,6 +48,7 @@ from .configuration_noprop import NoPropConfig
 from .generation_noprop import Beliefs, NoPropGenerationMixin
 from .noise_noprop import sample_evidence, standardize
 from .shards_noprop import AUTO_MAP, MASKED_LM_FOLDER, damaged_shards, missing_shards, shard_index, shard_of
+from .stacked_noprop import StackedBlocks, can_be_stacked
 
 
 def vocabulary_nats(
@@ -474,6 +475,9 @@ class NoPropModelOutput(BaseModelOutputWithPast):
     context_states: tuple[torch.Tensor, ...] | None = None
 
 
+CAPTURED = ("output_hidden_states", "output_attentions")
+
+
 class NoPropModel(NoPropPreTrainedModel):
     """The frozen table and all blocks. The blocks read the same clean context and do not depend on one another (with
     `context_source="previous_block"`, each reads the states of the one before as well)."""
@@ -483,7 +487,18 @@ class NoPropModel(NoPropPreTrainedModel):
         self.embed_tokens = TokenTable(config)
         self.blocks = nn.ModuleList(DenoisingBlock(config, index) for index in range(config.num_blocks))
         self.gradient_checkpointing = False
+        self._stacked: StackedBlocks | None = None
         self.post_init()
+
+    def stacked_blocks(self, **kwargs) -> StackedBlocks | None:
+        """The blocks for running side by side, where that is possible: in inference, and when no block's inner states
+        are asked for."""
+        captured = any(kwargs.get(name, getattr(self.config, name, False)) for name in CAPTURED)
+        if self.training or torch.is_grad_enabled() or captured:
+            return None
+        if self._stacked is None or not self._stacked.belong_to(self.blocks):
+            self._stacked = StackedBlocks(self.blocks) if can_be_stacked(self.blocks) else None
+        return self._stacked
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @merge_with_config_defaults
@@ -519,6 +534,14 @@ class NoPropModel(NoPropPreTrainedModel):
 
         blocks = self.blocks[:num_inference_blocks]
         attention_inputs = blocks[0].encoder.attention_inputs(inputs_embeds, attention_mask, position_ids, cache)
+        stacked = self.stacked_blocks(**kwargs)
+        if stacked is not None:
+            states = stacked.encode(inputs_embeds, num_inference_blocks, cache=cache, **attention_inputs, **kwargs)
+            return NoPropModelOutput(
+                last_hidden_state=stacked.answers(states).mean(0).view_as(inputs_embeds),
+                cache=cache,
+                context_states=states.view(-1, *inputs_embeds.shape).unbind(),
+            )
         context_states: tuple[torch.Tensor, ...] = ()
         for block in blocks:
             previous = context_states[-1] if context_states else None  # which only hierarchical blocks read

@@ -168,3 +168,7 @@ def run_python(*command: str, cwd: Path = ROOT, env: dict[str, str] | None = Non
     )
     assert (done.returncode != 0) == fails, done.stdout
     return done.stdout
+
+
+def tokens(*shape: int, vocab_size: int = 50) -> torch.Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(7))

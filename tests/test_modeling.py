@@ -5,13 +5,10 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache
 
+from conftest import tokens
 from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM
 from noprop_hf.modeling_noprop import TokenTable, vocabulary_nats
 from noprop_hf.noise_noprop import sample_evidence, standardize
-
-
-def tokens(*shape: int, vocab_size: int = 50) -> torch.Tensor:
-    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(7))
 
 
 # --- the head and Bayes' rule -----------------------------------------------------------------------------------------

@@ -1,0 +1,138 @@
+"""The blocks side by side: layer l of all of them computed as one.
+
+Independent blocks read the same context and do not depend on one another. So a layer's products are batched over the
+blocks, and its attention is one call over the heads of all of them. The cache then holds `num_layers_per_block` layers
+with the heads of all blocks, in the order of the blocks.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb, eager_attention_forward
+
+
+# Of a layer: what is read together is one product.
+GROUPS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+    ("input_layernorm",),
+    ("post_attention_layernorm",),
+)
+
+
+class StackedBlocks:
+    """The weights of some blocks, stacked. The blocks' own parameters become views of them, so nothing is held twice.
+
+    Args:
+        blocks: independent [`DenoisingBlock`]s of one configuration, for which [`can_be_stacked`] holds.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module]):
+        encoders = [block.encoder for block in blocks]
+        self.config = encoders[0].config
+        self.first_layers = list(encoders[0].layers)  # whose attention modules say what the attention functions ask
+        self.input_projection = _stack([[encoder.input_projection] for encoder in encoders])
+        self.layers = [
+            [_stack([[layer.get_submodule(name) for name in group] for layer in layers]) for group in GROUPS]
+            for layers in zip(*(encoder.layers for encoder in encoders), strict=True)
+        ]
+        self.norm = _stack([[encoder.norm] for encoder in encoders])
+        self.readout = _stack([[block.head.readout] for block in blocks])
+        self.correction = [_stack([[block.head.correction[index]] for block in blocks]) for index in (0, 2)]
+        self.correction_bias = _stack([[block.head.correction[0]] for block in blocks], "bias")
+        self.bias = _stack([[block.head] for block in blocks], "bias")
+        self._pointers = [parameter.data_ptr() for parameter in _first_parameters(blocks)]
+
+    def belong_to(self, blocks: Sequence[nn.Module]) -> bool:
+        """Whether the blocks still have these weights: moving or loading them may have given them others."""
+        return self._pointers == [parameter.data_ptr() for parameter in _first_parameters(blocks)]
+
+    def encode(
+        self,
+        inputs_embeds: torch.Tensor,
+        num_blocks: int,
+        attention_mask: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        cache: Cache | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """`(batch, sequence, hidden_size)` clean embeddings to the context states of the first `num_blocks` blocks,
+        `(num_blocks, batch * sequence, hidden_size)`."""
+        batch, length, width = inputs_embeds.shape
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        rows = (inputs_embeds / width**0.5).flatten(0, 1).expand(num_blocks, -1, -1)
+        states = _products(rows, self.input_projection[:num_blocks])
+        for index, (first, weights) in enumerate(zip(self.first_layers, self.layers, strict=True)):
+            into_attention, out_of_attention, into_mlp, out_of_mlp, norm1, norm2 = (w[:num_blocks] for w in weights)
+            module = first.self_attn
+            heads, key_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+            projected = _products(self._norm(states, norm1), into_attention)
+            projected = projected.view(num_blocks, batch, length, heads + 2 * key_heads, module.head_dim)
+            query, key, value = (
+                part.flatten(1, 2)  # the heads of all blocks
+                for part in projected.permute(1, 0, 3, 2, 4).split([heads, key_heads, key_heads], dim=2)
+            )
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+            if cache is not None:
+                key, value = cache.update(key, value, index)
+            mixed, _ = attention(
+                module, query, key, value, attention_mask, dropout=0.0, scaling=module.scaling, **kwargs
+            )
+            mixed = mixed.reshape(batch * length, num_blocks, -1).transpose(0, 1)
+            states = states + _products(mixed, out_of_attention)
+            gate, up = _products(self._norm(states, norm2), into_mlp).chunk(2, dim=-1)
+            states = states + _products(first.mlp.act_fn(gate) * up, out_of_mlp)
+        return self._norm(states, self.norm[:num_blocks])
+
+    def answers(self, context: torch.Tensor) -> torch.Tensor:
+        """What each block says on pure noise: `(num_blocks, tokens, hidden_size)` context states to the same shape."""
+        width, (into, out) = context.shape[-1], (w[: len(context)] for w in self.correction)
+        hidden = _products(context, into[..., :width]) + self.correction_bias[: len(context), None]
+        hidden = ACT2FN[self.config.hidden_act](hidden)
+        return (_products(context, self.readout[: len(context)]) + _products(hidden, out)) / width**0.5
+
+    def _norm(self, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        normed = F.rms_norm(states.float(), states.shape[-1:], eps=self.config.rms_norm_eps)
+        return normed.to(states.dtype) * weight[:, None]
+
+
+def can_be_stacked(blocks: Sequence[nn.Module]) -> bool:
+    """Whether the blocks are independent, their layers plain and their weights at hand (no adapters, no quantization,
+    nothing offloaded)."""
+    config = blocks[0].config
+    if config.context_source != "embeddings" or config.attention_bias or config.mlp_bias:
+        return False
+    plain = (nn.Linear, LlamaRMSNorm, *{type(block.head) for block in blocks})
+    for block in blocks:
+        for module in block.modules():
+            own = list(module.parameters(recurse=False))
+            if own and not (isinstance(module, plain) and all(type(parameter) is nn.Parameter for parameter in own)):
+                return False
+    devices = {parameter.device for block in blocks for parameter in block.parameters()}
+    return len(devices) == 1 and devices.pop().type != "meta"
+
+
+def _products(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """`(num_blocks, tokens, in)` times `(num_blocks, out, in)`."""
+    return torch.bmm(states, weights.transpose(1, 2))
+
+
+def _stack(modules: Sequence[Sequence[nn.Module]], name: str = "weight") -> torch.Tensor:
+    """Parameters of a group of modules of each block, `(num_blocks, rows of the group, ...)`; they become its views."""
+    parameters = [[getattr(module, name) for module in group] for group in modules]
+    stacked = torch.stack([torch.cat([parameter.detach() for parameter in group]) for group in parameters])
+    for rows, group in zip(stacked, parameters, strict=True):
+        for part, parameter in zip(rows.split([len(parameter) for parameter in group]), group, strict=True):
+            parameter.data = part
+    return stacked
+
+
+def _first_parameters(blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
+    return [block.encoder.input_projection.weight for block in blocks]
