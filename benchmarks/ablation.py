@@ -23,11 +23,12 @@ from quality import Bench, QualityArguments, measured_once
 from torch.nn import functional as F
 from transformers import HfArgumentParser
 
-from noprop_hf import NoPropConfig, NoPropForCausalLM
+from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM
 from noprop_hf.generation_noprop import Beliefs
-from noprop_hf.hub import create_model_directory, load_table
-from noprop_hf.modeling_noprop import vocabulary_nats
+from noprop_hf.hub import create_model_directory, load_block, load_table
+from noprop_hf.modeling_noprop import TokenTable, vocabulary_nats
 from noprop_hf.noise_noprop import information_levels, prior_levels, sample_evidence, standardize
+from noprop_hf.training import new_block
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Variation:
         whiten: whether the table is whitened before it is scaled.
         level_scale: what all noise levels are multiplied by.
         level_range: whether a block trains at levels drawn between its own and that of the next block.
+        from_first_block: whether later blocks start as copies of the trained block 0.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -51,6 +53,7 @@ class Variation:
     whiten: bool = False
     level_scale: float = 1.0
     level_range: bool = False
+    from_first_block: bool = False
 
     def phase1(self) -> dict[str, Any]:
         """What phase 1 depends on."""
@@ -81,6 +84,7 @@ GROUPS: dict[str, dict[str, Variation]] = {
         "start from phase 1, four times its share": Variation(
             blocks={"block_initialization": "pretraining"}, args={"pretraining_share": 0.6}
         ),
+        "start from the first block": Variation(from_first_block=True),
         "learning rate 2e-3": Variation(args={"block_learning_rate": 2e-3}),
         "learning rate 5e-4": Variation(args={"block_learning_rate": 5e-4}),
     },
@@ -161,9 +165,20 @@ def train(bench: Bench, name: str, variation: Variation) -> dict[str, Any]:
         changes["noise_levels"] = [level * variation.level_scale for level in config.noise_levels]
     tokens = bench.budgets()["hierarchical_block" if "context_source" in changes else "block"]
     draw = partial(evidence_in_range, config.noise_levels) if variation.level_range else sample_evidence
-    with patch("noprop_hf.modeling_noprop.sample_evidence", draw):
+    start = copy_of_first_block if variation.from_first_block else new_block
+    with (
+        patch("noprop_hf.modeling_noprop.sample_evidence", draw),
+        patch("noprop_hf.training.new_block", start),
+    ):
         figures = bench.train_blocks(name, changes, tokens)
     return figures | bench.measure(name) | predictive_variants(bench, name)
+
+
+def copy_of_first_block(directory: Path, config: NoPropConfig, table: TokenTable, block_index: int) -> DenoisingBlock:
+    block = new_block(directory, config, table, block_index)
+    if block_index > 0:
+        block.load_state_dict(load_block(directory, config, 0).state_dict())
+    return block
 
 
 def evidence_in_range(

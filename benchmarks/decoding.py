@@ -1,0 +1,297 @@
+#!/usr/bin/env python
+"""Generation and scoring against a stock transformers model of the same parameters and depth, side by side.
+
+python benchmarks/decoding.py                   # all batch sizes and prompt lengths: some minutes
+python benchmarks/decoding.py --small           # one setting of each kind
+python benchmarks/decoding.py --model runs/demo # quality against cost of a trained model: early exit and trajectories
+
+Weights are random: what is measured is time. Every setting is run in turns, ours and theirs, and the fastest run of
+each counts. Ratios are ours over the stock model's.
+"""
+
+import gc
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from matplotlib.figure import Figure
+from quality import num_parameters
+from torch.nn import functional as F
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from noprop_hf import NoPropConfig, NoPropForCausalLM
+from noprop_hf.arguments import CORPUS_FILE
+from noprop_hf.data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize
+
+
+SHAPES = {
+    "demo": {
+        "vocab_size": 4096,
+        "hidden_size": 128,
+        "num_blocks": 4,
+        "num_layers_per_block": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 352,
+    },
+    "t4": {},  # the defaults of the configuration
+}
+NAMES = {"ours": "blocks side by side", "one_by_one": "blocks one by one", "stock": "stock Llama"}
+
+
+@dataclass
+class DecodingArguments:
+    shape: str = field(
+        default="t4",
+        metadata={"help": "Sizes of which recipe: demo (2M parameters) or t4 (84M).", "choices": [*SHAPES]},
+    )
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 32], metadata={"help": "Texts at a time."})
+    prompt_lengths: list[int] = field(default_factory=lambda: [32, 256, 1024], metadata={"help": "Tokens of a prompt."})
+    new_tokens: int = field(default=16, metadata={"help": "Tokens generated after the first."})
+    repeats: int = field(default=3, metadata={"help": "Runs of each kind, in turns; the fastest counts."})
+    model: str | None = field(default=None, metadata={"help": "A trained model whose quality is set against its cost."})
+    results: str = field(
+        default="benchmarks/results/decoding.json", metadata={"help": "Results; a .md and a .png go beside them."}
+    )
+    small: bool = field(default=False, metadata={"help": "The demo's shape, one setting, one run."})
+
+    def __post_init__(self):
+        if self.small:
+            self.shape, self.batch_sizes, self.prompt_lengths = "demo", [1], [32]
+            self.new_tokens, self.repeats = 4, 1
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} thread(s)"
+
+
+def models(shape: str, device: torch.device) -> dict[str, PreTrainedModel]:
+    """Ours, and a stock model as deep and with as many parameters (its feed-forward layers are widened for that)."""
+    torch.manual_seed(0)
+    config = NoPropConfig(max_position_embeddings=2048, **SHAPES[shape])
+    ours = NoPropForCausalLM(config)
+    stock_config = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.device("meta"):
+        missing = num_parameters(ours) - num_parameters(LlamaForCausalLM(stock_config))
+    stock_config.intermediate_size += round(missing / (3 * config.num_hidden_layers * config.hidden_size))
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    found = {"ours": ours, "stock": LlamaForCausalLM(stock_config)}
+    return {name: model.to(device, dtype).eval() for name, model in found.items()}
+
+
+def one_by_one(model: NoPropForCausalLM, is_so: bool) -> None:
+    """Run the blocks of a model one after the other, as where they cannot be stacked; or side by side again."""
+    if is_so:
+        model.model.stacked_blocks = lambda **kwargs: None
+    else:
+        vars(model.model).pop("stacked_blocks", None)
+
+
+def seconds(compute: Callable[[], Any], device: torch.device) -> float:
+    begin = time.perf_counter()
+    compute()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def measure(
+    found: dict[str, PreTrainedModel], jobs: dict[str, Callable[[PreTrainedModel], Any]], args: DecodingArguments
+) -> dict[str, dict[str, float]]:
+    """The fastest time of each job (a function of a model) with each kind of model, and its peak of device memory."""
+    device = found["ours"].device
+    kinds = {"ours": "ours", "one_by_one": "ours", "stock": "stock"}
+    times: dict[str, dict[str, list[float]]] = {kind: {job: [] for job in jobs} for kind in kinds}
+    peaks = dict.fromkeys(kinds, 0)
+    for repeat in range(args.repeats + 1):  # the first warms up
+        for kind, name in kinds.items():
+            model = found[name]
+            one_by_one(found["ours"], kind == "one_by_one")
+            if device.type == "cuda":
+                gc.collect()
+                torch.cuda.reset_peak_memory_stats()
+            for job, run in jobs.items():
+                taken = seconds(lambda run=run, model=model: run(model), device)
+                if repeat > 0:
+                    times[kind][job].append(taken)
+            if device.type == "cuda":
+                peaks[kind] = torch.cuda.max_memory_allocated()
+    one_by_one(found["ours"], False)
+    fastest = {kind: {job: min(values) for job, values in runs.items()} for kind, runs in times.items()}
+    return {kind: runs | {"peak_bytes": peaks[kind]} for kind, runs in fastest.items()}
+
+
+@torch.no_grad()
+def generation(found: dict[str, PreTrainedModel], args: DecodingArguments) -> list[dict[str, Any]]:
+    device, rows = found["ours"].device, []
+    vocab_size = found["ours"].config.vocab_size
+    for batch_size in args.batch_sizes:
+        for prompt_length in args.prompt_lengths:
+            prompts = torch.randint(vocab_size, (batch_size, prompt_length), device=device)
+            mask = torch.ones_like(prompts)
+
+            def generate(model: PreTrainedModel, count: int, prompts=prompts, mask=mask) -> None:
+                model.generate(prompts, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, pad_token_id=0)
+
+            jobs = {
+                "first": lambda model, generate=generate: generate(model, 1),
+                "all": lambda model, generate=generate: generate(model, 1 + args.new_tokens),
+                "scoring": lambda model, prompts=prompts: score(model, prompts),
+            }
+            found_times = measure(found, jobs, args)
+            row: dict[str, Any] = {"batch_size": batch_size, "prompt_length": prompt_length}
+            for kind, times in found_times.items():
+                row[kind] = {
+                    "seconds_to_first_token": times["first"],
+                    "tokens_per_second": batch_size * args.new_tokens / max(times["all"] - times["first"], 1e-9),
+                    "scored_tokens_per_second": prompts.numel() / times["scoring"],
+                    "peak_bytes": times["peak_bytes"],
+                }
+            ours, alone, stock = (row[kind] for kind in ("ours", "one_by_one", "stock"))
+            row |= {
+                "ratio_tokens_per_second": ours["tokens_per_second"] / stock["tokens_per_second"],
+                "ratio_seconds_to_first_token": ours["seconds_to_first_token"] / stock["seconds_to_first_token"],
+                "ratio_scored_tokens_per_second": ours["scored_tokens_per_second"] / stock["scored_tokens_per_second"],
+                "ratio_to_one_by_one": ours["tokens_per_second"] / alone["tokens_per_second"],
+            }
+            rows.append(row)
+            print(table_row(row), flush=True)
+    return rows
+
+
+def score(model: PreTrainedModel, texts: torch.Tensor, tokens_at_a_time: int = 4096) -> None:
+    """The nats of texts, in batches as an evaluation would make them."""
+    for rows in texts.split(max(1, tokens_at_a_time // texts.shape[1])):
+        logits = model(rows, use_cache=False).logits[:, :-1]
+        F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+
+
+HEADER = [
+    "| batch | prompt | first token, ms | stock | tokens/s | stock | ratio | one by one | scored tokens/s, ratio |",
+    "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+]
+
+
+def table_row(row: dict[str, Any]) -> str:
+    ours, stock = row["ours"], row["stock"]
+    return (
+        f"| {row['batch_size']} | {row['prompt_length']} | {1000 * ours['seconds_to_first_token']:.0f} | "
+        f"{1000 * stock['seconds_to_first_token']:.0f} | {ours['tokens_per_second']:.1f} | "
+        f"{stock['tokens_per_second']:.1f} | {row['ratio_tokens_per_second']:.2f} | "
+        f"{row['ratio_to_one_by_one']:.2f} | {row['ratio_scored_tokens_per_second']:.2f} |"
+    )
+
+
+# --- quality against cost ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def quality_and_cost(directory: Path, device: torch.device) -> list[dict[str, Any]]:
+    """Nats per token on held-out text, and the time of a token, with fewer blocks or more trajectories."""
+    model = NoPropForCausalLM.from_pretrained(directory).eval().to(device)
+    tokenizer = load_tokenizer(str(directory))
+    data_args = DataArguments(**yaml.safe_load((directory / CORPUS_FILE).read_text(encoding="utf-8")))
+    data = tokenize(load_corpus(data_args), tokenizer, data_args)
+    batch = CausalCollator(tokenizer)(list(data["validation"].select(range(64))))
+    input_ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
+    num_blocks = model.config.num_blocks
+    ways = {f"first {count} blocks": {"num_inference_blocks": count} for count in range(1, num_blocks)}
+    ways["all blocks"] = {}
+    for count in (1, 2, 4, 8, 16):
+        ways[f"{count} trajectories"] = {"decoding_mode": "denoising", "num_trajectories": count}
+    rows = []
+    for name, options in ways.items():
+        losses = []
+        for ids, targets in zip(input_ids.split(8), labels.split(8), strict=True):
+            if "num_trajectories" in options:
+                options = options | {"generator": torch.Generator().manual_seed(0)}
+            logits = model(ids, use_cache=False, **options).logits[:, :-1]
+            losses.append(F.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten()))
+        options.pop("generator", None)
+        count = 32
+        prompt = input_ids[:1, :16]
+
+        def generate(options=options, prompt=prompt, count=count) -> None:
+            model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, eos_token_id=None,
+                           pad_token_id=tokenizer.pad_token_id, **options)  # fmt: skip
+
+        generate()
+        milliseconds = 1000 * min(seconds(generate, device) for _ in range(3)) / count
+        nats = torch.stack(losses).mean().item()
+        rows.append({"way": name, "nats_per_token": nats, "milliseconds_per_token": milliseconds})
+        print(f"| {name} | {nats:.3f} | {milliseconds:.2f} |", flush=True)
+    return rows
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    runs = [(key, run) for key, run in results.items() if "rows" in run]
+    curves = [(key, run["quality"]) for key, run in results.items() if "quality" in run]
+    figure = Figure(figsize=(5.5 * (len(runs) + len(curves)), 4), layout="constrained")
+    axes = iter(figure.subplots(1, len(runs) + len(curves), squeeze=False)[0])
+    for key, run in runs:
+        ax = next(axes)
+        for batch_size in sorted({row["batch_size"] for row in run["rows"]}):
+            rows = [row for row in run["rows"] if row["batch_size"] == batch_size]
+            lengths = [row["prompt_length"] for row in rows]
+            ax.plot(lengths, [row["ratio_tokens_per_second"] for row in rows], "o-", label=f"batch {batch_size}")
+        ax.axhline(1, color="gray", linewidth=1)
+        ax.set(
+            xscale="log", xlabel="tokens of the prompt", ylabel="tokens per second, over the stock model's", title=key
+        )
+        ax.set_ylim(bottom=0)
+        ax.legend()
+    for key, rows in curves:
+        ax = next(axes)
+        for kind, marker in (("block", "o"), ("traject", "s")):
+            some = [row for row in rows if kind in row["way"]]
+            xs, ys = ([row[name] for row in some] for name in ("milliseconds_per_token", "nats_per_token"))
+            ax.plot(xs, ys, marker + "-", label={"block": "blocks (early exit)", "traject": "trajectories"}[kind])
+            for row in some:
+                ax.annotate(row["way"].split()[-2], (row["milliseconds_per_token"], row["nats_per_token"]))
+        ax.set(xlabel="milliseconds per token, batch 1", ylabel="validation nats per token", yscale="log", title=key)
+        ax.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(DecodingArguments, description=__doc__).parse_args_into_dataclasses()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    path = Path(args.results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    if args.model is not None:
+        print("| | nats per token | ms per token |\n| --- | ---: | ---: |")
+        rows = quality_and_cost(Path(args.model), device)
+        results[f"quality, {device_name(device)}"] = {"device": device_name(device), "quality": rows}
+    else:
+        found = models(args.shape, device)
+        print(f"{device_name(device)}, shape of {args.shape}: {num_parameters(found['ours']):,} parameters")
+        print("\n".join(HEADER))
+        rows = generation(found, args)
+        results[f"{args.shape}, {device_name(device)}"] = {
+            "device": device_name(device),
+            "parameters": {name: num_parameters(model) for name, model in found.items()},
+            "rows": [{"device": device_name(device), "shape": args.shape, **row} for row in rows],
+        }
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    plot(results, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

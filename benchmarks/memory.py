@@ -1,0 +1,251 @@
+#!/usr/bin/env python
+"""Memory of training one block, over that of training a stock transformers model of all blocks' depth end to end.
+
+python benchmarks/memory.py           # the T4 recipe's shape, 2 to 12 blocks: some minutes on a CPU
+python benchmarks/memory.py --small   # the same for a small shape, 2 blocks
+
+On a GPU, the peak of the allocator over two steps of AdamW under float16 autocast. On a CPU, in float32, two figures:
+what is counted (parameters, gradients, the optimizer's state, and what autograd saves for the backward pass, each piece
+of memory once), and the peak of resident memory of a fresh process over what it had before. Batch, sequence and
+precision are the same for both models, and each has its own loss.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from decoding import device_name
+from matplotlib.figure import Figure
+from torch import nn
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
+
+from noprop_hf import DenoisingBlock, NoPropConfig
+from noprop_hf.modeling_noprop import TokenTable
+
+
+SLACK = 1.25  # the bar: this much of 1/N, and the table's share
+
+
+@dataclass
+class MemoryArguments:
+    num_blocks: list[int] = field(default_factory=lambda: [2, 4, 8, 12], metadata={"help": "Blocks."})
+    batch_size: int = field(default=16, metadata={"help": "Windows in a batch."})
+    max_length: int = field(default=128, metadata={"help": "Tokens in a window."})
+    vocab_size: int = field(default=30522, metadata={"help": "Entries of the vocabulary."})
+    hidden_size: int = field(default=384, metadata={"help": "Width."})
+    num_layers_per_block: int = field(default=3, metadata={"help": "Layers of a block."})
+    intermediate_size: int = field(default=1344, metadata={"help": "Width of the feed-forward layers."})
+    results: str = field(
+        default="benchmarks/results/memory.json", metadata={"help": "Results; a .png goes beside them."}
+    )
+    small: bool = field(default=False, metadata={"help": "Two blocks of a small shape."})
+
+    def __post_init__(self):
+        if self.small:
+            self.num_blocks, self.batch_size, self.max_length = [2], 4, 32
+            self.vocab_size, self.hidden_size, self.intermediate_size = 2048, 128, 352
+
+    def config(self, num_blocks: int) -> NoPropConfig:
+        names = ("vocab_size", "hidden_size", "num_layers_per_block", "intermediate_size")
+        return NoPropConfig(num_blocks=num_blocks, **{name: getattr(self, name) for name in names})
+
+
+class OneBlock(nn.Module):
+    """The last block of a model, with its frozen table."""
+
+    def __init__(self, config: NoPropConfig):
+        super().__init__()
+        self.block = DenoisingBlock(config, config.num_blocks - 1)
+        self.table = TokenTable(config)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.block(tokens, tokens, self.table).loss
+
+
+class EndToEnd(nn.Module):
+    """A stock model as deep as all blocks together, with a learned and tied table."""
+
+    def __init__(self, config: NoPropConfig):
+        super().__init__()
+        self.model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=config.vocab_size,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                num_hidden_layers=config.num_hidden_layers,
+                num_attention_heads=config.num_attention_heads,
+                tie_word_embeddings=True,
+            )
+        )
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.model(tokens, labels=tokens, use_cache=False).loss
+
+
+KINDS: dict[str, Callable[[NoPropConfig], nn.Module]] = {"block": OneBlock, "end_to_end": EndToEnd}
+
+
+def prepare(kind: str, args: MemoryArguments, num_blocks: int, device: str) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    model = KINDS[kind](args.config(num_blocks)).to(device).train()
+    return model, torch.randint(args.vocab_size, (args.batch_size, args.max_length), device=device)
+
+
+def train(model: nn.Module, tokens: torch.Tensor, steps: int = 2) -> torch.optim.Optimizer:
+    """Some steps as `Trainer` makes them: AdamW, on a GPU under float16 autocast with scaled losses."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    half = tokens.device.type == "cuda"
+    scaler = torch.amp.GradScaler(tokens.device.type, enabled=half)
+    for _ in range(steps):
+        with torch.autocast(tokens.device.type, torch.float16, enabled=half):
+            loss = model(tokens)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def counted(kind: str, args: MemoryArguments, num_blocks: int) -> dict[str, int]:
+    """Bytes by what they hold, on the CPU."""
+    model, tokens = prepare(kind, args, num_blocks, "cpu")
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(tokens)
+    activations = sum(size for pointer, size in saved.items() if pointer not in own)
+    del loss  # alive until here, so that no address is used twice
+    optimizer = train(model, tokens, 1)
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    parameters = sum(parameter.nbytes for parameter in model.parameters())
+    return {
+        "parameters": parameters,
+        "gradients": parameters,
+        "optimizer": sum(tensor.nbytes for tensor in states),
+        "table": sum(buffer.nbytes for name, buffer in model.named_buffers() if name == "table.weight"),
+        "activations": activations,
+    }
+
+
+def resident(kind: str, args: MemoryArguments, num_blocks: int) -> int:
+    """Peak of resident memory while training, over what this process has before. Run it in a fresh one, on Linux."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = process_bytes("VmRSS")
+    train(*prepare(kind, args, num_blocks, "cpu"))
+    return process_bytes("VmHWM") - before
+
+
+def process_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def allocated(kind: str, args: MemoryArguments, num_blocks: int) -> int:
+    """Peak of the allocator of a GPU while training."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    train(*prepare(kind, args, num_blocks, "cuda"))
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure(args: MemoryArguments, num_blocks: int) -> dict[str, Any]:
+    config, device = args.config(num_blocks), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    table = 4 * config.vocab_size * config.hidden_size
+    row: dict[str, Any] = {"device": device_name(device), "num_blocks": num_blocks}
+    if device.type == "cuda":
+        row["bytes"] = {kind: allocated(kind, args, num_blocks) for kind in KINDS}
+    else:
+        row["counted"] = {kind: counted(kind, args, num_blocks) for kind in KINDS}
+        row["bytes"] = {kind: sum(parts.values()) for kind, parts in row["counted"].items()}
+        with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            row["resident"] = {kind: pool.apply(resident, (kind, args, num_blocks)) for kind in KINDS}
+        row["ratio_resident"] = row["resident"]["block"] / row["resident"]["end_to_end"]
+    whole = row["bytes"]["end_to_end"]
+    row |= {"ratio": row["bytes"]["block"] / whole, "table_share": table / whole}
+    row["bar"] = SLACK / num_blocks + row["table_share"]
+    return row
+
+
+def largest_batches(args: MemoryArguments, budget: float = 0.9 * 16e9) -> str:
+    """The memory model of a block on a card of 16 GB: what is fixed, what a token adds, and what then fits."""
+    model, _ = prepare("block", args, 4, "cpu")
+    sizes = {}
+    for batch_size in (2, 4):
+        tokens, saved = torch.randint(args.vocab_size, (batch_size, args.max_length)), {}
+
+        def pack(tensor: torch.Tensor, saved=saved) -> torch.Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16),  # as large as float16, which a CPU lacks products for
+        ):
+            loss = model(tokens)
+        sizes[batch_size] = sum(saved.values())
+        del loss
+    per_token = (sizes[4] - sizes[2]) / (2 * args.max_length)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    fixed = 16 * parameters + model.table.weight.nbytes + 3 * 2**25  # and chunks of logits, of 32 MB each
+    lines = [
+        f"A block of {parameters:,} parameters: {fixed / 1e6:,.0f} MB, and {per_token / 1e3:.0f} kB per token in half "
+        f"precision. On 16 GB, a tenth kept free:",
+        "",
+        "| tokens in a window | largest batch | tokens in it |",
+        "| ---: | ---: | ---: |",
+    ]
+    for length in (128, 256, 512, 1024):
+        batch = int((budget - fixed) / (per_token * length))
+        lines.append(f"| {length} | {batch:,} | {batch * length:,} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    blocks = [row["num_blocks"] for row in rows]
+    axes.plot(blocks, [row["ratio"] for row in rows], "o-", label="measured")
+    if "ratio_resident" in rows[0]:
+        axes.plot(blocks, [row["ratio_resident"] for row in rows], "s:", label="resident memory of a process")
+    axes.plot(blocks, [1 / count for count in blocks], color="gray", label="1/N")
+    axes.plot(blocks, [row["bar"] for row in rows], "--", color="gray", label="1.25/N and the table's share")
+    axes.set(xlabel="blocks", ylabel="memory of a block, over end to end", xticks=blocks, title=rows[0]["device"])
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(MemoryArguments, description=__doc__).parse_args_into_dataclasses()
+    print("| blocks | a block, MB | end to end, MB | ratio | 1/N | table's share | bar | ratio of resident memory |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    rows = []
+    for num_blocks in args.num_blocks:
+        row = measure(args, num_blocks)
+        rows.append(row)
+        block, whole = (row["bytes"][kind] / 1e6 for kind in KINDS)
+        resident_ratio = f"{row['ratio_resident']:.3f}" if "ratio_resident" in row else ""
+        print(
+            f"| {num_blocks} | {block:,.0f} | {whole:,.0f} | {row['ratio']:.3f} | {1 / num_blocks:.3f} | "
+            f"{row['table_share']:.3f} | {row['bar']:.3f} | {resident_ratio} |",
+            flush=True,
+        )
+    print("\n" + largest_batches(args))
+    path = Path(args.results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows, indent=1) + "\n")
+    plot(rows, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
