@@ -40,7 +40,6 @@ SHAPES = {
     },
     "t4": {},  # the defaults of the configuration
 }
-NAMES = {"ours": "blocks side by side", "one_by_one": "blocks one by one", "stock": "stock Llama"}
 
 
 @dataclass
@@ -239,33 +238,35 @@ def quality_and_cost(directory: Path, device: torch.device) -> list[dict[str, An
     return rows
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
-    runs = [(key, run) for key, run in results.items() if "rows" in run]
-    curves = [(key, run["quality"]) for key, run in results.items() if "quality" in run]
-    figure = Figure(figsize=(5.5 * (len(runs) + len(curves)), 4), layout="constrained")
-    axes = iter(figure.subplots(1, len(runs) + len(curves), squeeze=False)[0])
-    for key, run in runs:
-        ax = next(axes)
-        for batch_size in sorted({row["batch_size"] for row in run["rows"]}):
-            rows = [row for row in run["rows"] if row["batch_size"] == batch_size]
-            lengths = [row["prompt_length"] for row in rows]
-            ax.plot(lengths, [row["ratio_tokens_per_second"] for row in rows], "o-", label=f"batch {batch_size}")
-        ax.axhline(1, color="gray", linewidth=1)
-        ax.set(
-            xscale="log", xlabel="tokens of the prompt", ylabel="tokens per second, over the stock model's", title=key
-        )
-        ax.set_ylim(bottom=0)
-        ax.legend()
-    for key, rows in curves:
-        ax = next(axes)
-        for kind, marker in (("block", "o"), ("traject", "s")):
-            some = [row for row in rows if kind in row["way"]]
-            xs, ys = ([row[name] for row in some] for name in ("milliseconds_per_token", "nats_per_token"))
-            ax.plot(xs, ys, marker + "-", label={"block": "blocks (early exit)", "traject": "trajectories"}[kind])
-            for row in some:
-                ax.annotate(row["way"].split()[-2], (row["milliseconds_per_token"], row["nats_per_token"]))
-        ax.set(xlabel="milliseconds per token, batch 1", ylabel="validation nats per token", yscale="log", title=key)
-        ax.legend()
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Tokens per second over those of the stock model, one picture per device and shape."""
+    runs = sorted({(row["device"], row["shape"]) for row in rows})
+    figure = Figure(figsize=(5.5 * len(runs), 4), layout="constrained")
+    for axes, run in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
+        own = [row for row in rows if (row["device"], row["shape"]) == run]
+        for batch_size in sorted({row["batch_size"] for row in own}):
+            some = [row for row in own if row["batch_size"] == batch_size]
+            ratios = [row["ratio_tokens_per_second"] for row in some]
+            axes.plot([row["prompt_length"] for row in some], ratios, "o-", label=f"batch {batch_size}")
+        axes.axhline(1, color="gray", linewidth=1)
+        axes.set(xscale="log", xlabel="tokens of the prompt", ylabel="tokens per second, over the stock model's")
+        axes.set_title(", ".join(run))
+        axes.set_ylim(bottom=0)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def plot_quality(rows: list[dict[str, Any]], path: Path) -> None:
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for kind, label in (("block", "blocks (early exit)"), ("traject", "trajectories")):
+        some = [row for row in rows if kind in row["way"]]
+        xs, ys = ([row[name] for row in some] for name in ("milliseconds_per_token", "nats_per_token"))
+        axes.plot(xs, ys, "o-", label=label)
+        for row in some:
+            axes.annotate(row["way"].split()[-2], (row["milliseconds_per_token"], row["nats_per_token"]))
+    axes.set(xlabel="milliseconds per token, batch 1", ylabel="validation nats per token", yscale="log")
+    axes.legend()
     figure.savefig(path, dpi=120)
 
 
@@ -274,23 +275,23 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = Path(args.results)
     path.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(path.read_text()) if path.is_file() else {}
     if args.model is not None:
         print("| | nats per token | ms per token |\n| --- | ---: | ---: |")
         rows = quality_and_cost(Path(args.model), device)
-        results[f"quality, {device_name(device)}"] = {"device": device_name(device), "quality": rows}
-    else:
-        found = models(args.shape, device)
-        print(f"{device_name(device)}, shape of {args.shape}: {num_parameters(found['ours']):,} parameters")
-        print("\n".join(HEADER))
-        rows = generation(found, args)
-        results[f"{args.shape}, {device_name(device)}"] = {
-            "device": device_name(device),
-            "parameters": {name: num_parameters(model) for name, model in found.items()},
-            "rows": [{"device": device_name(device), "shape": args.shape, **row} for row in rows],
-        }
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    plot(results, path.with_suffix(".png"))
+        path = path.with_stem(path.stem + "_quality")
+        path.write_text(json.dumps({"device": device_name(device), "rows": rows}, indent=1) + "\n")
+        plot_quality(rows, path.with_suffix(".png"))
+        return
+    found = models(args.shape, device)
+    parameters = ", ".join(f"{name} {num_parameters(model):,}" for name, model in found.items())
+    print(f"{device_name(device)}, shape of {args.shape}; parameters: {parameters}")
+    print("\n".join(HEADER))
+    run = {"device": device_name(device), "shape": args.shape}
+    rows = [run | row for row in generation(found, args)]
+    kept = json.loads(path.read_text()) if path.is_file() else []
+    rows = [row for row in kept if (row["device"], row["shape"]) != tuple(run.values())] + rows
+    path.write_text(json.dumps(rows, indent=1) + "\n")
+    plot(rows, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -87,3 +87,21 @@ def test_ablation_measures_variations(corpora, tmp_path):
     for figures in results.values():
         assert figures["mixture"] <= max(figures["first block"], figures["geometric mean"]) + 0.1
         assert len(figures["block_nats"]) == 4
+
+
+@pytest.mark.slow
+def test_memory_speed_and_decoding_against_a_stock_model(tmp_path):
+    results = {}
+    for name in ("memory", "training_speed", "decoding"):
+        run_python(f"benchmarks/{name}.py", "--small", "--results", str(tmp_path / f"{name}.json"))
+        (results[name],) = json.loads((tmp_path / f"{name}.json").read_text())
+        assert (tmp_path / f"{name}.png").is_file()
+    memory = results["memory"]
+    assert 0 < memory["ratio"] < memory["bar"]
+    block, layer = memory["counted"]["block"], 4 * 128**2 + 3 * 128 * 352 + 2 * 128
+    block_parameters = 3 * layer + 128 + 5 * 128**2 + 128 + 2048  # layers, norm, projection, head, its biases
+    assert block["parameters"] == 4 * block_parameters
+    assert block["table"] == 4 * 2048 * 128
+    assert block["optimizer"] == pytest.approx(2 * block["parameters"], rel=0.01)
+    assert results["training_speed"]["ratio_time_per_token"] > 0
+    assert results["decoding"]["ratio_tokens_per_second"] > 0
