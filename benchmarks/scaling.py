@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How much two processes gain over one, and what a fleet has to move.
 
-python benchmarks/scaling.py           # four blocks by one process and by two, one thread each: some minutes
+python benchmarks/scaling.py           # four blocks by one process and by two, one thread each: nine minutes
 python benchmarks/scaling.py --small   # the same, too short to say much
 python benchmarks/scaling.py --plan    # no training: the bytes of twelve blocks on twelve machines
 
@@ -34,8 +34,8 @@ PROCESSES = (1, 2)
 class ScalingArguments:
     results: str = field(default="benchmarks/results/scaling.json", metadata={"help": "Where the figures are kept."})
     num_blocks: int = field(default=4, metadata={"help": "Blocks."})
-    steps: int = field(default=400, metadata={"help": "Steps of training per block."})
-    repeats: int = field(default=3, metadata={"help": "Runs of each kind, in turns; the fastest counts."})
+    steps: int = field(default=800, metadata={"help": "Steps of training per block."})
+    repeats: int = field(default=1, metadata={"help": "Runs of each kind, in turns; the fastest counts."})
     small: bool = field(default=False, metadata={"help": "10 steps, once."})
     plan: bool = field(default=False, metadata={"help": "Only print what twelve machines download, upload and keep."})
 
