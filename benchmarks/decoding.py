@@ -20,9 +20,9 @@ from typing import Any
 import torch
 import yaml
 from matplotlib.figure import Figure
-from quality import num_parameters
+from quality import num_parameters, stock_model
 from torch.nn import functional as F
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import HfArgumentParser, PreTrainedModel
 
 from noprop_hf import NoPropConfig, NoPropForCausalLM
 from noprop_hf.arguments import CORPUS_FILE
@@ -54,7 +54,7 @@ class DecodingArguments:
     repeats: int = field(default=3, metadata={"help": "Runs of each kind, in turns; the fastest counts."})
     model: str | None = field(default=None, metadata={"help": "A trained model whose quality is set against its cost."})
     results: str = field(
-        default="benchmarks/results/decoding.json", metadata={"help": "Results; a .md and a .png go beside them."}
+        default="benchmarks/results/decoding.json", metadata={"help": "Results; a .png goes beside them."}
     )
     small: bool = field(default=False, metadata={"help": "The demo's shape, one setting, one run."})
 
@@ -71,26 +71,12 @@ def device_name(device: torch.device) -> str:
 
 
 def models(shape: str, device: torch.device) -> dict[str, PreTrainedModel]:
-    """Ours, and a stock model as deep and with as many parameters (its feed-forward layers are widened for that)."""
+    """Ours, and a stock model as deep and with as many parameters."""
     torch.manual_seed(0)
     config = NoPropConfig(max_position_embeddings=2048, **SHAPES[shape])
-    ours = NoPropForCausalLM(config)
-    stock_config = LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    with torch.device("meta"):
-        missing = num_parameters(ours) - num_parameters(LlamaForCausalLM(stock_config))
-    stock_config.intermediate_size += round(missing / (3 * config.num_hidden_layers * config.hidden_size))
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    found = {"ours": ours, "stock": LlamaForCausalLM(stock_config)}
+    stock = stock_model(config, max_position_embeddings=2048, bos_token_id=None, eos_token_id=None)
+    found = {"ours": NoPropForCausalLM(config), "stock": stock}
     return {name: model.to(device, dtype).eval() for name, model in found.items()}
 
 

@@ -110,9 +110,8 @@ def train(model: nn.Module, tokens: torch.Tensor, steps: int = 2) -> torch.optim
     return optimizer
 
 
-def counted(kind: str, args: MemoryArguments, num_blocks: int) -> dict[str, int]:
-    """Bytes by what they hold, on the CPU."""
-    model, tokens = prepare(kind, args, num_blocks, "cpu")
+def saved_bytes(model: nn.Module, tokens: torch.Tensor) -> int:
+    """What a forward pass saves for the backward pass, weights left out."""
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     saved: dict[int, int] = {}
 
@@ -122,8 +121,15 @@ def counted(kind: str, args: MemoryArguments, num_blocks: int) -> dict[str, int]
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(tokens)
-    activations = sum(size for pointer, size in saved.items() if pointer not in own)
+    total = sum(size for pointer, size in saved.items() if pointer not in own)
     del loss  # alive until here, so that no address is used twice
+    return total
+
+
+def counted(kind: str, args: MemoryArguments, num_blocks: int) -> dict[str, int]:
+    """Bytes by what they hold, on the CPU."""
+    model, tokens = prepare(kind, args, num_blocks, "cpu")
+    activations = saved_bytes(model, tokens)
     optimizer = train(model, tokens, 1)
     states = [value for state in optimizer.state.values() for value in state.values()]
     parameters = sum(parameter.nbytes for parameter in model.parameters())
@@ -179,22 +185,10 @@ def measure(args: MemoryArguments, num_blocks: int) -> dict[str, Any]:
 def largest_batches(args: MemoryArguments, budget: float = 0.9 * 16e9) -> str:
     """The memory model of a block on a card of 16 GB: what is fixed, what a token adds, and what then fits."""
     model, _ = prepare("block", args, 4, "cpu")
-    sizes = {}
-    for batch_size in (2, 4):
-        tokens, saved = torch.randint(args.vocab_size, (batch_size, args.max_length)), {}
-
-        def pack(tensor: torch.Tensor, saved=saved) -> torch.Tensor:
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with (
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16),  # as large as float16, which a CPU lacks products for
-        ):
-            loss = model(tokens)
-        sizes[batch_size] = sum(saved.values())
-        del loss
-    per_token = (sizes[4] - sizes[2]) / (2 * args.max_length)
+    few, many = (torch.randint(args.vocab_size, (batch_size, args.max_length)) for batch_size in (2, 4))
+    with torch.autocast("cpu", torch.bfloat16):  # as large as float16, which a CPU lacks products for
+        saved = saved_bytes(model, many) - saved_bytes(model, few)
+    per_token = saved / (many.numel() - few.numel())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     fixed = 16 * parameters + model.table.weight.nbytes + 3 * 2**25  # and chunks of logits, of 32 MB each
     lines = [

@@ -159,22 +159,7 @@ class Bench:
         return NoPropConfig(vocab_size=self.args.vocab_size, **self.args.sizes() | self.changes | changes)
 
     def baseline(self) -> LlamaForCausalLM:
-        """A stock model as deep as all blocks together, its feed-forward layers widened to their parameters."""
-        args = self.args
-        config = LlamaConfig(
-            vocab_size=args.vocab_size,
-            hidden_size=args.hidden_size,
-            intermediate_size=args.intermediate_size,
-            num_hidden_layers=args.num_blocks * args.num_layers_per_block,
-            num_attention_heads=args.num_attention_heads,
-            max_position_embeddings=args.max_length,
-            tie_word_embeddings=True,
-        )
-        with torch.device("meta"):
-            goal = num_parameters(NoPropForCausalLM(self.config()))
-            missing = goal - num_parameters(LlamaForCausalLM(config))
-        config.intermediate_size += round(missing / (3 * config.num_hidden_layers * config.hidden_size))
-        return LlamaForCausalLM(config)
+        return stock_model(self.config(), max_position_embeddings=self.args.max_length)
 
     @cached_property
     def flops(self) -> dict[str, float]:
@@ -310,6 +295,27 @@ class Bench:
             losses = F.cross_entropy(logits.transpose(1, 2), texts[:, start:], reduction="none")
             nats[name] = [losses.mean().item(), losses.mean(1).std().item() / len(texts) ** 0.5]
         return nats
+
+
+def stock_model(config: NoPropConfig, **options: Any) -> LlamaForCausalLM:
+    """A stock model as deep as all blocks together, its feed-forward layers widened to their parameters.
+
+    Args:
+        options: further arguments of [`LlamaConfig`].
+    """
+    stock = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        tie_word_embeddings=True,
+        **options,
+    )
+    with torch.device("meta"):
+        missing = num_parameters(NoPropForCausalLM(config)) - num_parameters(LlamaForCausalLM(stock))
+    stock.intermediate_size += round(missing / (3 * stock.num_hidden_layers * stock.hidden_size))
+    return LlamaForCausalLM(stock)
 
 
 def num_parameters(model: PreTrainedModel) -> int:

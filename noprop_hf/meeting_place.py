@@ -129,9 +129,8 @@ class MeetingPlace:
             FileNotFoundError: the repository is not there, or holds no table.
         """
         sha, _ = self._begun()
-        if self._insist(lambda: self._metadata(EMBEDDINGS_SHARD, sha)) != read_metadata(
-            self.directory / EMBEDDINGS_SHARD
-        ):
+        theirs = self._insist(lambda: self._metadata(EMBEDDINGS_SHARD, sha))
+        if theirs != read_metadata(self.directory / EMBEDDINGS_SHARD):
             raise FileExistsError(
                 f"{self.directory} holds another table than {self.repo_id}. Fetch that one, with an empty "
                 "--output_dir, or publish yours elsewhere: scripts/pretrain_embeddings.py with another --hub_model_id."

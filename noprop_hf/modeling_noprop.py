@@ -475,9 +475,6 @@ class NoPropModelOutput(BaseModelOutputWithPast):
     context_states: tuple[torch.Tensor, ...] | None = None
 
 
-CAPTURED = ("output_hidden_states", "output_attentions")
-
-
 class NoPropModel(NoPropPreTrainedModel):
     """The frozen table and all blocks. The blocks read the same clean context and do not depend on one another (with
     `context_source="previous_block"`, each reads the states of the one before as well)."""
@@ -493,7 +490,8 @@ class NoPropModel(NoPropPreTrainedModel):
     def stacked_blocks(self, **kwargs) -> StackedBlocks | None:
         """The blocks for running side by side, where that is possible: in inference, and when no block's inner states
         are asked for."""
-        captured = any(kwargs.get(name, getattr(self.config, name, False)) for name in CAPTURED)
+        names = [f"output_{name}" for name in self._can_record_outputs]
+        captured = any(kwargs.get(name, getattr(self.config, name, False)) for name in names)
         if self.training or torch.is_grad_enabled() or captured:
             return None
         if self._stacked is None or not self._stacked.belong_to(self.blocks):
