@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import distributed
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
 
@@ -145,10 +145,12 @@ class DurableTrainer(Trainer):
             if (directory / name).exists():  # one that could not be read
                 os.replace(directory / name, staging / "replaced")
             os.replace(staging / name, directory / name)
+            if self.args.save_total_limit:
+                # Never fewer than two: if the newest cannot be read, there is one to fall back to. What goes is moved
+                # aside first, since a run may be killed while it deletes.
+                for _, path in checkpoints_of(directory)[max(2, self.args.save_total_limit) :]:
+                    os.replace(path, staging / path.name)
             shutil.rmtree(staging)
-            # Never fewer than two: if the newest cannot be read, there is one to fall back to.
-            limit = self.args.save_total_limit
-            rotate_checkpoints(str(directory), None if limit is None else max(2, limit))
 
     def _wait_for_all(self) -> None:
         if self.args.world_size > 1:
