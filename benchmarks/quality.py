@@ -173,8 +173,9 @@ class Bench:
         for model in (block, hierarchical, phase1, baseline):
             model.set_attn_implementation("eager")  # whose products the counter knows
         # A token through the vocabulary is counted apart, since the fused loss is not known to the counter: forward
-        # and backward to the input and, where it is learned, to the table.
-        product = 2 * args.vocab_size * args.hidden_size * (args.max_length - 1) / args.max_length
+        # and backward to the input and, where it is learned, to the table. Blocks see the tokens of the batch alone.
+        product = 2 * args.hidden_size * (args.max_length - 1) / args.max_length
+        whole, sampled = 3 * product * args.vocab_size, 2 * product * self.candidates()
         embeds = table(tokens)
         inputs = block.encoder.attention_inputs(embeds)
         encode = partial(hierarchical.encoder, embeds, embeds, **inputs)
@@ -182,13 +183,22 @@ class Bench:
         step = partial(hierarchical, tokens, tokens, table, previous_states=embeds)
         return {
             "end_to_end": count_flops(lambda: baseline(tokens, labels=tokens).loss) / tokens.numel(),
-            "phase1": count_flops(lambda: phase1(tokens, labels=tokens).loss) / tokens.numel() + 3 * product,
-            "block": count_flops(lambda: block(tokens, tokens, table).loss) / tokens.numel() + 2 * product,
+            "phase1": count_flops(lambda: phase1(tokens, labels=tokens).loss) / tokens.numel() + whole,
+            "block": count_flops(lambda: block(tokens, tokens, table).loss) / tokens.numel() + sampled,
             # with the blocks before it, on average this many of them
             "hierarchical_block": count_flops(lambda: step().loss) / tokens.numel()
-            + 2 * product
+            + sampled
             + read * (args.num_blocks - 1) / 2,
         }
+
+    def candidates(self) -> float:
+        """Tokens that the softmax of a training batch is over, on average."""
+        if not self.config().sampled_softmax:
+            return self.args.vocab_size
+        _, data = self.load()
+        rows = data["train"].shuffle(seed=0).with_format("torch")[: 32 * self.args.batch_size]["input_ids"]
+        batches = rows[:, 1:].split(self.args.batch_size)
+        return float(np.mean([len(batch.unique()) for batch in batches]))
 
     def budgets(self) -> dict[str, float]:
         """Training tokens, so that phase 1 and all blocks together cost what end-to-end training does."""

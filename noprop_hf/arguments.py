@@ -48,6 +48,10 @@ class ModelArguments:
         default=None, metadata={"help": "'information', 'cosine' or 'linear': how noise levels are shared out."}
     )
     loss_type: str | None = field(default=None, metadata={"help": "'cross_entropy' or 'mse'."})
+    sampled_softmax: bool | None = field(
+        default=None,
+        metadata={"help": "Train blocks with a softmax over the tokens of a batch instead of the vocabulary."},
+    )
     denoising_weight: float | None = field(
         default=None, metadata={"help": "Weight of the denoising loss against the next-token loss on pure noise."}
     )

@@ -40,6 +40,9 @@ class NoPropConfig(PreTrainedConfig):
             with the table and the token counts.
         loss_type (`str`, defaults to `"cross_entropy"`): `"cross_entropy"`, or `"mse"` between the clean embedding
             and the block's mean embedding (NoProp, arXiv 2503.24322, eq. 8).
+        sampled_softmax (`bool`, defaults to `True`): train blocks with a softmax over the tokens that a batch predicts
+            (importance-weighted), instead of the whole vocabulary, which each block would pay for anew. For
+            `loss_type="cross_entropy"`; phase 1 and evaluation use the whole vocabulary.
         denoising_weight (`float`, defaults to 0.5): weight of the loss at the block's own noise level; the rest goes
             to the loss on pure noise, which makes every block a language model as well.
         initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
@@ -67,6 +70,7 @@ class NoPropConfig(PreTrainedConfig):
     noise_schedule: str = "information"
     noise_levels: list[float] | None = None
     loss_type: str = "cross_entropy"
+    sampled_softmax: bool = True
     denoising_weight: float = 0.5
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6

@@ -79,6 +79,30 @@ def vocabulary_nats(
     return nats.view(targets.shape) if reduction == "none" else nats
 
 
+def sampled_candidates(
+    targets: torch.Tensor, log_prior: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The tokens that stand for the vocabulary in the softmax of a batch: those that it predicts.
+
+    A token `j` of unigram probability `q_j` is among `n` targets with probability `pi_j = 1 - (1 - q_j)^n`. With
+    `log pi_j` taken off its logit, the sum over the candidates is in expectation that over the vocabulary (importance
+    sampling of the partition function; Bengio and Senecal 2008, "Adaptive importance sampling to accelerate training of
+    a neural probabilistic language model", IEEE TNN 19(4)).
+
+    Args:
+        targets (`(num_tokens,)`): the tokens that the batch predicts.
+        log_prior (`(vocab_size,)`): their log-probabilities in the training data, up to a constant.
+
+    Returns:
+        The candidates `(num_candidates,)`, the targets as indices among them `(num_tokens,)`, and what to add to the
+        candidates' logits, `-log pi`, `(num_candidates,)`.
+    """
+    tokens, indices = targets.unique(return_inverse=True)
+    probabilities = log_prior.float().softmax(-1)[tokens]
+    inclusion = -torch.expm1(len(targets) * torch.log1p(-probabilities))
+    return tokens, indices, -inclusion.log()
+
+
 class TokenTable(nn.Module):
     """The frozen embedding table and the unigram statistics found with it.
 
@@ -387,7 +411,9 @@ class DenoisingBlock(NoPropPreTrainedModel):
         """The local loss: recover the next token from its noised embedding and the clean context.
 
         While training, each position carries one of the two terms, drawn at random by their weight: the same loss on
-        average for half the vocabulary products. In evaluation mode every position carries both.
+        average for half the vocabulary products; and with `config.sampled_softmax` it is told among the tokens that
+        the batch predicts (see [`sampled_candidates`]). In evaluation mode every position carries both terms, over the
+        whole vocabulary.
 
         Args:
             input_ids (`(batch, sequence)`): clean tokens.
@@ -407,19 +433,24 @@ class DenoisingBlock(NoPropPreTrainedModel):
         context, targets = context[kept], targets[kept]
         count = len(targets) if num_items_in_batch is None else num_items_in_batch
         weight = self.config.denoising_weight if self.level > 0 else 0.0  # on pure noise the two terms are one
-        evidence = sample_evidence(table(targets), self.level, generator)
 
         if self.training:
-            noised = torch.rand(targets.shape, generator=generator, device=evidence.device) < weight
-            prediction = self.head(context, evidence * noised[:, None])  # no evidence is pure noise
-            context_sum = self._local_loss(prediction[~noised], table.weight, targets[~noised])
-            denoising_sum = self._local_loss(prediction[noised], table.weight, targets[noised])
+            noised = torch.rand(targets.shape, generator=generator, device=targets.device) < weight
+            evidence = sample_evidence(table(targets[noised]), self.level, generator)
+            alone, informed = self.head(context[~noised]), self.head(context[noised], evidence)
+            embeddings, bias = table.weight, self.head.bias
+            if self.config.sampled_softmax and self.config.loss_type == "cross_entropy":
+                tokens, targets, correction = sampled_candidates(targets, table.log_prior)
+                embeddings, bias = embeddings[tokens], bias[tokens] + correction
+            context_sum = self._local_loss(alone, embeddings, bias, targets[~noised])
+            denoising_sum = self._local_loss(informed, embeddings, bias, targets[noised])
             return DenoisingBlockOutput(
                 loss=(context_sum + denoising_sum) / count,
                 context_loss=context_sum / (~noised).sum(),
                 denoising_loss=denoising_sum / noised.sum(),
             )
 
+        evidence = sample_evidence(table(targets), self.level, generator)
         alone, informed = self.head(context), self.head(context, evidence)
         context_nats, denoising_nats, updated_nats = (
             vocabulary_nats(prediction, table.weight, self.head.bias, targets, reduction="sum") / count
@@ -428,7 +459,8 @@ class DenoisingBlock(NoPropPreTrainedModel):
         context_loss, denoising_loss = context_nats, denoising_nats
         if self.config.loss_type != "cross_entropy":
             context_loss, denoising_loss = (
-                self._local_loss(prediction, table.weight, targets) / count for prediction in (alone, informed)
+                self._local_loss(prediction, table.weight, self.head.bias, targets) / count
+                for prediction in (alone, informed)
             )
         return DenoisingBlockOutput(
             loss=torch.lerp(context_loss, denoising_loss, weight),
@@ -439,24 +471,27 @@ class DenoisingBlock(NoPropPreTrainedModel):
             bound_nats=context_nats + denoising_nats - updated_nats,
         )
 
-    def _local_loss(self, prediction: torch.Tensor, embeddings: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def _local_loss(
+        self, prediction: torch.Tensor, embeddings: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
         """The loss summed over `(num_tokens,)` predicted tokens, for `config.loss_type`."""
         if len(targets) == 0:
             return prediction.sum()  # zero, and part of the graph
         if self.config.loss_type == "cross_entropy":
-            return vocabulary_nats(prediction, embeddings, self.head.bias, targets, reduction="sum")
+            return vocabulary_nats(prediction, embeddings, bias, targets, reduction="sum")
         # NoProp, arXiv 2503.24322, eq. 8: the block's answer is the mean embedding of its distribution. In chunks whose
         # logits are recomputed in the backward pass, for the same reason as in `vocabulary_nats`.
         errors = [
-            checkpoint(self._squared_error, u, embeddings, y, use_reentrant=False)
+            checkpoint(self._squared_error, u, embeddings, bias, y, use_reentrant=False)
             for u, y in zip(prediction.split(1024), targets.split(1024), strict=True)
         ]
         return torch.stack(errors).sum()
 
-    def _squared_error(self, prediction: torch.Tensor, embeddings: torch.Tensor, targets: torch.Tensor):
+    @staticmethod
+    def _squared_error(prediction: torch.Tensor, embeddings: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor):
         with torch.autocast(prediction.device.type, enabled=False):
             embeddings = embeddings.float()
-            probabilities = (prediction.float() @ embeddings.T + self.head.bias.float()).softmax(-1)
+            probabilities = (prediction.float() @ embeddings.T + bias.float()).softmax(-1)
             return (probabilities @ embeddings - embeddings[targets]).pow(2).mean(-1).sum()
 
 

@@ -17,6 +17,11 @@ import torch
 from torch.nn import functional as F
 
 
+# How much of a token the evidence tells by the end of the chain. Where it tells more, a block learns little that the
+# context has to do with; measured in docs/quality.md.
+INFORMATION_SHARE = 1 / 3
+
+
 def standardize(table: torch.Tensor) -> torch.Tensor:
     """Centre the rows of `table` on their mean and scale each to `||e||^2 = d`.
 
@@ -52,9 +57,10 @@ def prior_levels(noise_schedule: str, num_blocks: int, vocab_size: int, hidden_s
 
     - `"cosine"` (Nichol and Dhariwal 2021, arXiv 2102.09672, eq. 17, offset 0): `a_b = cos^2(pi/2 (1 - b/N))`;
     - `"linear"`: `a_b = b/N`; both with `gamma = a / (1 - a)`;
-    - `"information"`: equal steps of information. At low signal-to-noise ratio the mutual information grows as
-      `gamma d / 2` (I-MMSE; Guo, Shamai, Verdu 2005, arXiv cs/0412108, theorem 1), and a uniform token has `log V` nats
-      to give. [`information_levels`] replaces this first guess once the table and the token counts are known.
+    - `"information"`: equal steps of information, up to [`INFORMATION_SHARE`] of it. At low signal-to-noise ratio the
+      mutual information grows as `gamma d / 2` (I-MMSE; Guo, Shamai, Verdu 2005, arXiv cs/0412108, theorem 1), and a
+      uniform token has `log V` nats to give. [`information_levels`] replaces this first guess once the table and the
+      token counts are known.
     """
     fractions = [block / num_blocks for block in range(num_blocks)]
     if noise_schedule == "cosine":
@@ -62,7 +68,7 @@ def prior_levels(noise_schedule: str, num_blocks: int, vocab_size: int, hidden_s
     elif noise_schedule == "linear":
         signal = fractions
     elif noise_schedule == "information":
-        return [2 * math.log(vocab_size) / hidden_size * fraction for fraction in fractions]
+        return [2 * INFORMATION_SHARE * math.log(vocab_size) / hidden_size * fraction for fraction in fractions]
     else:
         raise ValueError(f"`noise_schedule` must be 'information', 'cosine' or 'linear', got {noise_schedule!r}.")
     return [a / (1 - a) for a in signal]
@@ -90,17 +96,24 @@ def remaining_nats(
 
 @torch.no_grad()
 def information_levels(
-    table: torch.Tensor, log_prior: torch.Tensor, num_blocks: int, num_samples: int = 4096, seed: int = 24_11_2026
+    table: torch.Tensor,
+    log_prior: torch.Tensor,
+    num_blocks: int,
+    share: float = INFORMATION_SHARE,
+    num_samples: int = 4096,
+    seed: int = 24_11_2026,
 ) -> list[float]:
-    """Levels at which every block removes the same number of nats from a token drawn from the unigram prior.
+    """Levels at which the evidence removes the same number of nats from block to block, of a token drawn from the
+    unigram prior.
 
-    Block `b` starts where `1 - b/N` of the unigram entropy is left. It needs only the table and the token counts, so
-    every worker finds the same levels alone.
+    Block `b` starts where `1 - share * b/N` of the unigram entropy is left. It needs only the table and the token
+    counts, so every worker finds the same levels alone.
 
     Args:
         table (`(vocab_size, hidden_size)`): standardized embeddings.
         log_prior (`(vocab_size,)`): log-probabilities of the tokens, up to a constant.
         num_blocks: number of blocks `N`.
+        share: how much of the entropy `N` steps remove.
         num_samples: Monte-Carlo samples; one set serves all levels, so the curve is smooth.
         seed: seed of the samples. An unlikely number on purpose: the samples must not come from the very stream of
             random numbers that a table was initialized with.
@@ -119,7 +132,7 @@ def information_levels(
 
     levels = [0.0]
     for block in range(1, num_blocks):
-        goal = entropy * (1 - block / num_blocks)
+        goal = entropy * (1 - share * block / num_blocks)
         low, high = levels[-1], max(2 * levels[-1], 2 * entropy / table.shape[1])
         while nats(high) > goal:
             low, high = high, 2 * high

@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from transformers import DynamicCache
 
 from conftest import tokens
 from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM
-from noprop_hf.modeling_noprop import TokenTable, vocabulary_nats
+from noprop_hf.modeling_noprop import TokenTable, sampled_candidates, vocabulary_nats
 from noprop_hf.noise_noprop import sample_evidence, standardize
 
 
@@ -97,6 +98,7 @@ def test_block_loss_is_the_weighted_mean_of_its_terms(model, loss_type, block_in
 @pytest.mark.parametrize("loss_type", ["cross_entropy", "mse"])
 def test_the_training_loss_is_that_loss_on_average(model, loss_type):
     model.config.loss_type, model.config.denoising_weight = loss_type, 0.3
+    model.config.sampled_softmax = False
     block, table = model.model.blocks[2], model.model.embed_tokens
     input_ids, labels = tokens(30, 9), tokens(30, 9)
     labels[1, 5:] = -100
@@ -114,6 +116,34 @@ def test_the_training_loss_is_that_loss_on_average(model, loss_type):
         gradients[mode] = torch.stack(draws)
     error = (gradients[True].var() / 200 + gradients[False].var() / 200).sqrt()
     assert abs(gradients[True].mean() - gradients[False].mean()) < 4 * error
+
+
+def test_sampled_candidates_give_the_partition_function_on_average():
+    torch.manual_seed(0)
+    log_prior = (2 * torch.randn(200)).log_softmax(-1)
+    logits, sums = torch.randn(200), []
+    for _ in range(4000):
+        targets = torch.multinomial(log_prior.exp(), 64, replacement=True)
+        candidates, indices, correction = sampled_candidates(targets, log_prior + 1)
+        assert torch.equal(candidates[indices], targets)
+        sums.append((logits[candidates] + correction).exp().sum())
+    sums = torch.stack(sums)
+    assert abs(sums.mean() - logits.exp().sum()) < 3 * sums.std() / len(sums) ** 0.5
+
+
+def test_sampled_softmax_is_the_corrected_softmax_over_the_tokens_of_the_batch(model):
+    block, table = model.model.blocks[0].train(), model.model.embed_tokens
+    table.log_prior.copy_(torch.randn(50).log_softmax(-1))
+    block.head.bias.data.normal_()
+    input_ids = tokens(2, 9)
+    loss = block(input_ids, input_ids, table).loss
+    context = block.encoder(table(input_ids), **block.encoder.attention_inputs(table(input_ids)))[:, :-1].flatten(0, 1)
+    logits = block.head(context) @ table.weight.T + block.head.bias
+    targets = input_ids[:, 1:].flatten()
+    present = set(targets.tolist())
+    seen = 1 - (1 - table.log_prior.exp()) ** len(targets)
+    logits = torch.where(torch.tensor([token in present for token in range(50)]), logits - seen.log(), -math.inf)
+    assert torch.allclose(loss, F.cross_entropy(logits, targets))
 
 
 def test_ignored_labels_and_the_divisor_of_the_loss(model):

@@ -38,12 +38,13 @@ def test_evidence_of_level_zero_is_nothing():
     assert torch.equal(sample_evidence(torch.randn(3, 4), 0.0), torch.zeros(3, 4))
 
 
+@pytest.mark.parametrize("share", [0.25, 1.0])
 @pytest.mark.parametrize("num_blocks", [1, 4, 6])
-def test_information_schedule_takes_equal_steps(num_blocks):
+def test_information_schedule_takes_equal_steps(num_blocks, share):
     """Measured again, with other samples and by the densities of the variance-preserving form."""
     table = random_table(60, 24)
     prior = torch.softmax(torch.randn(60, generator=torch.Generator().manual_seed(1)), -1)
-    levels = information_levels(table, prior.log(), num_blocks)
+    levels = information_levels(table, prior.log(), num_blocks, share)
     assert levels[0] == 0 and len(levels) == num_blocks
 
     generator = torch.Generator().manual_seed(2)
@@ -57,8 +58,8 @@ def test_information_schedule_takes_equal_steps(num_blocks):
         joint = density.log_prob(z[:, None]).sum(-1) + prior.log()
         remaining.append(-joint.log_softmax(-1).gather(1, targets[:, None]).mean())
     entropy = -(prior * prior.log()).sum()
-    steps = torch.stack([*remaining, torch.tensor(0.0)]).diff().neg()
-    assert torch.allclose(steps, (entropy / num_blocks).expand(num_blocks), atol=0.05)
+    removed = entropy - torch.stack(remaining)
+    assert torch.allclose(removed, share * entropy / num_blocks * torch.arange(num_blocks), atol=0.05)
 
 
 def test_information_levels_are_the_same_everywhere():

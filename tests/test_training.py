@@ -279,9 +279,10 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(data, tmp_path):
             "optim": "sgd",
             "max_grad_norm": 0.0,
         }
-        no_dropout = NoPropConfig.from_pretrained(target)
-        no_dropout.attention_dropout = 0.0
-        no_dropout.save_pretrained(target)
+        config = NoPropConfig.from_pretrained(target)
+        config.attention_dropout = 0.0
+        config.sampled_softmax = False  # its candidates are those of the batch on the device
+        config.save_pretrained(target)
         train_blocks(line, dataclasses.replace(BLOCKS, blocks="0"), arguments(target, **options))
         shards.append(load_file(target / block_shard(0)))
     for name in shards[0]:
