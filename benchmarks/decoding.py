@@ -163,8 +163,7 @@ def generation(found: dict[str, PreTrainedModel], args: DecodingArguments) -> li
 def score(model: PreTrainedModel, texts: torch.Tensor, tokens_at_a_time: int = 4096) -> None:
     """The nats of texts, in batches as an evaluation would make them."""
     for rows in texts.split(max(1, tokens_at_a_time // texts.shape[1])):
-        logits = model(rows, use_cache=False).logits[:, :-1]
-        F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+        model(rows, labels=rows, use_cache=False).loss.item()
 
 
 HEADER = [

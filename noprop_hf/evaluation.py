@@ -69,10 +69,9 @@ def evaluate_model(
     for batch in tqdm(loader, desc=description, leave=False):
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         labels = batch.pop("labels")
-        logits = model(**batch, use_cache=False).logits[:, :-1]
-        predictive += F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum").item()
         bound = model.variational_bound(**batch, labels=labels, generator=generator)
         count = bound.token_nats.shape[1]
+        predictive += bound.predictive_nats.item() * count
         context = context + bound.context_nats.double().cpu() * count
         token_nats.append(bound.token_nats.cpu())
         num_tokens += count
@@ -148,9 +147,9 @@ class Perplexity(evaluate.Metric):
             input_ids = pad_sequence(rows, batch_first=True).to(device)
             attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
             targets = pad_sequence(labels, batch_first=True, padding_value=-100)[:, 1:].to(device)
-            logits = model(input_ids, attention_mask=attention_mask).logits[:, :-1]
-            losses = F.cross_entropy(logits.transpose(1, 2).float(), targets, reduction="none")
-            nats.index_add_(0, torch.tensor(texts), losses.sum(1).cpu())
+            logits = model(input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
+            losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+            nats.index_add_(0, torch.tensor(texts), losses.view_as(targets).sum(1).cpu())
             counts.index_add_(0, torch.tensor(texts), (targets != -100).sum(1).float().cpu())
         perplexities = (nats / counts).exp()
         return {"perplexities": perplexities.tolist(), "mean_perplexity": perplexities.mean().item()}

@@ -533,6 +533,10 @@ class NoPropModel(NoPropPreTrainedModel):
             self._stacked = StackedBlocks(self.blocks) if can_be_stacked(self.blocks) else None
         return self._stacked
 
+    def mean_bias(self, num_blocks: int) -> torch.Tensor:
+        """The bias of the first blocks' logits, on their mean: `(vocab_size,)`."""
+        return torch.stack([block.head.bias for block in self.blocks[:num_blocks]]).mean(0)
+
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @merge_with_config_defaults
     @capture_outputs
@@ -545,11 +549,13 @@ class NoPropModel(NoPropPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         num_inference_blocks: int | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> NoPropModelOutput:
         """
         Args:
             input_ids (`(batch_size, sequence_length)`): token ids; or `inputs_embeds`, their rows of the table.
+            logits_to_keep (`int` or `torch.Tensor`): give the states of the last positions only; 0 is all.
             num_inference_blocks (`int`, *optional*): run only the first blocks; all when not given.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
@@ -565,15 +571,21 @@ class NoPropModel(NoPropPreTrainedModel):
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
 
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         blocks = self.blocks[:num_inference_blocks]
         attention_inputs = blocks[0].encoder.attention_inputs(inputs_embeds, attention_mask, position_ids, cache)
         stacked = self.stacked_blocks(**kwargs)
         if stacked is not None:
-            states = stacked.encode(inputs_embeds, num_inference_blocks, cache=cache, **attention_inputs, **kwargs)
+            # Other attention functions have masks of their own kinds, whose last row is not theirs to cut out.
+            last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1
+            last_only = last_only and self.config._attn_implementation in ("eager", "sdpa")
+            states = stacked.encode(
+                inputs_embeds, num_inference_blocks, cache, last_only=last_only, **attention_inputs, **kwargs
+            )[:, :, keep]
             return NoPropModelOutput(
-                last_hidden_state=stacked.answers(states).mean(0).view_as(inputs_embeds),
+                last_hidden_state=stacked.mean_answer(states),
                 cache=cache,
-                context_states=states.view(-1, *inputs_embeds.shape).unbind(),
+                context_states=states.unbind(),
             )
         context_states: tuple[torch.Tensor, ...] = ()
         for block in blocks:
@@ -582,6 +594,7 @@ class NoPropModel(NoPropPreTrainedModel):
                 inputs_embeds, previous, cache=cache, use_cache=use_cache, **attention_inputs, **kwargs
             )
             context_states += (context,)
+        context_states = tuple(context[:, keep] for context in context_states)
         predictions = [block.head(context) for block, context in zip(blocks, context_states, strict=True)]
         return NoPropModelOutput(
             last_hidden_state=torch.stack(predictions).mean(0),
@@ -600,12 +613,33 @@ class NoPropBoundOutput(ModelOutput):
             a gain).
         token_nats (`torch.Tensor` of shape `(num_blocks, num_tokens)`): the same for every predicted token.
         context_nats (`torch.Tensor` of shape `(num_blocks,)`): cross-entropy of each block alone on pure noise.
+        predictive_nats (`torch.Tensor`): cross-entropy of the predictive distribution, the mean of the blocks on pure
+            noise.
     """
 
     bound: torch.Tensor | None = None
     block_nats: torch.Tensor | None = None
     token_nats: torch.Tensor | None = None
     context_nats: torch.Tensor | None = None
+    predictive_nats: torch.Tensor | None = None
+
+
+def log_probability_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """`ForCausalLMLoss` of transformers for logits that are log-probabilities, which it would normalise once more."""
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    targets = shift_labels.flatten().to(logits.device)
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    nats = F.nll_loss(logits.view(-1, vocab_size), targets, ignore_index=ignore_index, reduction=reduction)
+    return nats if num_items_in_batch is None else nats / torch.as_tensor(num_items_in_batch, device=nats.device)
 
 
 class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
@@ -614,6 +648,7 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
     def __init__(self, config: NoPropConfig):
         super().__init__(config)
         self.model = NoPropModel(config)
+        self.loss_function = log_probability_loss
         self.post_init()
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
@@ -655,17 +690,16 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             num_inference_blocks=num_inference_blocks,
+            logits_to_keep=logits_to_keep,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if decoding_mode == "predictive":
-            bias = torch.stack([block.head.bias for block in self.model.blocks[: len(outputs.context_states)]]).mean(0)
-            prediction = outputs.last_hidden_state[:, keep]
-            logits = F.linear(prediction, self.model.embed_tokens.weight, bias)
-            logits = logits.float().log_softmax(-1)
+            bias = self.model.mean_bias(len(outputs.context_states))
+            logits = F.linear(outputs.last_hidden_state, self.model.embed_tokens.weight, bias).float()
+            # In place where nothing has to be kept for a gradient: the logits are the largest tensor there is.
+            logits = torch.log_softmax(logits, -1, out=None if logits.requires_grad else logits)
         elif decoding_mode == "denoising":
-            context_states = [context[:, keep] for context in outputs.context_states]
-            logits = self.denoise(context_states, num_trajectories, generator)
+            logits = self.denoise(outputs.context_states, num_trajectories, generator)
         else:
             raise ValueError(f"`decoding_mode` must be 'predictive' or 'denoising', got {decoding_mode!r}.")
 
@@ -706,7 +740,7 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
         """
         if labels is None:
             labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
-        context_states = self.model(input_ids, attention_mask=attention_mask, use_cache=False).context_states
+        outputs = self.model(input_ids, attention_mask=attention_mask, use_cache=False)
         targets = labels[:, 1:]
         kept = targets != -100
         targets = targets[kept]
@@ -716,7 +750,7 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
         evidence = torch.zeros_like(clean, dtype=torch.float32)
         level, token_nats, context_nats = 0.0, [], []
         beliefs, previous = Beliefs(), None
-        for block, states in zip(blocks, context_states, strict=True):
+        for block, states in zip(blocks, outputs.context_states, strict=True):
             context = states[:, :-1][kept]
             if block.level > level:
                 evidence = evidence + sample_evidence(clean, block.level - level, generator)
@@ -729,11 +763,13 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
             context_nats.append(vocabulary_nats(alone, table, block.head.bias, targets).mean())
             previous = (belief, bias)
         token_nats = torch.stack(token_nats)
+        mean_answer, mean_bias = outputs.last_hidden_state[:, :-1][kept], self.model.mean_bias(len(blocks))
         return NoPropBoundOutput(
             bound=token_nats.sum(0).mean(),
             block_nats=token_nats.mean(1),
             token_nats=token_nats,
             context_nats=torch.stack(context_nats),
+            predictive_nats=vocabulary_nats(mean_answer, table, mean_bias, targets).mean(),
         )
 
 

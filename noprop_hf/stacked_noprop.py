@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb, eager_attention_forward
 
@@ -25,6 +25,12 @@ GROUPS = (
     ("input_layernorm",),
     ("post_attention_layernorm",),
 )
+
+
+# Tokens times blocks that one product takes. More, and on a CPU what a layer makes for all blocks drops out of the
+# processor's cache, so that going on by block is faster; elsewhere it is a matter of memory.
+ROWS_AT_ONCE = {"cpu": 2**9}
+ROWS_AT_ONCE_ELSEWHERE = 2**15
 
 
 class StackedBlocks:
@@ -48,6 +54,7 @@ class StackedBlocks:
         self.correction = [_stack([[block.head.correction[index]] for block in blocks]) for index in (0, 2)]
         self.correction_bias = _stack([[block.head.correction[0]] for block in blocks], "bias")
         self.bias = _stack([[block.head] for block in blocks], "bias")
+        self.activation = ACT2FN[self.config.hidden_act]
         self._pointers = [parameter.data_ptr() for parameter in _first_parameters(blocks)]
 
     def belong_to(self, blocks: Sequence[nn.Module]) -> bool:
@@ -58,23 +65,54 @@ class StackedBlocks:
         self,
         inputs_embeds: torch.Tensor,
         num_blocks: int,
+        cache: Cache | None = None,
+        **inputs,
+    ) -> torch.Tensor:
+        """Clean embeddings `(batch, sequence, hidden_size)` to the context states of the first `num_blocks` blocks,
+        `(num_blocks, batch, sequence, hidden_size)`.
+
+        Args:
+            inputs: `attention_mask` and `position_embeddings` of the layers; and `last_only`, if only the states of the
+                last position are asked for: the last layer, a large part of a block, then leaves out the others.
+        """
+        rows = inputs_embeds.shape[0] * inputs_embeds.shape[1]
+        is_new = cache is None or (type(cache) is DynamicCache and cache.get_seq_length() == 0)
+        limit = ROWS_AT_ONCE.get(inputs_embeds.device.type, ROWS_AT_ONCE_ELSEWHERE)
+        step = max(1, limit // rows) if is_new else num_blocks
+        groups = [slice(first, min(first + step, num_blocks)) for first in range(0, num_blocks, step)]
+        if len(groups) == 1:
+            return self._encode(inputs_embeds, groups[0], cache, **inputs)
+        caches = [None if cache is None else DynamicCache() for _ in groups]
+        states = [self._encode(inputs_embeds, group, own, **inputs) for group, own in zip(groups, caches, strict=True)]
+        if cache is not None:
+            for index in range(len(self.layers)):
+                layers = [own.layers[index] for own in caches]
+                keys, values = (torch.cat([getattr(layer, n) for layer in layers], dim=1) for n in ("keys", "values"))
+                cache.update(keys, values, index)
+        return torch.cat(states)
+
+    def _encode(
+        self,
+        inputs_embeds: torch.Tensor,
+        group: slice,
+        cache: Cache | None,
         attention_mask: torch.Tensor | None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        cache: Cache | None = None,
+        last_only: bool = False,
         **kwargs,
     ) -> torch.Tensor:
-        """`(batch, sequence, hidden_size)` clean embeddings to the context states of the first `num_blocks` blocks,
-        `(num_blocks, batch * sequence, hidden_size)`."""
+        """The context states of a group of blocks, all products batched over them."""
         batch, length, width = inputs_embeds.shape
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        rows = (inputs_embeds / width**0.5).flatten(0, 1).expand(num_blocks, -1, -1)
-        states = _products(rows, self.input_projection[:num_blocks])
+        count = group.stop - group.start
+        rows = (inputs_embeds / width**0.5).flatten(0, 1).expand(count, -1, -1)
+        states = _products(rows, self.input_projection[group])
         for index, (first, weights) in enumerate(zip(self.first_layers, self.layers, strict=True)):
-            into_attention, out_of_attention, into_mlp, out_of_mlp, norm1, norm2 = (w[:num_blocks] for w in weights)
+            into_attention, out_of_attention, into_mlp, out_of_mlp, norm1, norm2 = (w[group] for w in weights)
             module = first.self_attn
             heads, key_heads = self.config.num_attention_heads, self.config.num_key_value_heads
             projected = _products(self._norm(states, norm1), into_attention)
-            projected = projected.view(num_blocks, batch, length, heads + 2 * key_heads, module.head_dim)
+            projected = projected.view(count, batch, length, heads + 2 * key_heads, module.head_dim)
             query, key, value = (
                 part.flatten(1, 2)  # the heads of all blocks
                 for part in projected.permute(1, 0, 3, 2, 4).split([heads, key_heads, key_heads], dim=2)
@@ -82,21 +120,26 @@ class StackedBlocks:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
             if cache is not None:
                 key, value = cache.update(key, value, index)
+            if last_only and index == len(self.layers) - 1:
+                states, query, length = states.view(count, batch, length, width)[:, :, -1], query[:, :, -1:], 1
+                attention_mask = None if attention_mask is None else attention_mask[:, :, -1:]
             mixed, _ = attention(
                 module, query, key, value, attention_mask, dropout=0.0, scaling=module.scaling, **kwargs
             )
-            mixed = mixed.reshape(batch * length, num_blocks, -1).transpose(0, 1)
+            mixed = mixed.reshape(batch * length, count, -1).transpose(0, 1)
             states = states + _products(mixed, out_of_attention)
             gate, up = _products(self._norm(states, norm2), into_mlp).chunk(2, dim=-1)
             states = states + _products(first.mlp.act_fn(gate) * up, out_of_mlp)
-        return self._norm(states, self.norm[:num_blocks])
+        return self._norm(states, self.norm[group]).view(count, batch, length, width)
 
-    def answers(self, context: torch.Tensor) -> torch.Tensor:
-        """What each block says on pure noise: `(num_blocks, tokens, hidden_size)` context states to the same shape."""
-        width, (into, out) = context.shape[-1], (w[: len(context)] for w in self.correction)
-        hidden = _products(context, into[..., :width]) + self.correction_bias[: len(context), None]
-        hidden = ACT2FN[self.config.hidden_act](hidden)
-        return (_products(context, self.readout[: len(context)]) + _products(hidden, out)) / width**0.5
+    def mean_answer(self, context: torch.Tensor) -> torch.Tensor:
+        """What the blocks say on pure noise, on their mean: context states `(num_blocks, batch, sequence, hidden_size)`
+        to `(batch, sequence, hidden_size)`."""
+        width, states = context.shape[-1], context.flatten(1, 2)
+        into, out, readout = (weights[: len(context)] for weights in (*self.correction, self.readout))
+        hidden = _products(states, into[..., :width]) + self.correction_bias[: len(context), None]
+        answers = _products(states, readout) + _products(self.activation(hidden), out)
+        return (answers.mean(0) / width**0.5).view(context.shape[1:])
 
     def _norm(self, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         normed = F.rms_norm(states.float(), states.shape[-1:], eps=self.config.rms_norm_eps)

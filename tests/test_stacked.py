@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from conftest import tokens
 from noprop_hf import NoPropConfig, NoPropForCausalLM
-from noprop_hf.stacked_noprop import can_be_stacked
+from noprop_hf.stacked_noprop import ROWS_AT_ONCE, can_be_stacked
 
 
 @pytest.fixture
@@ -43,6 +43,26 @@ def test_padded_and_shortened(model, one_by_one, num_inference_blocks, attention
     close(outputs[0].last_hidden_state[seen], outputs[1].last_hidden_state[seen])
     for ours, theirs in zip(outputs[0].context_states, outputs[1].context_states, strict=True):
         close(ours[seen], theirs[seen])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("rows_at_once", [1, 27, 2**20])
+def test_a_prompt_in_groups_of_blocks_and_with_one_answer(model, one_by_one, attention, rows_at_once, monkeypatch):
+    monkeypatch.setitem(ROWS_AT_ONCE, "cpu", rows_at_once)  # 3 rows of 9 tokens: one block, one block, all blocks
+    input_ids, mask = tokens(3, 9), torch.ones(3, 9, dtype=torch.long)
+    for padding in (0, 4):
+        mask[0, :padding] = 0
+        for either in (model, one_by_one):
+            either.set_attn_implementation(attention)
+        cache = DynamicCache()
+        last = model(input_ids, attention_mask=mask, cache=cache, use_cache=True, logits_to_keep=1).logits
+        expected = one_by_one(input_ids, attention_mask=mask).logits
+        close(last, expected[:, -1:])
+        close(model(input_ids, attention_mask=mask).logits[mask.bool()], expected[mask.bool()])
+        more, longer = tokens(3, 2), torch.cat([mask, mask.new_ones(3, 2)], dim=1)
+        after = model(more, attention_mask=longer, cache=cache).logits
+        whole = one_by_one(torch.cat([input_ids, more], dim=1), attention_mask=longer).logits
+        close(after, whole[:, -2:])
 
 
 def test_shared_key_heads():
