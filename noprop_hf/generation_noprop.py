@@ -1,6 +1,7 @@
 """Generation: the denoising chain, and `generate` with it."""
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -113,25 +114,42 @@ class NoPropGenerationMixin(GenerationMixin):
     @torch.no_grad()
     def denoise(
         self,
-        context_states: list[torch.Tensor],
+        context_states: Sequence[torch.Tensor],
         num_trajectories: int = 1,
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:
-        """Run the chain from pure noise: `s_{b+1} = s_b + D e_y + sqrt(D) eps`, `y` drawn from the belief at block b.
-
-        Drawing a token, where the paper moves to the mean embedding (NoProp, arXiv 2503.24322, section 2), makes a step
-        of any size exact when the belief is the true posterior.
+        """Run the chain from pure noise, and average the last block's distributions over the trajectories.
 
         Args:
             context_states: the context states of the blocks to run, `(..., hidden_size)` each.
-            num_trajectories: independent chains, whose last distributions are averaged.
+            num_trajectories: independent chains.
 
         Returns:
             `torch.Tensor` of shape `(..., vocab_size)`: log-probabilities of the next token.
         """
+        *_, (log_probs, _) = self.chain(context_states, num_trajectories, generator)
+        return log_probs.logsumexp(0) - math.log(num_trajectories)
+
+    @torch.no_grad()
+    def chain(
+        self,
+        context_states: Sequence[torch.Tensor],
+        num_trajectories: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """The chain, block by block: `s_{b+1} = s_b + D e_y + sqrt(D) eps` with `y` drawn from the belief at block b.
+
+        Drawing a token, where the paper moves to the mean embedding (NoProp, arXiv 2503.24322, section 2), makes a step
+        of any size exact when the belief is the true posterior.
+
+        Yields:
+            The belief at a block as log-probabilities `(num_trajectories, ..., vocab_size)`, and the tokens
+            `(num_trajectories, ...)` that the evidence moved towards on the way there (none at pure noise).
+        """
         blocks, table = self.model.blocks[: len(context_states)], self.model.embed_tokens
         shape = (num_trajectories, *context_states[0].shape)
-        evidence, level, log_probs = torch.zeros(shape, device=context_states[0].device), 0.0, None
+        evidence, level = torch.zeros(shape, device=context_states[0].device), 0.0
+        log_probs = tokens = None
         beliefs = Beliefs()
         for block, context in zip(blocks, context_states, strict=True):
             if block.level > level:
@@ -140,7 +158,7 @@ class NoPropGenerationMixin(GenerationMixin):
                 level = block.level
             belief, bias, _ = beliefs.refine(block.head, context, evidence)
             log_probs = F.linear(belief + evidence, table.weight.float(), bias).log_softmax(-1)
-        return log_probs.logsumexp(0) - math.log(num_trajectories)
+            yield log_probs, tokens
 
 
 def sample_categorical(log_probs: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:

@@ -1,0 +1,194 @@
+"""Seeing the chain of blocks work: what is believed of each generated token, as data, as text and as a picture."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from matplotlib.figure import Figure
+from rich.table import Table
+from rich.text import Text
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from .evaluation import encode_prompt
+from .generation_noprop import sample_categorical
+from .modeling_noprop import NoPropForCausalLM
+
+
+@dataclass
+class BlockBelief:
+    """What the chain believes at a block.
+
+    Args:
+        level: signal-to-noise ratio of the evidence it has seen; 0 is pure noise.
+        moved_to: the token, drawn from the belief before, that the evidence of the first trajectory moved towards.
+        candidates: the likeliest tokens as text, with their probabilities, likeliest first.
+        probability: that of the token finally taken.
+    """
+
+    level: float
+    moved_to: str | None
+    candidates: list[tuple[str, float]]
+    probability: float
+
+
+@dataclass
+class WatchedToken:
+    """A generated token and how it came about.
+
+    Args:
+        token_id: its index in the vocabulary.
+        token: the token by itself, with signs for what cannot be seen.
+        text: all that has been generated so far.
+        beliefs: one for each block, in order.
+    """
+
+    token_id: int
+    token: str
+    text: str
+    beliefs: list[BlockBelief]
+
+
+@torch.no_grad()
+def watch(
+    model: NoPropForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int = 8,
+    num_candidates: int = 5,
+    num_inference_blocks: int | None = None,
+    num_trajectories: int = 1,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> Iterator[WatchedToken]:
+    """Generate with the chain, and tell of every token what each block believed.
+
+    Args:
+        num_candidates: how many of the likeliest tokens are told.
+        num_inference_blocks: run only the first blocks; all when not given.
+        num_trajectories: chains to average for each token.
+        temperature: of the draw from the last belief; 0 takes the likeliest token.
+
+    Raises:
+        ValueError: a prompt and new tokens that do not fit into the model's window.
+    """
+    window = model.config.max_position_embeddings
+    input_ids = encode_prompt(prompt, tokenizer).to(model.device)
+    if input_ids.shape[1] == 0:
+        raise ValueError("This tokenizer has no token that begins a text: the prompt must not be empty.")
+    if input_ids.shape[1] + max_new_tokens > window:
+        raise ValueError(
+            f"A prompt of {input_ids.shape[1]} tokens and {max_new_tokens} new ones do not fit into the {window} that "
+            "the model was made for. Shorten the prompt."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    model.eval()
+    levels = [block.level for block in model.model.blocks]
+    cache, generated = DynamicCache(config=model.config), []
+    while len(generated) < max_new_tokens:
+        outputs = model.model(
+            input_ids, cache=cache, use_cache=True, logits_to_keep=1, num_inference_blocks=num_inference_blocks
+        )
+        beliefs, moves = [], []
+        for log_probs, drawn in model.chain(outputs.context_states, num_trajectories, generator):
+            beliefs.append((log_probs.logsumexp(0) - math.log(num_trajectories)).flatten())
+            moves.append(None if drawn is None else visible(tokenizer.decode(drawn.flatten()[:1])))
+        if temperature == 0:
+            token = beliefs[-1].argmax()
+        else:
+            token = sample_categorical((beliefs[-1] / temperature).log_softmax(-1)[None], generator)[0]
+        if token == model.config.eos_token_id:
+            return
+        generated.append(int(token))
+        input_ids = token.view(1, 1)
+        yield WatchedToken(
+            token_id=int(token),
+            token=visible(tokenizer.decode([int(token)])),
+            text=tokenizer.decode(generated),
+            beliefs=[
+                BlockBelief(level, moved_to, _likeliest(belief, tokenizer, num_candidates), belief[token].exp().item())
+                for level, moved_to, belief in zip(levels, moves, beliefs, strict=False)
+            ],
+        )
+
+
+def _likeliest(belief: torch.Tensor, tokenizer: PreTrainedTokenizerBase, count: int) -> list[tuple[str, float]]:
+    top = belief.exp().topk(min(count, len(belief)))
+    return [
+        (visible(tokenizer.decode([index])), probability)
+        for index, probability in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    ]
+
+
+def visible(token: str) -> str:
+    """A token with signs for its spaces and ends of lines."""
+    return token.replace(" ", "\u2423").replace("\n", "\u21b5").replace("\t", "\u21e5")
+
+
+def table(watched: WatchedToken) -> Table:
+    """A token as a table for a terminal: a line for each block, brighter where it is surer."""
+    found = Table(title=Text.assemble("token ", (watched.token, "bold green")), title_justify="left")
+    found.add_column("block", justify="right", min_width=5)
+    found.add_column("\u03b3", justify="right", min_width=5)
+    found.add_column("moved to", min_width=8)
+    found.add_column("the likeliest tokens", no_wrap=True)
+    for block, belief in enumerate(watched.beliefs):
+        line = Text()
+        for token, probability in belief.candidates:
+            style = "bold green" if token == watched.token else "bold" if probability > 0.2 else "dim"
+            line.append(f"{token} ", style).append(f"{probability:.2f}   ", "dim")
+        found.add_row(str(block), f"{belief.level:.3f}" if belief.level else "noise", belief.moved_to or "", line)
+    return found
+
+
+def figure(prompt: str, tokens: Sequence[WatchedToken]) -> Figure:
+    """Tokens as a picture: for each, a map of the probabilities of candidates (columns) at the blocks (rows)."""
+    columns = min(4, len(tokens))
+    rows = -(-len(tokens) // columns)
+    num_blocks = len(tokens[0].beliefs)
+    size = (3.4 * columns, (1.4 + 0.35 * num_blocks) * rows + 0.6)
+    picture = Figure(figsize=size, layout="constrained")
+    text = visible(prompt).replace("$", r"\$")
+    picture.suptitle(f"{text}\u2026 from noise to a token, block by block")
+    for axes, watched in zip(picture.subplots(rows, columns, squeeze=False).flat, tokens, strict=False):
+        names = candidates(watched)
+        shares = probabilities(watched, names)
+        axes.imshow(shares, cmap="Greens", vmin=0, vmax=1, aspect="auto")
+        for row, line in enumerate(shares):
+            for column, share in enumerate(line):
+                if share >= 0.005:
+                    color = "white" if share > 0.6 else "black"
+                    axes.text(column, row, f"{share:.2f}", ha="center", va="center", fontsize=7, color=color)
+        axes.set_title(watched.token.replace("$", r"\$"), fontweight="bold", color="darkgreen")
+        axes.set_xticks(range(len(names)), [name.replace("$", r"\$") for name in names], rotation=45, fontsize=8)
+        axes.set_yticks(
+            range(num_blocks), [block_name(block, b) for block, b in enumerate(watched.beliefs)], fontsize=7
+        )
+        for tick, name in zip(axes.get_xticklabels(), names, strict=True):
+            if name == watched.token:
+                tick.set(fontweight="bold", color="darkgreen")
+    for axes in picture.axes[len(tokens) :]:
+        axes.set_axis_off()
+    return picture
+
+
+def candidates(watched: WatchedToken, count: int = 6) -> list[str]:
+    """The tokens worth a column: the one that was taken, and the likeliest ones at any block."""
+    best: dict[str, float] = {}
+    for belief in watched.beliefs:
+        for token, probability in belief.candidates:
+            best[token] = max(best.get(token, 0.0), probability)
+    names = sorted(best, key=lambda name: best[name], reverse=True)[:count]
+    if watched.token not in names:
+        names[-1:] = [watched.token]
+    return names
+
+
+def probabilities(watched: WatchedToken, names: Sequence[str]) -> list[list[float]]:
+    """Of each block (rows), what it gives to the tokens of some names; 0 where that was not kept."""
+    rows = [dict(belief.candidates) | {watched.token: belief.probability} for belief in watched.beliefs]
+    return [[row.get(name, 0.0) for name in names] for row in rows]
+
+
+def block_name(index: int, belief: BlockBelief) -> str:
+    return f"block {index}, " + (f"\u03b3 {belief.level:.3f}" if belief.level else "noise")

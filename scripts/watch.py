@@ -1,0 +1,53 @@
+#!/usr/bin/env python
+"""See the chain of blocks turn noise into tokens: in the terminal, and as a picture.
+
+python scripts/watch.py runs/demo "Return the "
+python scripts/watch.py runs/demo "Return the " --save chain.png
+"""
+
+import argparse
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+import noprop_hf  # noqa: F401  registers the model
+from noprop_hf.data import load_tokenizer
+from noprop_hf.watching import figure, table, watch
+
+
+LEGEND = (
+    "For every token, each block says what it believes. Block 0 sees the text so far and pure noise. Then a token is "
+    "drawn from its belief, the noise moves a little towards that token (\u03b3: signal-to-noise ratio), and the next "
+    "block believes anew. The token is drawn from the last belief."
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a model directory, or a repository of the Hub")
+    parser.add_argument("prompt", help="the text to continue; may be empty")
+    parser.add_argument("--max_new_tokens", type=int, default=8)
+    parser.add_argument("--num_candidates", type=int, default=5, help="tokens shown for each block")
+    parser.add_argument("--num_inference_blocks", type=int, default=None, help="run only the first blocks")
+    parser.add_argument("--num_trajectories", type=int, default=1, help="chains to average")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", help="write the picture here, such as chain.png")
+    args = vars(parser.parse_args())
+
+    name, save = args.pop("model"), args.pop("save")
+    model = AutoModelForCausalLM.from_pretrained(name).to("cuda" if torch.cuda.is_available() else "cpu")
+    console, tokens = Console(), []
+    console.print(LEGEND, markup=False)
+    for token in watch(model, load_tokenizer(name), **args):
+        tokens.append(token)
+        console.print(table(token))
+    console.print(args["prompt"] + (tokens[-1].text if tokens else ""), markup=False)
+    if save:
+        figure(args["prompt"], tokens).savefig(save, dpi=120)
+        console.print(f"The picture is in {save}.", markup=False)
+
+
+if __name__ == "__main__":
+    main()
