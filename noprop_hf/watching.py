@@ -55,7 +55,7 @@ def watch(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     max_new_tokens: int = 8,
-    num_candidates: int = 5,
+    num_candidates: int = 4,
     num_inference_blocks: int | None = None,
     num_trajectories: int = 1,
     temperature: float = 1.0,

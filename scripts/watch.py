@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("model", help="a model directory, or a repository of the Hub")
     parser.add_argument("prompt", help="the text to continue; may be empty")
     parser.add_argument("--max_new_tokens", type=int, default=8)
-    parser.add_argument("--num_candidates", type=int, default=5, help="tokens shown for each block")
+    parser.add_argument("--num_candidates", type=int, default=4, help="tokens shown for each block")
     parser.add_argument("--num_inference_blocks", type=int, default=None, help="run only the first blocks")
     parser.add_argument("--num_trajectories", type=int, default=1, help="chains to average")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
