@@ -213,7 +213,9 @@ def predictive_variants(bench: Bench, name: str) -> dict[str, float]:
     table = model.model.embed_tokens.weight
     halves = []
     for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
-        answers, chains, some_states = [], [], []
+        answers: Any = []
+        chains: Any = []
+        some_states = []
         for batch in half.split(64):
             states = [states[:, :-1].flatten(0, 1) for states in model.model(batch).context_states]
             answers.append(torch.stack([block.head(h) for block, h in zip(model.model.blocks, states, strict=True)]))

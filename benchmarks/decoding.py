@@ -13,9 +13,12 @@ import gc
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import yaml
@@ -80,12 +83,9 @@ def models(shape: str, device: torch.device) -> dict[str, PreTrainedModel]:
     return {name: model.to(device, dtype).eval() for name, model in found.items()}
 
 
-def one_by_one(model: NoPropForCausalLM, is_so: bool) -> None:
-    """Run the blocks of a model one after the other, as where they cannot be stacked; or side by side again."""
-    if is_so:
-        model.model.stacked_blocks = lambda **kwargs: None
-    else:
-        vars(model.model).pop("stacked_blocks", None)
+def one_by_one(model: NoPropForCausalLM) -> AbstractContextManager:
+    """Run the blocks of a model one after the other, as where they cannot be stacked."""
+    return patch.object(model.model, "stacked_blocks", lambda **kwargs: None)
 
 
 def seconds(compute: Callable[[], Any], device: torch.device) -> float:
@@ -107,17 +107,16 @@ def measure(
     for repeat in range(args.repeats + 1):  # the first warms up
         for kind, name in kinds.items():
             model = found[name]
-            one_by_one(found["ours"], kind == "one_by_one")
             if device.type == "cuda":
                 gc.collect()
                 torch.cuda.reset_peak_memory_stats()
-            for job, run in jobs.items():
-                taken = seconds(lambda run=run, model=model: run(model), device)
-                if repeat > 0:
-                    times[kind][job].append(taken)
+            with one_by_one(found["ours"]) if kind == "one_by_one" else nullcontext():
+                taken = {job: seconds(partial(run, model), device) for job, run in jobs.items()}
+            if repeat > 0:
+                for job in jobs:
+                    times[kind][job].append(taken[job])
             if device.type == "cuda":
                 peaks[kind] = torch.cuda.max_memory_allocated()
-    one_by_one(found["ours"], False)
     fastest = {kind: {job: min(values) for job, values in runs.items()} for kind, runs in times.items()}
     return {kind: runs | {"peak_bytes": peaks[kind]} for kind, runs in fastest.items()}
 
@@ -134,10 +133,10 @@ def generation(found: dict[str, PreTrainedModel], args: DecodingArguments) -> li
             def generate(model: PreTrainedModel, count: int, prompts=prompts, mask=mask) -> None:
                 model.generate(prompts, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, pad_token_id=0)
 
-            jobs = {
-                "first": lambda model, generate=generate: generate(model, 1),
-                "all": lambda model, generate=generate: generate(model, 1 + args.new_tokens),
-                "scoring": lambda model, prompts=prompts: score(model, prompts),
+            jobs: dict[str, Callable[[PreTrainedModel], Any]] = {
+                "first": partial(generate, count=1),
+                "all": partial(generate, count=1 + args.new_tokens),
+                "scoring": partial(score, texts=prompts),
             }
             found_times = measure(found, jobs, args)
             row: dict[str, Any] = {"batch_size": batch_size, "prompt_length": prompt_length}
@@ -195,7 +194,9 @@ def quality_and_cost(directory: Path, device: torch.device) -> list[dict[str, An
     batch = CausalCollator(tokenizer)(list(data["validation"].select(range(64))))
     input_ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
     num_blocks = model.config.num_blocks
-    ways = {f"first {count} blocks": {"num_inference_blocks": count} for count in range(1, num_blocks)}
+    ways: dict[str, dict[str, Any]] = {}
+    for count in range(1, num_blocks):
+        ways[f"first {count} blocks"] = {"num_inference_blocks": count}
     ways["all blocks"] = {}
     for count in (1, 2, 4, 8, 16):
         ways[f"{count} trajectories"] = {"decoding_mode": "denoising", "num_trajectories": count}

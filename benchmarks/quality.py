@@ -99,11 +99,11 @@ class QualityArguments:
 
     def data(self, corpus: str) -> DataArguments:
         folder = Path(self.data_dir)
-        files = {
+        names = {
             "shakespeare": {"train_file": "shakespeare.txt"},
             "wikitext2": {"train_file": "wikitext2/test.txt", "validation_file": "wikitext2/validation.txt"},
         }[corpus]
-        files = {name: str(folder / file) for name, file in files.items()}
+        files: dict[str, Any] = {name: str(folder / file) for name, file in names.items()}
         return DataArguments(max_length=self.max_length, validation_split_percentage=10, **files)
 
     def sizes(self) -> dict[str, int]:
@@ -247,13 +247,13 @@ class Bench:
     def blocks(self, name: str) -> dict[str, Any]:
         """NoProp, or one block of it alone."""
         budgets = self.budgets()
-        changes, tokens = {
+        models: dict[str, tuple[dict[str, Any], float]] = {
             "noprop": ({}, budgets["block"]),
             "noprop_hierarchical": ({"context_source": "previous_block"}, budgets["hierarchical_block"]),
             "single_block": ({"num_blocks": 1, "noise_levels": [0.0]}, budgets["block"]),
             "single_block_long": ({"num_blocks": 1, "noise_levels": [0.0]}, budgets["block"] * self.args.num_blocks),
-        }[name]
-        return self.train_blocks(name, changes, tokens) | self.measure(name)
+        }
+        return self.train_blocks(name, *models[name]) | self.measure(name)
 
     def train_blocks(self, name: str, changes: dict[str, Any], tokens: float) -> dict[str, Any]:
         """Train blocks on the table of phase 1, with `changes` of the configuration."""
@@ -294,11 +294,12 @@ class Bench:
         options["pad_token_id"] = tokenizer.pad_token_id
         prompts, mask = rows[:, :start], torch.ones_like(rows[:, :start])
         nats = {}
-        for name, mode in {
+        modes: dict[str, dict[str, Any]] = {
             "chain": {"decoding_mode": "denoising"},
             "predictive": {},
             "first_block": {"num_inference_blocks": 1},
-        }.items():
+        }
+        for name, mode in modes.items():
             texts = model.generate(prompts, attention_mask=mask, seed=self.seed, **options, **mode)
             with torch.no_grad():
                 logits = judge(texts).logits[:, start - 1 : -1]
@@ -479,7 +480,7 @@ def main() -> None:
         Bench(args, corpus, 0).prepare()
     names = [name for name in MODELS if name in args.models]
     stages = [["phase1"], names, ["samples"] if {"end_to_end", "noprop"} <= set(names) else []]
-    figures = {}
+    figures: dict[tuple[str, int, str], dict[str, Any]] = {}
     with ProcessPoolExecutor(args.num_workers, mp_context=get_context("spawn")) as pool:
         for stage in stages:
             jobs = {(*run, name): pool.submit(run_job, args, *run, name) for run in runs for name in stage}

@@ -141,7 +141,8 @@ def measure(args: SpeedArguments) -> dict[str, Any]:
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(6, 1.5 + 0.8 * len(runs)), layout="constrained")
-    axes, names = figure.add_subplot(), []
+    axes = figure.add_subplot()
+    names: list[str] = []
     for run in reversed(runs):
         whole = sum(run["microseconds_per_token"]["end_to_end"].values())
         for kind, label in (("end_to_end", "end to end"), ("block", "all blocks")):

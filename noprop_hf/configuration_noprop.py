@@ -148,6 +148,7 @@ class NoPropConfig(PreTrainedConfig):
         head_dim = self.head_dim if self.head_dim is not None else self.hidden_size // self.num_attention_heads
         if head_dim < 2 or head_dim % 2:
             raise ValueError(f"The size of an attention head must be even for rotary positions, got {head_dim}.")
+        assert self.num_key_value_heads is not None
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
@@ -155,7 +156,7 @@ class NoPropConfig(PreTrainedConfig):
             )
 
     def _check_noise(self) -> None:
-        levels = self.noise_levels
+        levels = self.noise_levels or []
         if len(levels) != self.num_blocks:
             raise ValueError(
                 f"`noise_levels` must hold one signal-to-noise ratio per block: got {len(levels)} for "

@@ -387,6 +387,7 @@ class DenoisingBlock(NoPropPreTrainedModel):
         if not 0 <= block_index < config.num_blocks:
             raise ValueError(f"`block_index` must be in [0, {config.num_blocks}), got {block_index}.")
         self.block_index = block_index
+        assert config.noise_levels is not None  # the configuration resolves it, as it does the number of layers
         self.level = config.noise_levels[block_index]
         num_layers = config.num_layers_per_block
         reads_states = config.context_source == "previous_block" and block_index > 0
@@ -785,6 +786,7 @@ class NoPropForMaskedLM(NoPropPreTrainedModel):
     def __init__(self, config: NoPropConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        assert config.num_pretraining_layers is not None
         self.encoder = ContextEncoder(config, config.num_pretraining_layers)
         self.readout = Readout(config.hidden_size, config.hidden_size, bias=False)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))

@@ -82,13 +82,14 @@ class StackedBlocks:
         groups = [slice(first, min(first + step, num_blocks)) for first in range(0, num_blocks, step)]
         if len(groups) == 1:
             return self._encode(inputs_embeds, groups[0], cache, **inputs)
-        caches = [None if cache is None else DynamicCache() for _ in groups]
+        if cache is None:
+            return torch.cat([self._encode(inputs_embeds, group, None, **inputs) for group in groups])
+        caches = [DynamicCache() for _ in groups]
         states = [self._encode(inputs_embeds, group, own, **inputs) for group, own in zip(groups, caches, strict=True)]
-        if cache is not None:
-            for index in range(len(self.layers)):
-                layers = [own.layers[index] for own in caches]
-                keys, values = (torch.cat([getattr(layer, n) for layer in layers], dim=1) for n in ("keys", "values"))
-                cache.update(keys, values, index)
+        for index in range(len(self.layers)):
+            layers = [own.layers[index] for own in caches]
+            keys, values = (torch.cat([getattr(layer, n) for layer in layers], dim=1) for n in ("keys", "values"))
+            cache.update(keys, values, index)
         return torch.cat(states)
 
     def _encode(

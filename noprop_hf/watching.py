@@ -84,7 +84,8 @@ def watch(
     generator = torch.Generator().manual_seed(seed)
     model.eval()
     levels = [block.level for block in model.model.blocks]
-    cache, generated = DynamicCache(config=model.config), []
+    cache = DynamicCache(config=model.config)
+    generated: list[int] = []
     while len(generated) < max_new_tokens:
         outputs = model.model(
             input_ids, cache=cache, use_cache=True, logits_to_keep=1, num_inference_blocks=num_inference_blocks
