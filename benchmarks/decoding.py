@@ -64,7 +64,7 @@ class DecodingArguments:
     def __post_init__(self):
         if self.small:
             self.shape, self.batch_sizes, self.prompt_lengths = "demo", [1], [32]
-            self.new_tokens, self.repeats = 4, 1
+            self.new_tokens, self.repeats = 16, 2
 
 
 def device_name(device: torch.device) -> str:

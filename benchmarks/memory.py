@@ -7,14 +7,18 @@ python benchmarks/memory.py --small   # the same for a small shape, 2 blocks
 On a GPU, the peak of the allocator over two steps of AdamW under float16 autocast. On a CPU, in float32, two figures:
 what is counted (parameters, gradients, the optimizer's state, and what autograd saves for the backward pass, each piece
 of memory once), and the peak of resident memory of a fresh process over what it had before. Batch, sequence and
-precision are the same for both models, and each has its own loss.
+precision are the same for both models, and each has its own loss. "Assembled" is the peak memory of a process that
+loads a whole model and uses it, over the bytes of its weights.
 """
 
 import json
+import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,7 +27,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
-from noprop_hf import DenoisingBlock, NoPropConfig
+from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM
 from noprop_hf.modeling_noprop import TokenTable
 
 
@@ -92,7 +96,13 @@ KINDS: dict[str, Callable[[NoPropConfig], nn.Module]] = {"block": OneBlock, "end
 def prepare(kind: str, args: MemoryArguments, num_blocks: int, device: str) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     model = KINDS[kind](args.config(num_blocks)).to(device).train()
-    return model, torch.randint(args.vocab_size, (args.batch_size, args.max_length), device=device)
+    return model, random_text(args.vocab_size, args.batch_size, args.max_length).to(device)
+
+
+def random_text(vocab_size: int, *shape: int) -> torch.Tensor:
+    """Tokens as often as those of a text, by Zipf's law: how many different ones a batch has counts for its softmax."""
+    frequencies = 1 / torch.arange(1, vocab_size + 1)
+    return torch.multinomial(frequencies, math.prod(shape), replacement=True).view(shape)
 
 
 def train(model: nn.Module, tokens: torch.Tensor, steps: int = 2) -> torch.optim.Optimizer:
@@ -150,6 +160,26 @@ def resident(kind: str, args: MemoryArguments, num_blocks: int) -> int:
     return process_bytes("VmHWM") - before
 
 
+def assembled(directory: str) -> float:
+    """Peak memory of a process that loads a whole model and uses it, over the bytes of its weights. Run it in a fresh
+    one, on Linux. What is mapped from files is not counted: it is given back when memory is short."""
+    before = process_bytes("RssAnon")
+    peaks, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peaks.append(process_bytes("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = NoPropForCausalLM.from_pretrained(directory).eval()
+    with torch.no_grad():
+        model(torch.zeros(1, 8, dtype=torch.long))
+    done.set()
+    watcher.join()
+    return (max(peaks) - before) / sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
 def process_bytes(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
@@ -175,6 +205,9 @@ def measure(args: MemoryArguments, num_blocks: int) -> dict[str, Any]:
         row["bytes"] = {kind: sum(parts.values()) for kind, parts in row["counted"].items()}
         with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
             row["resident"] = {kind: pool.apply(resident, (kind, args, num_blocks)) for kind in KINDS}
+        with TemporaryDirectory() as folder, get_context("spawn").Pool(1) as pool:
+            NoPropForCausalLM(config).save_pretrained(folder)
+            row["ratio_assembled"] = pool.apply(assembled, (folder,))
         row["ratio_resident"] = row["resident"]["block"] / row["resident"]["end_to_end"]
     whole = row["bytes"]["end_to_end"]
     row |= {"ratio": row["bytes"]["block"] / whole, "table_share": table / whole}
@@ -185,7 +218,7 @@ def measure(args: MemoryArguments, num_blocks: int) -> dict[str, Any]:
 def largest_batches(args: MemoryArguments, budget: float = 0.9 * 16e9) -> str:
     """The memory model of a block on a card of 16 GB: what is fixed, what a token adds, and what then fits."""
     model, _ = prepare("block", args, 4, "cpu")
-    few, many = (torch.randint(args.vocab_size, (batch_size, args.max_length)) for batch_size in (2, 4))
+    few, many = (random_text(args.vocab_size, batch_size, args.max_length) for batch_size in (2, 4))
     with torch.autocast("cpu", torch.bfloat16):  # as large as float16, which a CPU lacks products for
         saved = saved_bytes(model, many) - saved_bytes(model, few)
     per_token = saved / (many.numel() - few.numel())
@@ -221,17 +254,17 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     (args,) = HfArgumentParser(MemoryArguments, description=__doc__).parse_args_into_dataclasses()
-    print("| blocks | a block, MB | end to end, MB | ratio | 1/N | table's share | bar | ratio of resident memory |")
-    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print("| blocks | a block, MB | end to end, MB | ratio | 1/N | table's share | bar | resident | assembled |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     rows = []
     for num_blocks in args.num_blocks:
         row = measure(args, num_blocks)
         rows.append(row)
         block, whole = (row["bytes"][kind] / 1e6 for kind in KINDS)
-        resident_ratio = f"{row['ratio_resident']:.3f}" if "ratio_resident" in row else ""
+        host = [f"{row[name]:.3f}" if name in row else "" for name in ("ratio_resident", "ratio_assembled")]
         print(
             f"| {num_blocks} | {block:,.0f} | {whole:,.0f} | {row['ratio']:.3f} | {1 / num_blocks:.3f} | "
-            f"{row['table_share']:.3f} | {row['bar']:.3f} | {resident_ratio} |",
+            f"{row['table_share']:.3f} | {row['bar']:.3f} | {' | '.join(host)} |",
             flush=True,
         )
     print("\n" + largest_batches(args))

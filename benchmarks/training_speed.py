@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from decoding import SHAPES, device_name
 from matplotlib.figure import Figure
-from memory import KINDS
+from memory import KINDS, random_text
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
@@ -59,10 +59,7 @@ class Stopwatch:
         half = self.device.type == "cuda"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self.autocast = torch.autocast(self.device.type, torch.float16, enabled=half)
-        frequencies = 1 / torch.arange(1, vocab_size + 1)  # Zipf's law, as in text
-        rows = torch.multinomial(
-            frequencies, args.batch_size * (args.steps + 2) * args.max_length, replacement=True
-        ).view(-1, args.max_length)
+        rows = random_text(vocab_size, args.batch_size * (args.steps + 2), args.max_length)
         self.batches = iter(DataLoader(TensorDataset(rows), args.batch_size, shuffle=True))
         self.marks: list[float] = []
         encoder.register_forward_pre_hook(lambda *_: self.mark())

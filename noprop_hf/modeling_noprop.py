@@ -39,6 +39,7 @@ from transformers.utils import (
     ModelOutput,
     cached_file,
     can_return_tuple,
+    logging,
 )
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
@@ -295,11 +296,17 @@ class NoPropPreTrainedModel(PreTrainedModel):
         index = shard_index(state_dict)
         directory = Path(save_directory)
         shards = sorted(set(index["weight_map"].values()))
-        for shard in shards:
-            tensors = {name: tensor for name, tensor in state_dict.items() if shard_of(name) == shard}
-            super().save_pretrained(directory, is_main_process, tensors, **kwargs)
-            if is_main_process:
-                (directory / SAFE_WEIGHTS_NAME).replace(directory / shard)
+        shows_progress = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # which would be one for every shard
+        try:
+            for shard in shards:
+                tensors = {name: tensor for name, tensor in state_dict.items() if shard_of(name) == shard}
+                super().save_pretrained(directory, is_main_process, tensors, **kwargs)
+                if is_main_process:
+                    (directory / SAFE_WEIGHTS_NAME).replace(directory / shard)
+        finally:
+            if shows_progress:
+                logging.enable_progress_bar()
         if is_main_process:
             for stale in directory.glob("block-*.safetensors"):
                 if stale.name not in shards:
