@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""One thing at a time against the default: what makes independent blocks better and what does not.
+"""One thing at a time against a reference: what makes independent blocks better and what does not.
 
 python benchmarks/ablation.py --data_dir DIR                     # everything; DIR as for quality.py
 python benchmarks/ablation.py --data_dir DIR --groups table      # one group
@@ -33,13 +33,15 @@ from noprop_hf.training import new_block
 
 @dataclass
 class Variation:
-    """What is not as the defaults are.
+    """What is not as in the reference: the defaults, but the softmax over the whole vocabulary and levels that go up to
+    all of the information, which were the defaults when most rows were measured.
 
     Attributes:
         config: fields of the configuration, for both phases.
-        blocks: fields of the configuration that only blocks see (they share the default's phase 1).
+        blocks: fields of the configuration that only blocks see (they share the reference's phase 1).
         pretraining: fields of `PretrainingArguments`.
         args: fields of `QualityArguments`.
+        information_share: how much of a token the evidence tells by the end of the chain.
         whiten: whether the table is whitened before it is scaled.
         level_scale: what all noise levels are multiplied by.
         level_range: whether a block trains at levels drawn between its own and that of the next block.
@@ -50,6 +52,7 @@ class Variation:
     blocks: dict[str, Any] = field(default_factory=dict)
     pretraining: dict[str, Any] = field(default_factory=dict)
     args: dict[str, Any] = field(default_factory=dict)
+    information_share: float = 1.0
     whiten: bool = False
     level_scale: float = 1.0
     level_range: bool = False
@@ -94,6 +97,10 @@ GROUPS: dict[str, dict[str, Variation]] = {
         "no denoising": Variation(blocks={"denoising_weight": 0.0}),
         "squared error": Variation(blocks={"loss_type": "mse"}),
         "levels up to the next block's": Variation(level_range=True),
+        "sampled softmax": Variation(config={"sampled_softmax": True}),
+        "sampled softmax, levels up to a third of the information": Variation(
+            config={"sampled_softmax": True}, information_share=1 / 3
+        ),
     },
     "context": {
         "hierarchical context": Variation(blocks={"context_source": "previous_block"}),
@@ -106,6 +113,7 @@ GROUPS: dict[str, dict[str, Variation]] = {
         "linear levels": Variation(blocks={"noise_schedule": "linear"}),
         "levels a quarter as high": Variation(level_scale=0.25),
         "levels twice as high": Variation(level_scale=2.0),
+        "levels up to a third of the information": Variation(information_share=1 / 3),
         "2 blocks of 4 layers": Variation(args={"num_blocks": 2, "num_layers_per_block": 4}),
         "8 blocks of 1 layer": Variation(args={"num_blocks": 8, "num_layers_per_block": 1}),
     },
@@ -131,10 +139,11 @@ class AblationArguments:
 
 
 def bench_of(args: AblationArguments, variation: Variation) -> Bench:
-    """The bench of a variation. Variations of blocks share the folder, and so the phase 1, of the default."""
+    """The bench of a variation. Variations of blocks share the folder, and so the phase 1, of the reference."""
     folder = Path(args.output_dir, slug(json.dumps(variation.phase1())))
     settings = QualityArguments(data_dir=args.data_dir, output_dir=str(folder), tokens=args.tokens)
-    return Bench(replace(settings, **variation.args), "shakespeare", 0, variation.config)
+    changes = {"sampled_softmax": False} | variation.config
+    return Bench(replace(settings, **variation.args), "shakespeare", 0, changes)
 
 
 def slug(text: str) -> str:
@@ -158,13 +167,15 @@ def train(bench: Bench, name: str, variation: Variation) -> dict[str, Any]:
     changes, config = dict(variation.blocks), NoPropConfig.from_pretrained(bench.phase1)
     if variation.whiten:
         bench.phase1 = whitened(bench, bench.folder / "whitened")
-    elif "noise_schedule" in changes:
+    table = load_table(bench.phase1, config)
+    if "noise_schedule" in changes:
         sizes = (config.num_blocks, config.vocab_size, config.hidden_size)
         changes["noise_levels"] = prior_levels(changes["noise_schedule"], *sizes)
     else:
-        changes["noise_levels"] = [level * variation.level_scale for level in config.noise_levels]
+        found = information_levels(table.weight, table.log_prior, config.num_blocks, variation.information_share)
+        changes["noise_levels"] = [level * variation.level_scale for level in found]
     tokens = bench.budgets()["hierarchical_block" if "context_source" in changes else "block"]
-    draw = partial(evidence_in_range, config.noise_levels) if variation.level_range else sample_evidence
+    draw = partial(evidence_in_range, changes["noise_levels"]) if variation.level_range else sample_evidence
     start = copy_of_first_block if variation.from_first_block else new_block
     with (
         patch("noprop_hf.modeling_noprop.sample_evidence", draw),
@@ -198,7 +209,6 @@ def whitened(bench: Bench, directory: Path) -> Path:
     centred = table.weight - table.weight.mean(0)
     variances, directions = torch.linalg.eigh(centred.T @ centred / len(centred))
     table.weight.copy_(standardize(centred @ directions / variances.sqrt()))
-    config.noise_levels = information_levels(table.weight, table.log_prior, config.num_blocks)
     config.block_initialization = "random"
     create_model_directory(directory, config, tokenizer, table)
     return directory
@@ -287,7 +297,8 @@ def row(name: str, figures: dict[str, Any]) -> str:
 
 def main() -> None:
     (args,) = HfArgumentParser(AblationArguments, description=__doc__).parse_args_into_dataclasses()
-    groups = {"default": {"default": Variation()}} | {name: GROUPS[name] for name in args.groups}
+    every = {"reference": {"reference": Variation()}} | GROUPS
+    groups = {name: every[name] for name in ["reference", *args.groups]}
     variations = {name: variation for group in groups.values() for name, variation in group.items()}
     with ProcessPoolExecutor(args.num_workers, mp_context=get_context("spawn")) as pool:
         phase1 = {json.dumps(variation.phase1()): variation for variation in variations.values()}
@@ -295,21 +306,21 @@ def main() -> None:
             job.result()
         jobs = {name: pool.submit(measure, args, name, variation) for name, variation in variations.items()}
         figures = {name: job.result() for name, job in jobs.items()}
-    lines = []
-    for group, names in groups.items():
-        lines += [
-            f"**{group}**",
-            "",
-            "| | predictive | bound | first block | if a mixture | change of the bound by later blocks |",
-            "| --- | ---: | ---: | ---: | ---: | --- |",
-            *(row(name, figures[name]) for name in names),
-            "",
-        ]
     path = Path(args.results)
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(path.read_text()) if path.is_file() else {}
     kept |= {name: {"variation": asdict(variations[name])} | figures[name] for name in variations}
     path.write_text(json.dumps(kept, indent=1) + "\n")
+    lines = []
+    for group, names in every.items():
+        lines += [
+            f"**{group}**",
+            "",
+            "| | predictive | bound | first block | if a mixture | change of the bound by later blocks |",
+            "| --- | ---: | ---: | ---: | ---: | --- |",
+            *(row(name, kept[name]) for name in names if name in kept),
+            "",
+        ]
     path.with_suffix(".md").write_text("\n".join(lines))
     print("\n".join(lines))
 

@@ -19,11 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-import torch
 from transformers import HfArgumentParser
 
-from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForMaskedLM
-from noprop_hf.modeling_noprop import TokenTable
+from noprop_hf import NoPropConfig
+from noprop_hf.planning import Sizes, checkpoint_bytes
 
 
 ROOT = Path(__file__).parent.parent
@@ -117,18 +116,14 @@ report_to: none
 def plan(num_blocks: int = 12) -> str:
     """What each of twelve machines moves and keeps, at the sizes of the T4 recipe."""
     config = NoPropConfig(num_blocks=num_blocks)
-    with torch.device("meta"):
-        modules = TokenTable(config), NoPropForMaskedLM(config), DenoisingBlock(config, num_blocks - 1)
-    table_bytes, phase1_bytes, block_bytes = (
-        sum(tensor.nbytes for tensor in module.state_dict().values()) for module in modules
-    )
-    # A checkpoint holds weights and two moments of Adam; two are kept, and a third is there while it is written.
-    kept = table_bytes + phase1_bytes + block_bytes + 3 * 3 * block_bytes
+    sizes = Sizes.of(config)
     rows = {
-        "downloads, once: the table and the model of phase 1": table_bytes + phase1_bytes,
-        "uploads, once: its block": block_bytes,
-        "keeps on disk, at most: those, and checkpoints": kept,
-        "the whole model, which nobody needs while training": table_bytes + num_blocks * block_bytes,
+        "downloads, once: the table and the model of phase 1": sizes.table + sizes.phase1,
+        "uploads, once: its block": sizes.block,
+        "keeps on disk, at most: those, and checkpoints": (
+            sizes.table + sizes.phase1 + sizes.block + checkpoint_bytes(sizes.block)
+        ),
+        "the whole model, which nobody needs while training": sizes.model,
     }
     lines = [f"{num_blocks} blocks on {num_blocks} machines, fp32; each machine", ""]
     return "\n".join(lines + [f"{size / 1e6:8,.0f} MB  {name}" for name, size in rows.items()])
