@@ -83,7 +83,7 @@ def test_ablation_measures_variations(corpora, tmp_path):
     command += ["--results", str(tmp_path / "ablation.json"), "--tokens", "20000", "--groups", "context"]
     run_python(*command)
     results = json.loads((tmp_path / "ablation.json").read_text())
-    assert set(results) == {"default", *GROUPS["context"]}
+    assert set(results) == {"reference", *GROUPS["context"]}
     for figures in results.values():
         assert figures["mixture"] <= max(figures["first block"], figures["geometric mean"]) + 0.1
         assert len(figures["block_nats"]) == 4
