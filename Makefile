@@ -1,5 +1,5 @@
 # make demo   the main job: pretrain, train, evaluate, sample (two cores, under ten minutes after the installation)
-# make test   lint and all tests
+# make test   lint, types and all tests
 # Both create .venv and install the tested versions of constraints.txt when they are missing.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -16,6 +16,7 @@ test: lint
 lint: $(VENV)/dev.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 $(VENV)/dev.installed: EXTRAS = [dev]
 $(VENV)/%.installed: setup.cfg pyproject.toml constraints.txt

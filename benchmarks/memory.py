@@ -29,6 +29,7 @@ from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
 from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM
 from noprop_hf.modeling_noprop import TokenTable
+from noprop_hf.planning import saved_bytes
 
 
 SLACK = 1.25  # the bar: this much of 1/N, and the table's share
@@ -120,26 +121,10 @@ def train(model: nn.Module, tokens: torch.Tensor, steps: int = 2) -> torch.optim
     return optimizer
 
 
-def saved_bytes(model: nn.Module, tokens: torch.Tensor) -> int:
-    """What a forward pass saves for the backward pass, weights left out."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(tokens)
-    total = sum(size for pointer, size in saved.items() if pointer not in own)
-    del loss  # alive until here, so that no address is used twice
-    return total
-
-
 def counted(kind: str, args: MemoryArguments, num_blocks: int) -> dict[str, int]:
     """Bytes by what they hold, on the CPU."""
     model, tokens = prepare(kind, args, num_blocks, "cpu")
-    activations = saved_bytes(model, tokens)
+    activations = saved_bytes(lambda: model(tokens), [model])
     optimizer = train(model, tokens, 1)
     states = [value for state in optimizer.state.values() for value in state.values()]
     parameters = sum(parameter.nbytes for parameter in model.parameters())
@@ -220,7 +205,7 @@ def largest_batches(args: MemoryArguments, budget: float = 0.9 * 16e9) -> str:
     model, _ = prepare("block", args, 4, "cpu")
     few, many = (random_text(args.vocab_size, batch_size, args.max_length) for batch_size in (2, 4))
     with torch.autocast("cpu", torch.bfloat16):  # as large as float16, which a CPU lacks products for
-        saved = saved_bytes(model, many) - saved_bytes(model, few)
+        saved = saved_bytes(lambda: model(many), [model]) - saved_bytes(lambda: model(few), [model])
     per_token = saved / (many.numel() - few.numel())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     fixed = 16 * parameters + model.table.weight.nbytes + 3 * 2**25  # and chunks of logits, of 32 MB each

@@ -1,7 +1,10 @@
 """Arguments of the scripts: recipes (YAML) and command lines, read by `HfArgumentParser`."""
 
+import dataclasses
 import difflib
+import inspect
 import json
+import os
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
@@ -15,7 +18,8 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 from .configuration_noprop import NoPropConfig
 from .data import DataArguments
-from .parallel import arrange_processes
+from .parallel import GROUP_VARIABLES, arrange_processes
+from .shards_noprop import block_shard
 
 
 CORPUS_FILE = "corpus.yaml"  # in a model directory: the data arguments it was trained with
@@ -129,6 +133,21 @@ class ShareArguments:
     language: str | None = field(default=None, metadata={"help": "Language of the text, by its ISO 639-1 code."})
 
 
+@dataclass
+class RunArguments:
+    """The run as a whole.
+
+    Attributes:
+        processes: how many were launched together.
+    """
+
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Print data, model, steps, memory, time and disk of the run, and train nothing."},
+    )
+    processes: int = field(default=1, init=False)
+
+
 def parse_blocks(blocks: str, num_blocks: int) -> list[int]:
     """Read a selection of blocks such as `"0,2-3"` or `"all"`.
 
@@ -161,6 +180,7 @@ class Recipe(NamedTuple):
     blocks: BlockArguments
     share: ShareArguments
     training: TrainingArguments
+    run: RunArguments
 
 
 def parse_recipe(description: str, arguments: list[str] | None = None, parallelism: str | None = None) -> Recipe:
@@ -173,37 +193,125 @@ def parse_recipe(description: str, arguments: list[str] | None = None, paralleli
         parallelism: has precedence over that of the command line.
     """
 
-    def arrange(known: Namespace) -> None:
-        config = Path(known.output_dir or "", CONFIG_NAME)
-        kept = NoPropConfig.from_pretrained(known.output_dir) if config.is_file() else NoPropConfig()
-        num_blocks = known.num_blocks or kept.num_blocks
-        in_order = (known.context_source or kept.context_source) == "previous_block"
-        selected = parse_blocks(known.blocks, num_blocks)
-        arrange_processes(parallelism or known.parallelism, 1 if in_order else len(selected))
+    processes = int(os.environ.get("WORLD_SIZE", 1))
 
-    return Recipe(*parse_arguments(tuple(Recipe.__annotations__.values()), description, arguments, prepare=arrange))
+    def arrange(values: Namespace) -> None:
+        if parallelism is not None:
+            values.parallelism = parallelism
+        if values.dry_run:  # the first process speaks for all
+            if int(os.environ.get("RANK", 0)) > 0:
+                raise SystemExit(0)
+            for name in GROUP_VARIABLES:
+                os.environ.pop(name, None)
+        config = _known_config(values)
+        selected = parse_blocks(values.blocks, values.num_blocks or config.num_blocks)
+        arrange_processes(values.parallelism, 1 if _in_order(values, config) else len(selected))
+
+    recipe = Recipe(*parse_arguments(tuple(Recipe.__annotations__.values()), description, arguments, arrange, check))
+    recipe.run.processes = processes
+    recipe.blocks.parallelism = parallelism or recipe.blocks.parallelism
+    return recipe
+
+
+def check(values: Namespace, given: set[str]) -> None:
+    """Refuse arguments that are right one by one and make no sense together. What one dataclass, the configuration or
+    transformers tell as early is left to them.
+
+    Args:
+        values: all arguments.
+        given: the names of those that the recipe or the command line give.
+
+    Raises:
+        ValueError: there are some, with what to do about it.
+    """
+    config = _known_config(values)
+    from_model = values.embeddings_from is not None
+    if values.push_to_hub and not values.hub_model_id:
+        raise ValueError("Say where --push_to_hub goes: --hub_model_id user/name.")
+    if values.take_over and not values.push_to_hub:
+        raise ValueError(
+            "--take_over is for blocks that workers claim on the Hub: add --push_to_hub true --hub_model_id user/name, "
+            "or leave it out. On one machine, the claim of a process that is gone does not last."
+        )
+    if values.streaming and values.max_steps <= 0:
+        raise ValueError("A stream has no known length to count epochs by: say how long to train with --max_steps.")
+    if values.streaming and not from_model and (values.pretraining_max_steps or values.max_steps) <= 0:
+        raise ValueError("A stream has no known length to count epochs by: give a positive --pretraining_max_steps.")
+    if "eval_steps" in given and "eval_strategy" not in given:
+        raise ValueError("Nothing is evaluated at --eval_steps by default: add --eval_strategy steps, or leave it out.")
+    if "validation_split_percentage" in given and values.validation_file is not None:
+        raise ValueError(
+            "Validation data are either held out (--validation_split_percentage) or a file (--validation_file): leave "
+            "one of them out."
+        )
+    if values.sampled_softmax and values.loss_type == "mse":
+        raise ValueError(
+            "--loss_type mse has no softmax: leave --sampled_softmax out, or take --loss_type cross_entropy."
+        )
+    if from_model and values.block_initialization == "pretraining":
+        raise ValueError(
+            "With --embeddings_from there is no phase 1 for blocks to start from: leave --block_initialization out."
+        )
+    objective = values.pretraining_objective or config.pretraining_objective
+    if "mlm_probability" in given and objective == "clm" and not from_model:
+        raise ValueError(
+            "Nothing is masked in causal language modelling: leave --mlm_probability out, or take "
+            "--pretraining_objective mlm or mixed."
+        )
+    if _in_order(values, config) and not values.push_to_hub:  # from the Hub, the blocks before can be fetched
+        selected = parse_blocks(values.blocks, values.num_blocks or config.num_blocks)
+        for index in range(selected[-1]):
+            if index not in selected and not Path(values.output_dir or "", block_shard(index)).is_file():
+                raise ValueError(
+                    f"Block {index + 1} reads block {index}, which is neither trained nor among --blocks "
+                    f"{values.blocks}: add it."
+                )
+
+
+def _known_config(values: Namespace) -> NoPropConfig:
+    """The configuration in `output_dir`, or else what is known of it before the data are read.
+
+    Raises:
+        ValueError: values that there are not, or sizes that do not fit together.
+    """
+    if Path(values.output_dir or "", CONFIG_NAME).is_file():
+        return NoPropConfig.from_pretrained(values.output_dir)
+    names = [field.name for field in dataclasses.fields(ModelArguments) if field.name in NoPropConfig.__annotations__]
+    fields = {name: getattr(values, name) for name in names if getattr(values, name) is not None}
+    if values.embeddings_from is not None:  # the width is that model's: any that fits will do
+        fields.setdefault("hidden_size", 2 * fields.get("num_attention_heads", NoPropConfig.num_attention_heads))
+    return NoPropConfig(**fields)
+
+
+def _in_order(values: Namespace, config: NoPropConfig) -> bool:
+    return (values.context_source or config.context_source) == "previous_block"
 
 
 def parse_arguments(
-    dataclasses: Sequence[type],
+    types: Sequence[type],
     description: str,
     arguments: list[str] | None = None,
-    model: bool = False,
     prepare: Callable[[Namespace], None] | None = None,
+    check: Callable[[Namespace, set[str]], None] | None = None,
+    model: bool = False,
 ) -> tuple:
     """Read a recipe and a command line into dataclasses; the command line has the last word.
 
     Args:
-        dataclasses: the dataclass types to fill.
+        types: the dataclasses to fill.
         description: what the script does, for `--help`.
         arguments: `[RECIPE.yaml] [--name value ...]`; those of the process when not given.
-        model: instead of a recipe, the first word is a model, whose own `corpus.yaml` is read where it has one.
         prepare: sees the values before any dataclass is made of them.
+        check: sees the values, and the names of those that are given, when every dataclass has taken its own.
+        model: instead of a recipe, the first word is a model, whose own `corpus.yaml` is read where it has one.
 
     Returns:
         One instance per dataclass, in order; with `model`, its name comes first.
     """
-    parser = HfArgumentParser(dataclasses, description=description, formatter_class=RawDescriptionHelpFormatter)
+    first_word = "MODEL" if model else "[RECIPE.yaml]"
+    usage = f"%(prog)s {first_word} [--name value ...]"
+    parser = HfArgumentParser(types, usage=usage, description=description, formatter_class=RawDescriptionHelpFormatter)
+    _group(parser, types)
     if model:
         parser.add_argument("model", help="A model directory, or a repository of the Hub.")
     else:
@@ -212,11 +320,18 @@ def parse_arguments(
     first = arguments[0] if arguments and not arguments[0].startswith("-") else None
     try:
         recipe = first if not model or first is None else find_corpus_file(first)
-        if recipe is not None:
-            parser.set_defaults(**_read_recipe(Path(recipe), parser))
+        defaults = {} if recipe is None else _read_recipe(Path(recipe), parser)
+        parser.set_defaults(**defaults)
+        values, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            raise ValueError(_no_argument(unknown[0].partition("=")[0], _names(parser), "--"))
         if prepare is not None:
-            prepare(parser.parse_known_args(arguments)[0])
+            prepare(values)
         *parsed, rest = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+        if check is not None:
+            blank = Namespace(**dict.fromkeys(_names(parser)))
+            named = vars(parser.parse_known_args(arguments, blank)[0])
+            check(values, {name for name, value in named.items() if value is not None} | defaults.keys())
     except (OSError, yaml.YAMLError, ValueError) as error:
         parser.error(str(error))
     return (rest.model, *parsed) if model else tuple(parsed)
@@ -238,11 +353,29 @@ def _read_recipe(path: Path, parser: HfArgumentParser) -> dict[str, Any]:
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a recipe: it must be a YAML file of `name: value` lines.")
-    known = [action.dest for action in parser._actions if action.option_strings and action.dest != "help"]
     for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{path}: there is no argument {name!r}.{hint}")
-    words = {dict: json.dumps, list: list}
+        if name not in _names(parser):
+            raise ValueError(f"{path}: {_no_argument(str(name), _names(parser))}")
+    words: dict[type, Callable[[Any], Any]] = {dict: json.dumps, list: list}
     return {name: words.get(type(value), str)(value) for name, value in values.items() if value is not None}
+
+
+def _names(parser: HfArgumentParser) -> list[str]:
+    return [action.dest for action in parser._actions if action.option_strings and action.dest != "help"]
+
+
+def _no_argument(name: str, known: list[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(name.removeprefix(prefix), known, n=1)
+    return f"there is no argument {name!r}." + (f" Did you mean {prefix + near[0]!r}?" if near else "")
+
+
+def _group(parser: HfArgumentParser, types: Sequence[type]) -> None:
+    """Show the arguments of each dataclass under the first line of what it says of itself."""
+    actions = parser._optionals._group_actions
+    for dtype in sorted(types, key=lambda dtype: dtype is not RunArguments):  # that one is short, and comes first
+        title = inspect.cleandoc(dtype.__doc__ or "").splitlines()[0].removesuffix(".")
+        if title.startswith(f"{dtype.__name__}("):  # it says nothing, and Python lists its fields
+            title = dtype.__name__
+        names = {field.name for field in dataclasses.fields(dtype)}
+        parser.add_argument_group(title)._group_actions += [action for action in actions if action.dest in names]
+        actions[:] = [action for action in actions if action.dest not in names]

@@ -64,7 +64,7 @@ def evaluate_model(
     model.eval()
     device = model.model.embed_tokens.weight.device
     generator = torch.Generator().manual_seed(seed)
-    predictive, context, token_nats, num_tokens = 0.0, 0.0, [], 0
+    predictive, context, token_nats, num_tokens = 0.0, torch.zeros(model.config.num_blocks), [], 0
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=CausalCollator(tokenizer))
     for batch in tqdm(loader, desc=description, leave=False):
         batch = {name: tensor.to(device) for name, tensor in batch.items()}

@@ -74,7 +74,7 @@ class MeetingPlace:
     """
 
     def __init__(self, repo_id: str, directory: Path | None, token: str | None = None, patience: float = 3600):
-        self.repo_id, self.directory, self.token, self.patience = repo_id, directory, token, patience
+        self.repo_id, self.directory, self.token, self.patience = repo_id, directory or Path(), token, patience
         self.api = HfApi(token=token)
         self.retries = 0
         self._reported = 0.0
@@ -280,15 +280,9 @@ class MeetingPlace:
 
 
 def meeting_place(args: TrainingArguments) -> MeetingPlace | None:
-    """The repository that training arguments name, or none without `push_to_hub`.
-
-    Raises:
-        ValueError: they do not say which.
-    """
+    """The repository that training arguments name, or none without `push_to_hub`."""
     if not args.push_to_hub:
         return None
-    if not args.hub_model_id:
-        raise ValueError("Say where --push_to_hub goes: --hub_model_id user/name.")
     return MeetingPlace(args.hub_model_id, Path(args.output_dir), args.hub_token)
 
 

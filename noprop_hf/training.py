@@ -65,6 +65,7 @@ from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForMaskedL
 from .noise_noprop import information_levels, standardize
 from .parallel import claim, first_says, once
 from .shards_noprop import EMBEDDINGS_SHARD, MASKED_LM_FOLDER, block_shard
+from .tracking import TrackingCallback, track
 
 
 logger = logging.get_logger(__name__)
@@ -127,7 +128,7 @@ def _make_table(
     corpus = load_corpus(data_args)
     source, tokenizer = None, None
     if model_args.embeddings_from is not None:
-        source = _source_embeddings(model_args.embeddings_from)
+        source = source_embeddings(model_args.embeddings_from)
         tokenizer = load_tokenizer(model_args.tokenizer_name or model_args.embeddings_from)
     elif model_args.tokenizer_name is not None:
         tokenizer = load_tokenizer(model_args.tokenizer_name)
@@ -160,14 +161,13 @@ def _make_table(
         return
     directory.mkdir(parents=True, exist_ok=True)
     corpus_fields = {name: value for name, value in vars(data_args).items() if value is not None}
+    levels = [round(level, 4) for level in config.noise_levels or []]
     (directory / CORPUS_FILE).write_text(yaml.safe_dump(corpus_fields, sort_keys=False), encoding="utf-8")
     origin = {"data": data}
-    if source is not None:
+    if model_args.embeddings_from is not None:
         origin["embeddings_from"] = model_args.embeddings_from
     create_model_directory(directory, config, tokenizer, table, origin)
-    logger.warning(
-        f"The embedding table is in {directory}; noise levels {[round(level, 4) for level in config.noise_levels]}."
-    )
+    logger.warning(f"The embedding table is in {directory}; noise levels {levels}.")
 
 
 def _pretrain_masked_lm(
@@ -206,11 +206,13 @@ def _pretrain_masked_lm(
     )
     trainer.args.prediction_loss_only = True
     show_progress(trainer, "embeddings")
-    trainer.train_durably()
+    with track(trainer, Path(training_args.output_dir), "embeddings"):
+        trainer.train_durably()
+    trainer.save_state()
     return model.cpu().eval()
 
 
-def _source_embeddings(name_or_path: str) -> torch.Tensor:
+def source_embeddings(name_or_path: str) -> torch.Tensor:
     try:
         model = AutoModel.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
@@ -326,7 +328,7 @@ class BlockTrainer(DurableTrainer):
     @torch.no_grad()
     def _previous_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         embeds, states = self.table(input_ids), None
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():
             attention_inputs = self.previous[0].encoder.attention_inputs(embeds, attention_mask)
             for block in self.previous:
                 states = block.encoder(embeds, states, **attention_inputs)
@@ -481,14 +483,16 @@ def train_block(
     )
     trainer.args.prediction_loss_only = True
     show_progress(trainer, f"block {block_index} ({block_index + 1} of {config.num_blocks})")
-    if args.eval_strategy != "no" and block_args.sample_prompts:
-        trainer.add_callback(SampleCallback(table, previous, tokenizer, block_args))
     if place is not None and args.should_save:
         trainer.add_callback(ReportCallback(place, block_index))
-    summary = trainer.train_durably().metrics
-    last = trainer.state.log_history[-2] if len(trainer.state.log_history) > 1 else {}  # before the summary
-    evaluated = last.get("step") == trainer.state.global_step and "eval_bound_nats" in last
-    metrics = last if evaluated else trainer.evaluate()
+    with track(trainer, directory, f"block_{block_index:02d}", config.loss_type == "cross_entropy") as tracking:
+        if args.eval_strategy != "no" and block_args.sample_prompts:
+            trainer.add_callback(SampleCallback(table, previous, tokenizer, block_args, tracking))
+        summary = trainer.train_durably().metrics
+        last = trainer.state.log_history[-2] if len(trainer.state.log_history) > 1 else {}  # before the summary
+        evaluated = last.get("step") == trainer.state.global_step and "eval_bound_nats" in last
+        metrics = last if evaluated else trainer.evaluate()
+    trainer.save_state()
     kept = {name: f"{metrics[f'eval_{name}']:.6f}" for name in ("context_nats", "denoising_nats", "bound_nats")}
     cost = {"steps": str(trainer.state.global_step), "seconds": f"{summary['train_runtime']:.1f}"}
     if args.should_save:
@@ -575,8 +579,8 @@ def model_of_blocks(blocks: Sequence[DenoisingBlock], table: TokenTable) -> NoPr
 
 
 class SampleCallback(TrainerCallback):
-    """At every evaluation, logs text that the block writes, alone or on top of those it reads. It leaves the random
-    numbers of training alone."""
+    """At every evaluation, logs text that the block writes, alone or on top of those it reads, and sends it to the
+    trackers. It leaves the random numbers of training alone."""
 
     def __init__(
         self,
@@ -584,11 +588,13 @@ class SampleCallback(TrainerCallback):
         previous: Sequence[DenoisingBlock],
         tokenizer: PreTrainedTokenizerBase,
         block_args: BlockArguments,
+        tracking: TrackingCallback,
     ):
         self.table = table
         self.previous = previous
         self.tokenizer = tokenizer
         self.block_args = block_args
+        self.tracking = tracking
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control, model: DenoisingBlock, **kwargs):
         if not state.is_world_process_zero:
@@ -596,8 +602,13 @@ class SampleCallback(TrainerCallback):
         was_training = model.training
         alone = model_of_blocks([*self.previous, model], self.table).eval()
         prompts, max_new_tokens = self.block_args.sample_prompts, self.block_args.sample_max_new_tokens
-        for prompt, text in sample_texts(
-            alone, self.tokenizer, prompts, max_new_tokens, use_cache=False, seed=args.seed
-        ):
-            logger.warning(f"[block {model.block_index}] step {state.global_step}: {prompt!r} -> {text!r}")
+        samples = [
+            f"{prompt!r} -> {text!r}"
+            for prompt, text in sample_texts(
+                alone, self.tokenizer, prompts, max_new_tokens, use_cache=False, seed=args.seed
+            )
+        ]
+        for sample in samples:
+            logger.warning(f"[block {model.block_index}] step {state.global_step}: {sample}")
+        self.tracking.log({"samples": "\n\n".join(samples)}, state.global_step)  # paragraphs of Markdown
         model.train(was_training)

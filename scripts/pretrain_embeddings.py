@@ -12,6 +12,8 @@ from noprop_hf.training import pretrain_embeddings
 
 def main() -> None:
     recipe = parse_recipe(__doc__, parallelism="data")
+    if recipe.run.dry_run:
+        raise SystemExit("Only scripts/train.py plans, both phases at once: call that with --dry_run.")
     place = meeting_place(recipe.training)
     pretrain_embeddings(recipe.model, recipe.data, recipe.pretraining, recipe.training)
     if place is not None and recipe.training.should_save:

@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """The main job from one recipe: pretrain the table, train all blocks, evaluate, write samples.
 
+python scripts/train.py recipes/demo.yaml --dry_run    # what that would be, and nothing is trained
 python scripts/train.py recipes/demo.yaml
 python scripts/train.py recipes/demo.yaml --max_steps 1000 --output_dir runs/longer
 accelerate launch scripts/train.py recipes/demo.yaml
@@ -15,7 +16,9 @@ from noprop_hf.checkpoints import CHECKPOINTS_FOLDER
 from noprop_hf.evaluation import RESULTS_FILE, report
 from noprop_hf.hub import push_model, write_card
 from noprop_hf.parallel import claim
+from noprop_hf.planning import plan
 from noprop_hf.shards_noprop import missing_shards
+from noprop_hf.tracking import track_results
 from noprop_hf.training import pretrain_embeddings, train_blocks
 
 
@@ -26,8 +29,9 @@ def main() -> None:
     begin = time.time()
     recipe = parse_recipe(__doc__)
     training = recipe.training
-    if training.push_to_hub and not training.hub_model_id:
-        raise SystemExit("Say where --push_to_hub goes: --hub_model_id user/name.")
+    if recipe.run.dry_run:
+        print(plan(recipe))
+        return
     pretrain_embeddings(recipe.model, recipe.data, recipe.pretraining, training)
     directory = train_blocks(recipe.data, recipe.blocks, training, recipe.model)
     missing = missing_shards(directory)
@@ -48,6 +52,7 @@ def finish(recipe: Recipe, directory: Path) -> None:
     """Measure the model that all processes together made, and share it if that is asked for."""
     training = recipe.training
     print(report(directory, recipe.data, recipe.blocks, training.per_device_eval_batch_size, training.seed))
+    track_results(training, directory)
     if training.push_to_hub:
         write_card(directory, training.hub_model_id, TEMPLATE, recipe.share.license, recipe.share.language)
         url = push_model(directory, training.hub_model_id, training.hub_private_repo, training.hub_token, update=True)

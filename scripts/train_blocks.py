@@ -16,6 +16,8 @@ from noprop_hf.training import train_blocks
 
 def main() -> None:
     recipe = parse_recipe(__doc__)
+    if recipe.run.dry_run:
+        raise SystemExit("Only scripts/train.py plans, both phases at once: call that with --dry_run.")
     train_blocks(recipe.data, recipe.blocks, recipe.training, recipe.model, meeting_place(recipe.training))
 
 

@@ -19,9 +19,9 @@ def test_recipe_and_command_line(tmp_path):
     save_total_limit: null
     lr_scheduler_type: cosine
     """
-    model, data, _, block, _, training = parse(tmp_path, recipe, "--learning_rate", "0.5", "--blocks", "1-2")
+    model, data, _, block, _, training, run = parse(tmp_path, recipe, "--learning_rate", "0.5", "--blocks", "1-2")
     assert (model.hidden_size, model.num_blocks) == (64, None)
-    assert data.packing is False
+    assert data.packing is False and run.dry_run is False
     assert training.learning_rate == 0.5
     assert training.lr_scheduler_type == "cosine"
     assert training.save_total_limit is None
@@ -30,7 +30,8 @@ def test_recipe_and_command_line(tmp_path):
 
 
 def test_no_recipe():
-    _, data, _, _, _, training = parse_recipe("test", ["--dataset_name", "x", "--output_dir", "y"])
+    _, data, _, _, _, training, run = parse_recipe("test", ["--dataset_name", "x", "--dry_run", "--output_dir", "y"])
+    assert run.dry_run is True and run.processes == 1
     assert data.dataset_name == "x" and training.output_dir == "y"
 
 
@@ -80,3 +81,83 @@ def test_shipped_recipes_are_read(request):
     assert len(recipes) >= 2
     for recipe in recipes:
         parse_recipe("test", [str(recipe), "--fp16", "false"])
+
+
+IN_ORDER = "context_source: previous_block\nnum_blocks: 4\n"
+REFUSED = [
+    ("push_to_hub: true", "--hub_model_id user/name"),
+    ("take_over: true", "add --push_to_hub true"),
+    ("streaming: true\nnum_train_epochs: 1", "how long to train with --max_steps"),
+    ("streaming: true\nmax_steps: 5\npretraining_max_steps: -1", "a positive --pretraining_max_steps"),
+    ("eval_steps: 5", "add --eval_strategy steps"),
+    ("validation_file: x.txt\nvalidation_split_percentage: 5", "leave one of them out"),
+    ("loss_type: mse\nsampled_softmax: true", "leave --sampled_softmax out"),
+    ("embeddings_from: x\nblock_initialization: pretraining", "leave --block_initialization out"),
+    ("mlm_probability: 0.3", "leave --mlm_probability out"),
+    (IN_ORDER + "blocks: 0,2", "Block 2 reads block 1"),
+    ("hidden_size: 15", "multiple of `num_attention_heads`"),
+    ("noise_schedule: cosin", "`noise_schedule` must be"),
+    ("use_cpu: true\nfp16: true\nbf16: true", "At most one of fp16 and bf16"),
+]
+ACCEPTED = [
+    "push_to_hub: true\nhub_model_id: user/name\ntake_over: true",
+    "streaming: true\nmax_steps: 5",
+    "streaming: true\nmax_steps: 5\npretraining_max_steps: -1\nembeddings_from: x",
+    "eval_steps: 5\neval_strategy: 'no'",
+    "validation_file: x.txt",
+    "loss_type: mse\nsampled_softmax: false",
+    "embeddings_from: x\nnum_attention_heads: 5\npretraining_max_steps: 5",
+    "mlm_probability: 0.3\npretraining_objective: mixed",
+    IN_ORDER + "blocks: 0-2",
+    IN_ORDER + "blocks: 0,2\npush_to_hub: true\nhub_model_id: user/name",
+]
+
+
+@pytest.mark.parametrize(("recipe", "message"), REFUSED)
+def test_senseless_combinations(tmp_path, capsys, recipe, message):
+    with pytest.raises(SystemExit):
+        parse(tmp_path, f"dataset_name: x\noutput_dir: {tmp_path}\n{recipe}")
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ACCEPTED)
+def test_their_neighbours_are_accepted(tmp_path, recipe):
+    parse(tmp_path, f"dataset_name: x\noutput_dir: {tmp_path}\n{recipe}")
+
+
+def test_a_block_before_that_is_trained_is_enough(tmp_path):
+    (tmp_path / "block-01.safetensors").touch()
+    parse(tmp_path, f"dataset_name: x\noutput_dir: {tmp_path}\n{IN_ORDER}blocks: 0,2")
+
+
+def test_what_the_command_line_gives_counts(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse(tmp_path, "dataset_name: x\noutput_dir: y", "--eval_steps", "5")
+    assert "add --eval_strategy steps" in capsys.readouterr().err
+    parse(tmp_path, "dataset_name: x\noutput_dir: y\neval_steps: 5", "--eval_strategy", "no")
+
+
+def test_unknown_argument(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse(tmp_path, "dataset_name: x", "--learning_rte=3")
+    assert "no argument '--learning_rte'. Did you mean '--learning_rate'?" in capsys.readouterr().err
+
+
+def test_help_has_groups(capsys):
+    with pytest.raises(SystemExit):
+        parse_recipe("test", ["--help"])
+    text = capsys.readouterr().out
+    order = ["usage: ", "The run as a whole", "The model to build", "What to train", "Phase 1", "Phase 2", "Trainer:"]
+    places = [text.index(words) for words in [*order, "--learning_rate"]]
+    assert places == sorted(places)
+    assert text.count("  --learning_rate ") == text.count("  --dry_run ") == 1
+
+
+def test_a_dry_run_needs_one_process_of_a_launch(tmp_path, monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as done:
+        parse(tmp_path, "dataset_name: x\noutput_dir: y", "--dry_run")
+    assert done.value.code == 0
+    monkeypatch.setenv("RANK", "0")
+    assert parse(tmp_path, "dataset_name: x\noutput_dir: y", "--dry_run").run.processes == 2

@@ -1,0 +1,546 @@
+"""What a run will be, before it: its data, model, steps, memory, time and disk, and what is done of it already.
+
+Sizes are computed, activations and seconds per step measured in a few real steps. All that is written goes into a
+temporary folder.
+"""
+
+import copy
+import dataclasses
+import math
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
+
+from .arguments import Recipe, parse_blocks
+from .checkpoints import CHECKPOINTS_FOLDER, DurableTrainer, checkpoints_of
+from .configuration_noprop import NoPropConfig
+from .data import (
+    CausalCollator,
+    MaskedCollator,
+    count_tokens,
+    data_fingerprint,
+    load_corpus,
+    load_tokenizer,
+    tokenize,
+    train_tokenizer,
+)
+from .hub import block_is_trained, check_data, load_table
+from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForMaskedLM, TokenTable
+from .noise_noprop import standardize
+from .shards_noprop import EMBEDDINGS_SHARD, MASKED_LM_FOLDER
+from .training import TOKENIZER_ROWS, BlockTrainer, build_config, load_config, one_device, source_embeddings
+
+
+TIMED_STEPS = 5
+TIME_LIMIT = 10  # seconds of timed steps
+SAMPLE_ROWS = 8  # whose activations are counted
+SMALL_FILES = 1_000_000  # bytes of code, configurations, results and card in a model directory
+CHECKPOINT_FILES = 100_000  # bytes of a checkpoint's states and logs, without weights, moments and tokenizer
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sizes:
+    """Bytes of weights, in float32: of the table, of the model of phase 1, of the largest block, and of the model."""
+
+    table: int
+    phase1: int
+    block: int
+    model: int
+
+    @classmethod
+    def of(cls, config: NoPropConfig) -> "Sizes":
+        """The sizes for a configuration, without memory for the weights."""
+        config = copy.deepcopy(config)
+        with torch.device("meta"):
+            modules = (
+                TokenTable(config),
+                NoPropForMaskedLM(config),
+                DenoisingBlock(config, config.num_blocks - 1),
+                NoPropForCausalLM(config),
+            )
+        return cls(*(sum(tensor.nbytes for tensor in module.state_dict().values()) for module in modules))
+
+
+def checkpoint_bytes(weights: int, kept: int = 2) -> int:
+    """Bytes of the checkpoints of a model at most: weights and two moments of Adam in each, and one more of them while
+    it is written."""
+    return (kept + 1) * 3 * weights
+
+
+def checkpoints_kept(args: TrainingArguments, steps: int, epochs: float | None) -> int:
+    """How many checkpoints of a training are there at its end."""
+    every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * steps)
+    saves = {"no": 0, "epoch": math.ceil(epochs or 1)}.get(args.save_strategy, math.ceil(steps / every))
+    return min(saves, max(2, args.save_total_limit)) if args.save_total_limit else saves
+
+
+def count_steps(args: TrainingArguments, rows: int | None, processes: int) -> int:
+    """Optimizer steps of a training, as `Trainer` counts them.
+
+    Args:
+        rows: training rows; not known of a stream, which needs `max_steps`.
+        processes: how many train together.
+    """
+    if args.max_steps > 0:
+        return args.max_steps
+    whole = math.floor if args.dataloader_drop_last else math.ceil
+    batches = whole(whole(rows / args.per_device_train_batch_size) / processes)
+    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+
+
+def group_processes(parallelism: str, processes: int, num_blocks: int) -> tuple[int, int]:
+    """How many blocks are trained at a time, and by how many processes each (see
+    [`~noprop_hf.parallel.arrange_processes`])."""
+    if parallelism == "data":
+        return 1, processes
+    groups = min(processes, num_blocks)
+    return groups, processes // groups
+
+
+# --- measurements -----------------------------------------------------------------------------------------------------
+
+
+class Stopwatch(TrainerCallback):
+    """Ends training after a few steps, and knows how long they took."""
+
+    def __init__(self):
+        self.marks: list[float] = []
+
+    def on_train_begin(self, *args, **kwargs):
+        self._mark()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._mark()
+        if len(self.marks) > TIMED_STEPS + 1 or self.marks[-1] - self.marks[0] > TIME_LIMIT:
+            control.should_training_stop = True
+
+    def _mark(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.marks.append(time.perf_counter())
+
+    def seconds(self) -> float:
+        """Median of the steps; the first one, which warms up, counts where it is alone."""
+        steps = [after - before for before, after in zip(self.marks, self.marks[1:], strict=False)]
+        return statistics.median(steps[1:] or steps)
+
+
+def seconds_per_step(trainer: DurableTrainer) -> float:
+    """Measured in real steps; not a number where the device has too little memory for one."""
+    stopwatch = Stopwatch()
+    trainer.add_callback(stopwatch)
+    trainer.remove_callback(PrinterCallback)
+    try:
+        trainer.train()
+    except torch.OutOfMemoryError:
+        return math.nan
+    return stopwatch.seconds()
+
+
+def saved_bytes(compute: Callable[[], torch.Tensor], modules: Sequence[nn.Module]) -> int:
+    """What the computation of a loss saves for the backward pass, the weights of some modules left out."""
+    own = {t.untyped_storage().data_ptr() for module in modules for t in (*module.parameters(), *module.buffers())}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = compute()
+    total = sum(size for pointer, size in saved.items() if pointer not in own)
+    del loss  # alive until here, so that no address is used twice
+    return total
+
+
+def activations(trainer: DurableTrainer, rows: int, frozen: Sequence[nn.Module] = ()) -> int:
+    """Bytes that a step over the first training rows saves for the backward pass, in the precision of the training."""
+    inputs = trainer._prepare_inputs(trainer.data_collator(list(islice(trainer.train_dataset, rows))))
+    trainer.model.train()
+    with trainer.accelerator.autocast():
+        return saved_bytes(lambda: trainer.compute_loss(trainer.model, inputs), [trainer.model, *frozen])
+
+
+def memory(trainer: DurableTrainer, config: NoPropConfig, frozen: Sequence[nn.Module] = ()) -> dict[str, int]:
+    """Bytes on a device while it trains, by what they hold. Activations are counted for a few rows and scaled, in the
+    precision of the training.
+
+    Args:
+        frozen: what else is on the device.
+    """
+    batch = trainer.args.per_device_train_batch_size
+    many = min(batch, SAMPLE_ROWS)
+    few = (many + 1) // 2
+    saved = activations(trainer, many, frozen)
+    if few < many:
+        per_row = (saved - activations(trainer, few, frozen)) / (many - few)
+        saved += math.ceil(per_row * (batch - many))
+    parameters = sum(parameter.nbytes for parameter in trainer.model.parameters())
+    positions = batch * config.max_position_embeddings
+    sampled = config.sampled_softmax and isinstance(trainer, BlockTrainer)
+    vocabulary = min(config.vocab_size, positions) if sampled else config.vocab_size
+    logits = min(2**23, positions * vocabulary)  # see `vocabulary_nats`
+    return {
+        "parameters": parameters,
+        "gradients": parameters,
+        "AdamW's moments": 2 * parameters,
+        "frozen table": sum(tensor.nbytes for module in frozen for tensor in (*module.parameters(), *module.buffers())),
+        "activations": saved,
+        "logits, in pieces": 3 * 4 * logits,
+    }
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Split:
+    """Rows of text, windows (or padded samples) and tokens of a split; None where it is a stream."""
+
+    rows: int | None = None
+    windows: int | None = None
+    tokens: int | None = None
+
+
+@dataclass
+class Training:
+    """One training: that of phase 1, or of one block.
+
+    Attributes:
+        steps: optimizer steps.
+        tokens: tokens read in them by all processes that train together, paddings left out.
+        epochs: how often that is the training split; None of a stream.
+        memory: bytes on a device, by what they hold.
+        seconds: time of a step.
+        checkpoints: bytes on disk at most.
+    """
+
+    steps: int
+    tokens: int
+    epochs: float | None
+    memory: dict[str, int]
+    seconds: float
+    checkpoints: int
+
+
+@dataclass
+class Plan:
+    """What a run of `scripts/train.py` will be. `str` of it is a text for a person.
+
+    Attributes:
+        recipe: its arguments.
+        config: the configuration; its information schedule is a first guess until phase 1 is done.
+        splits: the corpus, by split.
+        sizes: bytes of weights.
+        phase1: None when its table is there, or taken from another model.
+        block: one block; None when all are trained.
+        has_table: whether the table is in the directory.
+        remaining: steps that are left, by block; 0 where it is trained.
+        phase1_remaining: those of phase 1.
+        groups: how many blocks are trained at a time, and by how many processes each.
+        model_bytes: the model directory at most, without checkpoints.
+        device: where steps were timed.
+    """
+
+    recipe: Recipe
+    config: NoPropConfig
+    splits: dict[str, Split]
+    sizes: Sizes
+    phase1: Training | None
+    block: Training | None
+    has_table: bool
+    remaining: dict[int, int]
+    phase1_remaining: int
+    groups: tuple[int, int]
+    model_bytes: int
+    device: torch.device
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of all checkpoints at most: those of finished blocks stay."""
+        phase1 = 0 if self.phase1 is None else self.phase1.checkpoints
+        return phase1 + (0 if self.block is None else self.block.checkpoints * len(self.remaining))
+
+    @property
+    def phase1_seconds(self) -> float:
+        return 0.0 if self.phase1 is None else self.phase1.seconds * self.phase1_remaining
+
+    @property
+    def blocks_seconds(self) -> float:
+        """Time until the last block is trained: each group takes the next one when it is free."""
+        loads = [0] * self.groups[0]
+        for steps in self.remaining.values():
+            loads[loads.index(min(loads))] += steps
+        return 0.0 if self.block is None else self.block.seconds * max(loads)
+
+    def __str__(self) -> str:
+        work = [self._training(), self._memory(), self._time()] if self._columns() else []
+        sections = [self._data(), self._model(), self._done(), *work, self._disk(), self._sharing()]
+        return "\n\n".join(_aligned(*section) for section in sections)
+
+    def _data(self):
+        rows = []
+        for name, split in self.splits.items():
+            if split.rows is None:
+                rows.append((name, "a stream of unknown length: max_steps decides"))
+            else:
+                what = "windows" if self.recipe.data.packing else "samples"
+                rows.append((name, f"{split.rows:,} rows, {split.windows:,} {what}, {split.tokens:,} tokens"))
+        return ("data",), rows
+
+    def _model(self):
+        config, sizes = self.config, self.sizes
+        levels = ", ".join(f"{level:.4g}" for level in config.noise_levels or [])
+        guess = config.noise_schedule == "information" and not self.has_table
+        return ("model",), [
+            ("vocabulary", f"{config.vocab_size:,} tokens"),
+            ("table", f"{config.vocab_size * config.hidden_size:,} parameters, frozen"),
+            ("one block", f"{sizes.block // 4:,} parameters"),
+            ("all", f"{(sizes.model - sizes.table) // 4:,} parameters in {config.num_blocks} blocks, and the table"),
+            ("noise", f"{config.noise_schedule}, levels {levels}" + " (a guess: phase 1 sets them)" * guess),
+        ]
+
+    def _done(self):
+        rows = []
+        if self.has_table:
+            rows.append(("phase 1", "done, skipped"))
+        elif self.phase1 is not None and self.phase1_remaining < self.phase1.steps:
+            rows.append(("phase 1", f"goes on from step {self.phase1.steps - self.phase1_remaining:,}"))
+        done = [str(index) for index, steps in self.remaining.items() if steps == 0]
+        if done:
+            rows.append((f"block{'s' * (len(done) > 1)} {', '.join(done)}", "done, skipped"))
+        for index, steps in self.remaining.items():
+            if self.block is not None and 0 < steps < self.block.steps:
+                rows.append((f"block {index}", f"goes on from step {self.block.steps - steps:,}"))
+        return (f"done already in {self.recipe.training.output_dir}",), rows or [("nothing", "")]
+
+    def _columns(self) -> dict[str, Training]:
+        return {name: one for name, one in (("phase 1", self.phase1), ("one block", self.block)) if one is not None}
+
+    def _training(self):
+        columns = self._columns().values()
+        return ("training", *self._columns()), [
+            ("steps", *(f"{one.steps:,}" for one in columns)),
+            ("tokens read", *(f"{one.tokens:,}" for one in columns)),
+            ("epochs", *("unknown" if one.epochs is None else f"{one.epochs:.2f}" for one in columns)),
+        ]
+
+    def _memory(self):
+        columns = self._columns().values()
+        parts = list(next(iter(columns)).memory)
+        rows = [(name, *(f"{one.memory[name] / 1e6:,.1f}" for one in columns)) for name in parts]
+        totals = [sum(one.memory.values()) for one in columns]
+        rows.append(("together", *(f"{total / 1e6:,.1f}" for total in totals)))
+        if self.device.type == "cuda":
+            there = torch.cuda.get_device_properties(self.device).total_memory
+            rows.append(("the device has", *(f"{there / 1e6:,.1f}" for _ in totals)))
+            rows.append(("does it fit?", *("yes" if total < there else "NO" for total in totals)))
+        return ("memory per device, MB (estimated)", *self._columns()), rows
+
+    def _time(self):
+        groups, size = self.groups
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "this machine's CPU"
+        each = f", {size} processes each" if size > 1 else ""
+        rows = []
+        if self.phase1 is not None:
+            rows.append(("phase 1", f"{self.phase1_seconds / 60:,.1f}", f"{1000 * self.phase1.seconds:,.1f} ms a step"))
+        if self.block is not None:
+            waiting = sum(steps > 0 for steps in self.remaining.values())
+            rows.append(
+                (
+                    "one block",
+                    f"{self.block.seconds * self.block.steps / 60:,.1f}",
+                    f"{1000 * self.block.seconds:,.1f} ms a step",
+                )
+            )
+            rows.append((f"{waiting} blocks, {groups} at a time{each}", f"{self.blocks_seconds / 60:,.1f}", ""))
+        rows.append(("together", f"{(self.phase1_seconds + self.blocks_seconds) / 60:,.1f}", ""))
+        return (f"time, minutes (steps on {name}; evaluations and saving not counted)",), rows
+
+    def _disk(self):
+        folder = Path(self.recipe.training.output_dir).absolute()
+        while not folder.exists():
+            folder = folder.parent
+        return ("disk, MB at most",), [
+            ("model directory", f"{self.model_bytes / 1e6:,.1f}"),
+            ("checkpoints", f"{self.checkpoint_bytes / 1e6:,.1f}"),
+            ("free now", f"{shutil.disk_usage(folder).free / 1e6:,.1f}"),
+        ]
+
+    def _sharing(self):
+        args = self.recipe.training
+        if not args.push_to_hub:
+            return ("sharing",), [("nothing is pushed", "")]
+        kinds = {None: "public unless the account's default is private", True: "private", False: "public"}
+        return ("sharing",), [
+            ("pushed at the end", f"the model and its card to {args.hub_model_id}"),
+            ("if it is new", kinds[args.hub_private_repo]),
+        ]
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Say what `scripts/train.py` would do with a recipe: it reads the data, and trains a few steps of phase 1 and of a
+    block in a temporary folder. Nothing is written to `output_dir`, and nothing is pushed.
+
+    Raises:
+        ValueError: what the run itself would raise before it trains.
+    """
+    directory, args = Path(recipe.training.output_dir), recipe.training
+    has_table = (directory / EMBEDDINGS_SHARD).is_file()
+    corpus = load_corpus(recipe.data)
+    if has_table:
+        config, tokenizer = load_config(directory, recipe.model), load_tokenizer(args.output_dir)
+        table = load_table(directory, config)
+    else:
+        config, tokenizer, table = _begin(recipe, corpus["train"])
+    dataset = tokenize(corpus, tokenizer, recipe.data)
+    splits = {name: _measure_split(corpus[name], dataset[name]) for name in dataset}
+    if has_table:
+        check_data(directory, data_fingerprint(dataset["train"]))
+    else:
+        counts = count_tokens(dataset["train"], config.vocab_size)
+        table.log_prior.copy_(((counts + 1) / (counts + 1).sum()).log())
+    selected = parse_blocks(recipe.blocks.blocks, config.num_blocks)
+    in_order = config.context_source == "previous_block"
+    groups = group_processes(recipe.blocks.parallelism, recipe.run.processes, 1 if in_order else len(selected))
+
+    saved = directory / CHECKPOINTS_FOLDER
+    phase1, phase1_remaining, block = None, 0, None
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        tokenizer_bytes = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+        def training_of(trainer: DurableTrainer, steps: int, frozen: Sequence[nn.Module] = ()) -> Training:
+            split, rows = splits["train"], trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
+            windows = steps * rows * groups[1]
+            length = recipe.data.max_length if not split.windows else (split.tokens or 0) / split.windows
+            epochs = None if split.windows is None else windows / split.windows
+            weights = sum(tensor.nbytes for tensor in trainer.model.state_dict().values()) + tokenizer_bytes / 3
+            kept = checkpoints_kept(args, steps, epochs)
+            disk = checkpoint_bytes(weights + CHECKPOINT_FILES / 3, kept) if kept else 0
+            held = memory(trainer, config, frozen)
+            return Training(steps, round(windows * length), epochs, held, seconds_per_step(trainer), math.ceil(disk))
+
+        def steps_of(options: TrainingArguments) -> int:
+            return count_steps(options, splits["train"].windows, groups[1])
+
+        if not has_table and recipe.model.embeddings_from is None:
+            options = _measuring(args, folder, **recipe.pretraining.training_fields())
+            collator = MaskedCollator(
+                tokenizer,
+                mlm=config.pretraining_objective != "clm",
+                mlm_probability=recipe.pretraining.mlm_probability,
+                run_seed=args.seed,
+            )
+            trainer = DurableTrainer(
+                model=NoPropForMaskedLM(copy.deepcopy(config)),
+                args=options,
+                train_dataset=dataset["train"],
+                data_collator=collator,
+            )
+            phase1 = training_of(trainer, steps_of(options))
+            phase1_remaining = phase1.steps - _saved_step(saved / MASKED_LM_FOLDER)
+            del trainer
+
+        options = _measuring(args, folder)
+        remaining = dict.fromkeys(selected, steps_of(options))
+        for index in selected:
+            done = has_table and block_is_trained(directory, config, table, index)
+            remaining[index] = 0 if done else remaining[index] - _saved_step(saved / f"block-{index:02d}")
+        waiting = [index for index in selected if remaining[index] > 0]
+        if waiting:
+            index = waiting[len(waiting) // 2]  # in order, each block costs a bit more than the one before
+            previous = [DenoisingBlock(config, earlier) for earlier in range(index)] if in_order else []
+            trainer = BlockTrainer(
+                DenoisingBlock(copy.deepcopy(config), index),
+                table,
+                previous,
+                args=options,
+                train_dataset=dataset["train"],
+                data_collator=CausalCollator(tokenizer),
+            )
+            block = training_of(trainer, steps_of(options), [trainer.table, *trainer.previous])
+    sizes = Sizes.of(config)
+    model_bytes = sizes.model + tokenizer_bytes + SMALL_FILES
+    if recipe.model.embeddings_from is None:
+        model_bytes += sizes.phase1
+    return Plan(
+        recipe=recipe,
+        config=config,
+        splits=splits,
+        sizes=sizes,
+        phase1=phase1,
+        phase1_remaining=phase1_remaining,
+        block=block,
+        remaining=remaining,
+        has_table=has_table,
+        groups=groups,
+        model_bytes=model_bytes,
+        device=options.device,
+    )
+
+
+def _begin(recipe: Recipe, rows: Dataset | IterableDataset) -> tuple[NoPropConfig, PreTrainedTokenizerBase, TokenTable]:
+    """What phase 1 would begin with; the table is random unless it comes from another model."""
+    model, source = recipe.model, None
+    if model.embeddings_from is not None:
+        source = source_embeddings(model.embeddings_from)
+        tokenizer = load_tokenizer(model.tokenizer_name or model.embeddings_from)
+    elif model.tokenizer_name is not None:
+        tokenizer = load_tokenizer(model.tokenizer_name)
+    else:
+        texts = (text or "" for text in rows.take(TOKENIZER_ROWS)[recipe.data.text_column_name])
+        tokenizer = train_tokenizer(texts, model.vocab_size or 4096, recipe.data.max_length)
+    config = build_config(model, recipe.data, tokenizer, source)
+    table = TokenTable(config)
+    table.weight.copy_(standardize(torch.randn_like(table.weight) if source is None else source))
+    return config, tokenizer, table
+
+
+def _measure_split(texts: Dataset | IterableDataset, windows: Dataset | IterableDataset) -> Split:
+    if isinstance(texts, IterableDataset):
+        return Split()
+    lengths = pc.list_value_length(windows.with_format("arrow")[:]["input_ids"])
+    return Split(len(texts), len(windows), pc.sum(lengths).as_py())
+
+
+def _measuring(args: TrainingArguments, folder: str, **fields: Any) -> TrainingArguments:
+    """The arguments of a training that leaves nothing behind."""
+    quiet = {"push_to_hub": False, "report_to": "none", "disable_tqdm": True, "load_best_model_at_end": False}
+    options = one_device(dataclasses.replace(args, output_dir=folder, **quiet, **fields))
+    options.eval_strategy = options.save_strategy = options.logging_strategy = "no"
+    return options
+
+
+def _saved_step(directory: Path) -> int:
+    checkpoints = checkpoints_of(directory)
+    return checkpoints[0][0] if checkpoints else 0
+
+
+def _aligned(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A section: a title, the names of columns, and indented rows; of several columns, figures stand on the right."""
+    columns = max(len(row) for row in [titles, *rows])
+    lines = [titles + ("",) * (columns - len(titles)), *((f"  {row[0]}", *row[1:]) for row in rows)]
+    head = max(len(line[0]) for line in (lines if len(titles) > 1 else lines[1:]))
+    widths = [max(len(line[column]) for line in lines) for column in range(1, columns)]
+    figures = len(titles) > 1 or all(row[1].translate(str.maketrans("", "", ",.")).isdigit() for row in rows)
+    text = []
+    for first, *others in lines:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths, strict=True)]
+        text.append("  ".join([first.ljust(head), *(cells if figures else others)]).rstrip())
+    return "\n".join(text)

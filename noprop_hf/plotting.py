@@ -1,0 +1,94 @@
+"""Learning curves of a run, finished or not, as a picture."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from transformers.trainer import TRAINER_STATE_NAME
+
+from .checkpoints import CHECKPOINTS_FOLDER, checkpoints_of
+from .evaluation import RESULTS_FILE
+from .shards_noprop import MASKED_LM_FOLDER
+
+
+# Title, whether of blocks or of phase 1, and the logged values: the first as a line, a second one dashed.
+PANELS = (
+    ("embeddings: loss in training, evaluated (dashed)", False, ("loss", "eval_loss")),
+    ("blocks: loss in training", True, ("loss",)),
+    ("blocks, evaluated: on pure noise", True, ("eval_context_nats",)),
+    ("blocks, evaluated: at their own noise level", True, ("eval_denoising_nats",)),
+    ("blocks, evaluated: bound of each alone", True, ("eval_bound_nats",)),
+)
+
+
+def read_history(folder: Path) -> list[dict[str, float]]:
+    """What a trainer logged: from its state at its end, or else at its newest checkpoint. Empty where there is none."""
+    for path in (folder, *(checkpoint for _, checkpoint in checkpoints_of(folder))):
+        try:
+            return json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["log_history"]
+        except (OSError, ValueError):  # not there, or not whole: a run may be writing or removing it now
+            continue
+    return []
+
+
+def draw_run(directory: Path) -> Figure:
+    """The curves of phase 1 and of all blocks, and the bound of the model by block once that is evaluated.
+
+    Args:
+        directory: a model directory, of which any part may be missing.
+
+    Raises:
+        FileNotFoundError: nothing is there to draw.
+    """
+    folders = [path for path in sorted((directory / CHECKPOINTS_FOLDER).glob("block-*")) if path.is_dir()]
+    folders.append(directory / CHECKPOINTS_FOLDER / MASKED_LM_FOLDER)
+    histories = {folder.name: history for folder in folders if (history := read_history(folder))}
+    panels = []
+    for title, of_blocks, keys in PANELS:
+        names = [name for name in histories if (name != MASKED_LM_FOLDER) == of_blocks]
+        if any(key in entry for name in names for entry in histories[name] for key in keys):
+            panels.append((title, names, keys))
+    results = directory / RESULTS_FILE
+    num_panels = len(panels) + results.is_file()
+    if num_panels == 0:
+        raise FileNotFoundError(
+            f"There is nothing to draw in {directory}: no {CHECKPOINTS_FOLDER}/*/{TRAINER_STATE_NAME} with something "
+            "logged. A run writes it with every checkpoint (--save_steps), and when a block is done."
+        )
+
+    columns = min(3, num_panels)
+    rows = math.ceil(num_panels / columns)
+    figure = Figure(figsize=(5 * columns, 3.6 * rows), layout="constrained")
+    figure.suptitle(directory.resolve().name)
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, (title, names, keys) in zip(grid, panels, strict=False):
+        for index, name in enumerate(names):
+            for key, style in zip(keys, ("-", "--"), strict=False):
+                points = [(entry["step"], entry[key]) for entry in histories[name] if key in entry]
+                if points:
+                    label = name if style == "-" else None
+                    axes.plot(*zip(*points, strict=True), style, marker=".", color=f"C{index}", label=label)
+        axes.set(title=title, xlabel="step", ylabel="nats per token" if "nats" in keys[0] else "loss")
+        if len(names) > 1:
+            axes.legend(fontsize="small", ncols=math.ceil(len(names) / 6))
+    if results.is_file():
+        draw_bound(grid[len(panels)], results)
+    for axes in grid[num_panels:]:
+        axes.set_axis_off()
+    return figure
+
+
+def draw_bound(axes: Axes, results: Path) -> None:
+    """The bound of the chain on the last evaluated split, up to each block, with what that block adds."""
+    split, nats = list(json.loads(results.read_text(encoding="utf-8"))["details"].items())[-1]
+    totals = np.cumsum(nats["block_nats"])
+    axes.errorbar(range(len(totals)), totals, yerr=nats["block_errors"], marker="o", capsize=4)
+    for block, (total, part) in enumerate(zip(totals, nats["block_nats"], strict=True)):
+        text = f"{part:+.3f}" if block else f"{part:.3f}"
+        axes.annotate(text, (block, total), xytext=(4, 6), textcoords="offset points", fontsize="small")
+    title = f"model on {split}: bound up to each block"
+    axes.set(title=title, xlabel="block", ylabel="nats per token", xticks=range(len(totals)))
+    axes.margins(0.15)

@@ -1,0 +1,114 @@
+"""Experiment trackers: what is logged while something trains, under its own name, such as `block_03/loss_nats`.
+
+Everything that trains has a run of its own in a tracker, so blocks may train one after the other, or at the same time
+in several processes. Trackers of `--report_to` that are not in `TRACKERS` are left to `Trainer`.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from .evaluation import RESULTS_FILE
+
+
+TRACKERS = ("tensorboard", "trackio", "wandb")
+LOGS_FOLDER = "runs"  # in a model directory: what TensorBoard reads
+
+
+def start_trackers(
+    args: TrainingArguments, directory: Path, name: str, config: dict[str, Any] | None = None, step: int = 0
+) -> list[GeneralTracker]:
+    """Start a run in every tracker that `args.report_to` names.
+
+    Args:
+        directory: the model directory; `args.run_name`, or else its own name, is that of the group of runs.
+        name: of the run in its group.
+        config: settings that are shown with the run.
+        step: where the run goes on; what a run that was killed logged after it is void.
+    """
+    group = args.run_name or directory.resolve().name
+    common = {"name": f"{group}-{name}", "group": group, "config": config}
+    options: dict[str, dict[str, Any]] = {
+        "tensorboard": {"run_name": name, "logging_dir": directory / LOGS_FOLDER, "purge_step": step + 1},
+        "trackio": {
+            "run_name": args.project,
+            "space_id": args.trackio_space_id,
+            "bucket_id": args.trackio_bucket_id,
+            "private": args.hub_private_repo,
+            "resume": "allow" if step else "never",
+            **common,
+        },
+        # Its steps never go back, so what goes on is a new run of the same name.
+        "wandb": {"run_name": os.getenv("WANDB_PROJECT", args.project), "reinit": "create_new", **common},
+    }
+    trackers = [LOGGER_TYPE_TO_CLASS[kind](**options[kind]) for kind in TRACKERS if kind in args.report_to]
+    for tracker in trackers:
+        tracker.start()
+    return trackers
+
+
+class TrackingCallback(TrainerCallback):
+    """Sends what a `Trainer` logs to trackers. As a context, it ends their runs.
+
+    Args:
+        directory: the model directory.
+        name: of what is trained; it stands before the names of all values.
+        in_nats: whether losses are nats per token, and are called so.
+    """
+
+    def __init__(self, directory: Path, name: str, in_nats: bool = True):
+        self.directory = directory
+        self.name = name
+        self.in_nats = in_nats
+        self.trackers: list[GeneralTracker] = []
+
+    def __enter__(self) -> "TrackingCallback":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for tracker in self.trackers:
+            tracker.finish()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control, model=None, **kwargs):
+        if state.is_world_process_zero:
+            config = model.config.to_dict() | args.to_dict()
+            config = {key: value for key, value in config.items() if not key.startswith("_")}  # reserved in Trackio
+            self.trackers = start_trackers(args, self.directory, self.name, config, state.global_step)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control, logs=None, **kwargs):
+        unit = "_nats" if self.in_nats else ""
+        self.log({key + unit if key.endswith("loss") else key: value for key, value in logs.items()}, state.global_step)
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        """Send numbers and texts to the trackers."""
+        for tracker in self.trackers:
+            tracker.log({f"{self.name}/{key}": value for key, value in values.items()}, step)
+
+
+def track(trainer: Trainer, directory: Path, name: str, in_nats: bool = True) -> TrackingCallback:
+    """Put a [`TrackingCallback`] into a trainer, in place of the stock callbacks of the same trackers."""
+    for kind in TRACKERS:
+        trainer.remove_callback(INTEGRATION_TO_CALLBACK[kind])
+    callback = TrackingCallback(directory, name, in_nats)
+    trainer.add_callback(callback)
+    return callback
+
+
+def track_results(args: TrainingArguments, directory: Path) -> None:
+    """Send the results of an evaluated model to the trackers, a run for each split.
+
+    Raises:
+        FileNotFoundError: the model is not evaluated.
+    """
+    results = json.loads((directory / RESULTS_FILE).read_text(encoding="utf-8"))
+    for split, nats in results["details"].items():
+        values = {"bound/nats": nats["bound"], "predictive/nats": nats["predictive"]}
+        values |= {f"bound/block_{block:02d}": part for block, part in enumerate(nats["block_nats"])}
+        for tracker in start_trackers(args, directory, split):
+            tracker.log(values)
+            tracker.finish()

@@ -1,0 +1,159 @@
+"""Every command and every program of the documents, read from them and run.
+
+What is written is run as it stands, in a copy of the project whose recipes are small ones of the same names. What
+cannot run here (`ELSEWHERE`) is named with what is run in its place.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import ROOT, sentences
+from hub_server import TOKEN, hub_server
+
+
+pytestmark = pytest.mark.slow
+
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/method.md",
+    "docs/quality.md",
+    "docs/performance.md",
+    "space/README.md",
+)
+SMALL = {
+    "train_file": "my.txt",
+    "validation_file": "validation.txt",
+    "test_file": "test.txt",
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "num_blocks": 4,
+    "num_layers_per_block": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_length": 48,
+    "pretraining_max_steps": 2,
+    "max_steps": 2,
+    "per_device_train_batch_size": 8,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "logging_steps": 1,
+    "save_steps": 1,
+    "sample_prompts": ["the cat"],
+    "sample_max_new_tokens": 2,
+}
+# Placeholders of the documents.
+FILL = {
+    r"\bRECIPE\b": "recipes/demo.yaml",
+    r"\bDIR\b": "corpora",
+}
+# Commands that are not run as they stand, and what is run instead.
+ELSEWHERE = {
+    "make demo": "make --dry-run demo",  # installs, and then is the command that makes runs/demo here
+    "make test": "make --dry-run test",  # would run this test
+    "make lint": "make --dry-run lint",
+    ".venv/bin/python -m pytest": ".venv/bin/python -m pytest --collect-only -qq",
+    "launch/8_gpus.yaml": None,  # needs eight GPUs; tests/test_parallel.py reads the launch files with accelerate
+    "launch/slurm_blocks.sh": None,  # needs SLURM
+    "launch/hf_jobs.sh": None,  # needs an account on the Hub
+    "space/app.py": None,  # serves a page without end; tests/test_space.py opens it
+    "hf upload": None,  # needs an account on the Hub
+    "git clone": None,
+    "cd ": None,
+}
+
+
+def blocks(document: str, language: str) -> list[str]:
+    text = (ROOT / document).read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(document: str) -> list[str]:
+    lines = [line for block in blocks(document, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    inline = re.findall(r"`(\.venv/bin/[^`]+)`", (ROOT / document).read_text())
+    return [command for line in [*lines, *inline] if (command := line.partition("  #")[0].strip())]
+
+
+ALL = [(document, command) for document in DOCUMENTS for command in commands(document)]
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """The project as somebody has it who cloned it, installed it and ran the demo."""
+    folder = tmp_path_factory.mktemp("copy")
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in names:
+        if not name.startswith("benchmarks/results"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    (folder / ".venv").mkdir()
+    (folder / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
+    for recipe in (folder / "recipes").glob("*.yaml"):
+        output_dir = yaml.safe_load(recipe.read_text())["output_dir"]
+        recipe.write_text(yaml.safe_dump(SMALL | {"output_dir": output_dir}))
+    for name, count in (("my", 300), ("validation", 60), ("test", 60)):
+        (folder / f"{name}.txt").write_text("\n".join(sentences(count, count)) + "\n")
+    corpora = folder / "corpora"
+    (corpora / "wikitext2").mkdir(parents=True)
+    for name in ("shakespeare.txt", "wikitext2/test.txt", "wikitext2/validation.txt"):
+        (corpora / name).write_text("\n".join(sentences(1500, 3)) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(copy):
+    with hub_server() as server:
+        options = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+        environment = {**os.environ, **options, "HF_HOME": str(copy / "home"), "OMP_NUM_THREADS": "1"}
+
+        def run(command: list[str]) -> str:
+            done = subprocess.run(
+                command,
+                cwd=copy,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=500,
+            )
+            assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}"
+            return done.stdout
+
+        run([".venv/bin/python", "scripts/train.py", "recipes/demo.yaml"])
+        yield run
+
+
+def test_documents_have_commands():
+    assert len(ALL) > 20
+    missing = [part for part in ELSEWHERE if not any(part in command for _, command in ALL)]
+    assert not missing, f"no document speaks of {missing} any more"
+
+
+@pytest.mark.parametrize("command", list(dict.fromkeys(command for _, command in ALL)))
+def test_command(run, command):
+    for part, instead in ELSEWHERE.items():
+        if part in command:
+            if instead is None:
+                pytest.skip(f"{part} cannot run here")
+            command = instead
+    for placeholder, value in FILL.items():
+        command = re.sub(placeholder, value, command)
+    words = shlex.split(command)
+    if "benchmarks/" in command and not {"--small", "--plan", "--model"} & set(words):
+        words.append("--small")
+    run(words)
+
+
+@pytest.mark.parametrize(
+    "document, program", [(document, program) for document in DOCUMENTS for program in blocks(document, "python")]
+)
+def test_program(run, document, program):
+    run([".venv/bin/python", "-c", program])

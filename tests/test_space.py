@@ -1,0 +1,231 @@
+"""The page of `space/`: what it renders, and the page itself in a real browser."""
+
+import copy
+import importlib.util
+import os
+import re
+import shutil
+import sys
+from html import unescape
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from conftest import ROOT
+from noprop_hf.evaluation import encode_prompt
+from noprop_hf.watching import BlockBelief, WatchedToken
+
+
+gradio = pytest.importorskip("gradio")
+spec = importlib.util.spec_from_file_location("space_app", ROOT / "space" / "app.py")
+app = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(app)
+
+WINDOW = 32  # of the `writer`
+LONG = "the <b>cat</b> sat on a mat " * 200
+
+
+def all_of(model, tokenizer, prompt="the cat", blocks=2, trajectories=1, temperature=1.0, new_tokens=3, seed=0):
+    return list(app.generate(model, tokenizer, prompt, blocks, trajectories, temperature, new_tokens, seed))
+
+
+# --- without a browser ------------------------------------------------------------------------------------------------
+
+
+def test_heat_map():
+    token = '<i>"&'
+    beliefs = [
+        BlockBelief(0.0, None, [("cat", 0.81), (token, 0.1239), ("dog", 0.004)], 0.1239),
+        BlockBelief(0.25, "cat", [(token, 0.6), ("cat", 0.3)], 0.6),
+    ]
+    html = app.heat_map(WatchedToken(7, token, "so far", beliefs))
+    cells = [[unescape(text) for text in re.findall(r"<t[hd][^>]*>([^<]*)<", row)] for row in html.split("<tr>")[1:]]
+    assert cells == [
+        ["", "cat", f"\u2713 {token}", "dog"],
+        ["block 0, noise", "0.81", "0.12", ""],
+        ["block 1, \u03b3 0.250", "0.30", "0.60", ""],
+    ]
+    assert "<i>" not in html
+    taken = re.findall(r'<td class="taken[^>]*--share: ([\d.]+)[^>]*title="([^"]*)"', html)
+    assert [(share, unescape(title)) for share, title in taken] == [
+        ("0.124", f"block 0, noise: {token} 0.12"),
+        ("0.600", f"block 1, \u03b3 0.250: {token} 0.60"),
+    ]
+
+
+def test_text_and_maps_arrive_token_by_token(writer, tokenizer):
+    texts, notices, maps = zip(*all_of(writer, tokenizer), strict=True)
+    assert [html.count("<table>") for html in maps] == [0, 1, 2, 3, 3]
+    assert all(later.startswith(earlier) for earlier, later in zip(maps, maps[1:], strict=False))
+    assert len(set(texts[:4])) == 4 and texts[4] == texts[3]
+    assert ["download=" in notice for notice in notices] == [False] * 4 + [True]
+
+
+def test_maps_say_what_is_believed(writer, tokenizer):
+    *_, (_, _, maps) = all_of(writer, tokenizer, temperature=0.0)
+    for table in maps.split("<table>")[1:]:
+        last = re.findall(r'<td class="([^"]*)" style="--share: ([\d.]+)"', table)[-6:]
+        assert [share for name, share in last if "taken" in name] == [max(share for _, share in last)]
+
+
+@pytest.mark.parametrize("text", [LONG, "\U0001f63a" * 50, "x" * 5000])
+def test_the_end_of_a_long_prompt_is_kept(text, tokenizer):
+    kept = app.fit_prompt(text, tokenizer, 20)
+    longer = text[-len(kept) - 1 :]
+    assert kept and longer.endswith(kept)
+    assert encode_prompt(kept, tokenizer).shape[1] <= 20 < encode_prompt(longer, tokenizer).shape[1]
+    assert app.fit_prompt(kept, tokenizer, 20) == kept
+
+
+def test_an_empty_prompt_without_a_token_that_begins_a_text(writer, tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    *_, (_, notice, maps) = all_of(writer, tokenizer, prompt="")
+    assert "must not be empty" in notice and maps == ""
+
+
+def test_a_text_that_ends_early(writer, tokenizer):
+    writer = copy.deepcopy(writer)
+    writer.config.eos_token_id = [watched.token_id for watched in app.watch(writer, tokenizer, "the cat", 3)][1]
+    *_, (text, notice, maps) = all_of(writer, tokenizer)
+    assert "ended the text after 1 tokens" in notice and maps.count("<table>") == 1 and "generated" in text
+
+
+def test_main_loads_what_it_is_told_to(writer, tokenizer, tmp_path, monkeypatch):
+    pages = []
+    monkeypatch.setattr(app, "launch", pages.append)
+    for part in (writer, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(sys, "argv", ["app.py", str(tmp_path / "model")])
+    monkeypatch.setenv("MODEL", "not/this")
+    app.main()
+    monkeypatch.setattr(sys, "argv", ["app.py"])
+    monkeypatch.setenv("MODEL", str(tmp_path / "model"))
+    app.main()
+    assert [type(page) for page in pages] == [gradio.Blocks] * 2
+
+
+@pytest.mark.parametrize("name", [None, "no/model", "stock"])
+def test_main_says_what_to_do(name, tokenizer, tmp_path, monkeypatch):
+    stock = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_layer=1, n_embd=8, n_head=1))
+    for part in (stock, tokenizer):
+        part.save_pretrained(tmp_path / "stock")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["app.py"])
+    monkeypatch.delenv("MODEL", raising=False)
+    if name:
+        monkeypatch.setenv("MODEL", name)
+    else:
+        monkeypatch.setattr(app, "__file__", str(tmp_path / "app.py"))
+    told = "is a GPT2LMHeadModel" if name == "stock" else "in the environment variable MODEL"
+    with pytest.raises(SystemExit, match=told):
+        app.main()
+
+
+def test_header_and_requirements_name_the_tested_versions():
+    header = yaml.safe_load((ROOT / "space" / "README.md").read_text().split("---")[1])
+    assert header["sdk_version"] == gradio.__version__
+    assert (ROOT / "space" / header["app_file"]).exists() and len(header["short_description"]) <= 60
+    pins = (ROOT / "space" / "requirements.txt").read_text().lower().split("\n")[1:-1]
+    assert pins and set(pins) <= set((ROOT / "constraints.txt").read_text().lower().split("\n"))
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        names = ("chromium", "chromium-browser", "google-chrome")
+        installed = [os.environ.get("CHROMIUM"), *map(shutil.which, names), playwright.chromium.executable_path]
+        executable = next(path for path in installed if path)
+        if not Path(executable).exists():
+            pytest.skip("There is no Chromium. Install one, or name it in the environment variable CHROMIUM.")
+        with playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"]) as browser:
+            yield browser
+
+
+@pytest.fixture(scope="module")
+def address(writer, tokenizer) -> str:
+    page = app.build(writer, tokenizer)
+    yield app.launch(page, prevent_thread_lock=True, quiet=True)
+    page.close(verbose=False)
+
+
+@pytest.fixture
+def page(browser, address):
+    """The page, which must neither complain nor ask another host for anything."""
+    page, troubles = browser.new_page(), []
+    page.set_default_timeout(20_000)
+    page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on("request", lambda request: troubles.append(request.url) if foreign(request.url) else None)
+
+    def foreign(url: str) -> bool:
+        return not url.startswith((address, "data:", "blob:"))
+
+    page.goto(address)
+    yield page
+    page.close()
+    assert troubles == []
+
+
+def press(page, prompt: str, **sliders: int) -> None:
+    """Generate two tokens, or as said, and wait for the end."""
+    page.get_by_label("Prompt").fill(prompt)
+    for label, value in ({"New tokens": 2} | sliders).items():
+        page.get_by_label(f"number input for {label}").fill(str(value))
+        page.keyboard.press("Tab")
+    page.get_by_role("button", name="Generate").click()
+    page.wait_for_selector("a[download]")
+
+
+@pytest.mark.slow
+def test_page_generates(page, tmp_path):
+    press(page, "the cat", **{"New tokens": 3})
+    assert page.title() == "NoProp: text out of noise"
+    assert page.locator("#text .prompt").text_content() == "the cat"
+    assert page.locator("#text .generated").text_content()
+    maps = page.locator("#maps table")
+    assert maps.count() == 3
+    for table in maps.all():
+        assert table.locator("tbody tr").count() == 2 and table.locator("thead .taken").count() == 1
+    with page.expect_download() as download:
+        page.click("a[download]")
+    download.value.save_as(tmp_path / "chain.png")
+    assert (tmp_path / "chain.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_page_runs_the_first_block_alone(page):
+    press(page, "the cat", Blocks=1)
+    assert [table.locator("tbody tr").count() for table in page.locator("#maps table").all()] == [1, 1]
+
+
+@pytest.mark.slow
+def test_page_takes_an_example_and_an_empty_prompt(page):
+    page.get_by_role("button", name=app.EXAMPLES[0].strip()).click()
+    page.wait_for_function("prompt => document.querySelector('textarea').value === prompt", arg=app.EXAMPLES[0])
+    press(page, "")
+    assert page.locator("#text .prompt").text_content() == ""
+    assert page.locator("#text .generated").text_content() and page.locator("#maps table").count() == 2
+
+
+@pytest.mark.slow
+def test_page_keeps_the_end_of_a_long_prompt(page, tokenizer):
+    press(page, LONG)
+    kept = page.locator("#text .prompt").text_content()
+    assert kept == app.fit_prompt(LONG, tokenizer, WINDOW - 2)
+    assert f"too long for the model's window: its last {len(kept)} characters" in page.inner_text("#notice")
+    assert page.locator("#text .generated").text_content() and page.locator("#maps table").count() == 2
+
+
+@pytest.mark.slow
+def test_page_shows_html_as_text(page):
+    prompt = "<b id=x>${1+1}{{2}}"
+    press(page, prompt)
+    assert page.locator("#text .prompt").text_content() == prompt
+    assert page.locator("#x").count() == 0
