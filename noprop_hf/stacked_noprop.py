@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb, eager_attention_forward
 
@@ -31,6 +31,38 @@ GROUPS = (
 # processor's cache, so that going on by block is faster; elsewhere it is a matter of memory.
 ROWS_AT_ONCE = {"cpu": 2**9}
 ROWS_AT_ONCE_ELSEWHERE = 2**15
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values with room to grow, so that a new token is written and not all before it copied, as they are in
+    the stock layer. Where the stock layer has put other tensors in their place (beam search does), it begins anew."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.rooms = {"keys": key_states.new_empty(0), "values": value_states.new_empty(0)}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        begin = self.get_seq_length()
+        self.keys = self._append("keys", self.keys, key_states, begin)
+        self.values = self._append("values", self.values, value_states, begin)
+        return self.keys, self.values
+
+    def _append(self, name: str, kept: torch.Tensor, new: torch.Tensor, begin: int) -> torch.Tensor:
+        room, end = self.rooms[name], begin + new.shape[-2]
+        is_view = begin > 0 and kept.data_ptr() == room.data_ptr() and kept.shape[:2] == room.shape[:2]
+        if not is_view or end > room.shape[-2]:
+            room = self.rooms[name] = new.new_empty(*new.shape[:2], end + end // 4 + 16, new.shape[-1])
+            if begin > 0:
+                room[:, :, :begin] = kept
+        room[:, :, begin:end] = new
+        return room[:, :, :end]
 
 
 class StackedBlocks:
@@ -77,6 +109,8 @@ class StackedBlocks:
         """
         rows = inputs_embeds.shape[0] * inputs_embeds.shape[1]
         is_new = cache is None or (type(cache) is DynamicCache and cache.get_seq_length() == 0)
+        if is_new and cache is not None and not cache.offloading:
+            cache.layers = [GrowingLayer() for _ in self.layers]
         limit = ROWS_AT_ONCE.get(inputs_embeds.device.type, ROWS_AT_ONCE_ELSEWHERE)
         step = max(1, limit // rows) if is_new else num_blocks
         groups = [slice(first, min(first + step, num_blocks)) for first in range(0, num_blocks, step)]

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from conftest import tokens
 from noprop_hf import NoPropConfig, NoPropForCausalLM
-from noprop_hf.stacked_noprop import ROWS_AT_ONCE, can_be_stacked
+from noprop_hf.stacked_noprop import ROWS_AT_ONCE, GrowingLayer, can_be_stacked
 
 
 @pytest.fixture
@@ -83,6 +83,38 @@ def test_the_cache_holds_the_heads_of_all_blocks(model, one_by_one):
     config = model.config
     assert len(cache.layers) == config.num_layers_per_block
     assert cache.layers[0].keys.shape[1] == config.num_blocks * config.num_key_value_heads
+
+
+def test_a_cache_that_grows_is_the_stock_one(model):
+    """Through growth, cropping, and what beam search does with a cache."""
+    torch.manual_seed(0)
+    stock, ours = DynamicCache(), DynamicCache()
+    ours.layers = [GrowingLayer()]
+
+    def grow(length: int, batch: int) -> None:
+        keys, values = torch.randn(batch, 3, length, 4), torch.randn(batch, 3, length, 4)
+        for mine, theirs in zip(ours.update(keys, values, 0), stock.update(keys, values, 0), strict=True):
+            assert torch.equal(mine, theirs)
+
+    for length in (7, 1, 1, 30, 1):
+        grow(length, 2)
+    begin = ours.layers[0].keys.data_ptr()
+    grow(1, 2)
+    assert ours.layers[0].keys.data_ptr() == begin  # written, not copied
+    for change in (
+        lambda cache: cache.crop(-4),
+        lambda cache: cache.batch_repeat_interleave(2),
+        lambda cache: cache.reorder_cache(torch.tensor([3, 0, 0, 1])),
+        lambda cache: cache.batch_select_indices(torch.tensor([2, 1])),
+        lambda cache: cache.reset(),
+    ):
+        for cache in (ours, stock):
+            change(cache)
+        for _ in range(2):
+            grow(2, 2 if not ours.layers[0].is_initialized else ours.layers[0].keys.shape[0])
+    copied = copy.deepcopy(ours)
+    grow(1, 2)
+    assert copied.get_seq_length() == ours.get_seq_length() - 1
 
 
 def test_inner_states_on_request(model, one_by_one):
