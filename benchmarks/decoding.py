@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from quality import num_parameters, stock_model
 from torch.nn import functional as F
 from transformers import HfArgumentParser, PreTrainedModel
+from transformers.generation import BaseStreamer
 
 from noprop_hf import NoPropConfig, NoPropForCausalLM
 from noprop_hf.arguments import CORPUS_FILE
@@ -91,6 +92,34 @@ def one_by_one(model: NoPropForCausalLM) -> AbstractContextManager:
     return patch.object(model.model, "stacked_blocks", lambda **kwargs: None)
 
 
+class Clock(BaseStreamer):
+    """When the tokens of a generation came."""
+
+    def __init__(self):
+        self.marks: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.marks.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def generate(model: PreTrainedModel, prompts: torch.Tensor, count: int) -> dict[str, float]:
+    """Seconds to the first token, and from there to the last."""
+    clock = Clock()
+    model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=count,
+        min_new_tokens=count,
+        pad_token_id=0,
+        streamer=clock,
+    )
+    prompt, first, *_, last = clock.marks  # the prompt is put first
+    return {"first": first - prompt, "others": last - first}
+
+
 def seconds(compute: Callable[[], Any], device: torch.device) -> float:
     begin = time.perf_counter()
     compute()
@@ -100,9 +129,9 @@ def seconds(compute: Callable[[], Any], device: torch.device) -> float:
 
 
 def measure(
-    found: dict[str, PreTrainedModel], jobs: dict[str, Callable[[PreTrainedModel], Any]], args: DecodingArguments
+    found: dict[str, PreTrainedModel], prompts: torch.Tensor, args: DecodingArguments
 ) -> dict[str, dict[str, float]]:
-    """The fastest time of each job (a function of a model) with each kind of model, and its peak of device memory."""
+    """The fastest times of generating and of scoring with each kind of model, and its peak of device memory."""
     device = found["ours"].device
     kinds = {"ours": "ours", "one_by_one": "ours", "stock": "stock"}
     times: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
@@ -114,13 +143,16 @@ def measure(
                 gc.collect()
                 torch.cuda.reset_peak_memory_stats()
             with one_by_one(found["ours"]) if kind == "one_by_one" else nullcontext():
-                times[kind].append({job: seconds(partial(run, model), device) for job, run in jobs.items()})
+                taken = generate(model, prompts, 1 + args.new_tokens)
+                times[kind].append(taken | {"scoring": seconds(partial(score, model, prompts), device)})
             if device.type == "cuda":
                 peaks[kind] = torch.cuda.max_memory_allocated()
         if sum(times["stock"][0].values()) > LONG:
             break
     # The first run warms up, but for a long one that does not matter, and it is the only one.
-    fastest = {kind: {job: min(run[job] for run in runs[1:] or runs) for job in jobs} for kind, runs in times.items()}
+    fastest = {
+        kind: {job: min(run[job] for run in runs[1:] or runs) for job in runs[0]} for kind, runs in times.items()
+    }
     return {kind: runs | {"peak_bytes": peaks[kind]} for kind, runs in fastest.items()}
 
 
@@ -131,22 +163,12 @@ def generation(found: dict[str, PreTrainedModel], args: DecodingArguments) -> li
     for batch_size in args.batch_sizes:
         for prompt_length in args.prompt_lengths:
             prompts = torch.randint(vocab_size, (batch_size, prompt_length), device=device)
-            mask = torch.ones_like(prompts)
-
-            def generate(model: PreTrainedModel, count: int, prompts=prompts, mask=mask) -> None:
-                model.generate(prompts, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, pad_token_id=0)
-
-            jobs: dict[str, Callable[[PreTrainedModel], Any]] = {
-                "first": partial(generate, count=1),
-                "all": partial(generate, count=1 + args.new_tokens),
-                "scoring": partial(score, texts=prompts),
-            }
-            found_times = measure(found, jobs, args)
+            found_times = measure(found, prompts, args)
             row: dict[str, Any] = {"batch_size": batch_size, "prompt_length": prompt_length}
             for kind, times in found_times.items():
                 row[kind] = {
                     "seconds_to_first_token": times["first"],
-                    "tokens_per_second": batch_size * args.new_tokens / max(times["all"] - times["first"], 1e-9),
+                    "tokens_per_second": batch_size * args.new_tokens / times["others"],
                     "scored_tokens_per_second": prompts.numel() / times["scoring"],
                     "peak_bytes": times["peak_bytes"],
                 }
@@ -215,12 +237,12 @@ def quality_and_cost(directory: Path, device: torch.device) -> list[dict[str, An
         count = 32
         prompt = input_ids[:1, :16]
 
-        def generate(options=options, prompt=prompt, count=count) -> None:
+        def write(options=options, prompt=prompt, count=count) -> None:
             model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, eos_token_id=None,
                            pad_token_id=tokenizer.pad_token_id, **options)  # fmt: skip
 
-        generate()
-        milliseconds = 1000 * min(seconds(generate, device) for _ in range(3)) / count
+        write()
+        milliseconds = 1000 * min(seconds(write, device) for _ in range(3)) / count
         nats = torch.stack(losses).mean().item()
         rows.append({"way": name, "nats_per_token": nats, "milliseconds_per_token": milliseconds})
         print(f"| {name} | {nats:.3f} | {milliseconds:.2f} |", flush=True)
