@@ -19,7 +19,8 @@ from conftest import ROOT, sentences
 from hub_server import TOKEN, hub_server
 
 
-pytestmark = pytest.mark.slow
+# Later commands use what earlier ones made, so all of them run in one process.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("documents")]
 
 DOCUMENTS = (
     "README.md",

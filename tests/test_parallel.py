@@ -153,8 +153,9 @@ def test_block_parallel_equals_one_process_bit_for_bit(recipe, in_order, tmp_pat
 @pytest.mark.slow
 def test_data_parallel_is_training_with_a_larger_batch(recipe, tmp_path):
     """Without dropout and noise (block 0 has none), two processes with 4 rows each are one with 8."""
-    same = ["--attention_dropout", "0", "--blocks", "0", "--optim", "sgd", "--learning_rate", "0.1"]
-    phase1 = ["scripts/pretrain_embeddings.py", str(recipe), "--attention_dropout", "0"]
+    config = ["--attention_dropout", "0", "--sampled_softmax", "false"]  # candidates are those of a process's rows
+    same = [*config, "--blocks", "0", "--optim", "sgd", "--learning_rate", "0.1"]
+    phase1 = ["scripts/pretrain_embeddings.py", str(recipe), *config]
     run_python(*phase1, "--output_dir", str(tmp_path / "one"))
     subprocess.run(["cp", "-r", str(tmp_path / "one"), str(tmp_path / "two")], check=True)
     train = ["scripts/train_blocks.py", str(recipe), *same]
