@@ -325,6 +325,6 @@ def report(directory: Path, data_args: DataArguments, block_args: BlockArguments
         f"The model is in {directory}. What comes next:",
         f'  python scripts/generate.py {directory} "{block_args.sample_prompts[0]}"',
         f"  python scripts/evaluate_perplexity.py {directory}",
-        f"  AutoModelForCausalLM.from_pretrained({str(directory)!r}, trust_remote_code=True)",
+        f'  python scripts/watch.py {directory} "{block_args.sample_prompts[0]}" --save chain.png',
     ]
     return "\n".join(lines)
