@@ -11,7 +11,7 @@ demo: $(VENV)/demo.installed
 	$(VENV)/bin/python scripts/train.py recipes/demo.yaml
 
 test: lint
-	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m "slow or not slow" --durations 5
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "slow or not slow" --durations 5
 
 lint: $(VENV)/dev.installed
 	$(VENV)/bin/ruff check .

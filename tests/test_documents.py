@@ -19,8 +19,8 @@ from conftest import ROOT, sentences
 from hub_server import TOKEN, hub_server
 
 
-# Later commands use what earlier ones made, so all of them run in one process.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("documents")]
+# Later commands use what earlier ones made, so all of them run in one process (`--dist loadfile`).
+pytestmark = pytest.mark.slow
 
 DOCUMENTS = (
     "README.md",
