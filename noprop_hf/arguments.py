@@ -276,8 +276,8 @@ def _known_config(values: Namespace) -> NoPropConfig:
     """
     if Path(values.output_dir or "", CONFIG_NAME).is_file():
         return NoPropConfig.from_pretrained(values.output_dir)
-    names = [field.name for field in dataclasses.fields(ModelArguments) if field.name in NoPropConfig.__annotations__]
-    fields = {name: getattr(values, name) for name in names if getattr(values, name) is not None}
+    model = ModelArguments(**{field.name: getattr(values, field.name) for field in dataclasses.fields(ModelArguments)})
+    fields = model.config_fields()
     if values.embeddings_from is not None:  # the width is that model's: any that fits will do
         fields.setdefault("hidden_size", 2 * fields.get("num_attention_heads", NoPropConfig.num_attention_heads))
     return NoPropConfig(**fields)

@@ -21,26 +21,23 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from .arguments import Recipe, parse_blocks
 from .checkpoints import CHECKPOINTS_FOLDER, DurableTrainer, checkpoints_of
 from .configuration_noprop import NoPropConfig
 from .data import (
     CausalCollator,
-    MaskedCollator,
-    count_tokens,
     data_fingerprint,
     load_corpus,
     load_tokenizer,
     tokenize,
-    train_tokenizer,
 )
 from .hub import block_is_trained, check_data, load_table
 from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForMaskedLM, TokenTable
 from .noise_noprop import standardize
 from .shards_noprop import EMBEDDINGS_SHARD, MASKED_LM_FOLDER
-from .training import TOKENIZER_ROWS, BlockTrainer, build_config, load_config, one_device, source_embeddings
+from .training import BlockTrainer, begin, load_config, log_prior, masked_collator, one_device
 
 
 TIMED_STEPS = 5
@@ -407,14 +404,15 @@ def plan(recipe: Recipe) -> Plan:
         config, tokenizer = load_config(directory, recipe.model), load_tokenizer(args.output_dir)
         table = load_table(directory, config)
     else:
-        config, tokenizer, table = _begin(recipe, corpus["train"])
+        config, tokenizer, source = begin(recipe.model, recipe.data, corpus["train"])
+        table = TokenTable(config)  # random, unless it comes from another model
+        table.weight.copy_(standardize(torch.randn_like(table.weight) if source is None else source))
     dataset = tokenize(corpus, tokenizer, recipe.data)
     splits = {name: _measure_split(corpus[name], dataset[name]) for name in dataset}
     if has_table:
         check_data(directory, data_fingerprint(dataset["train"]))
     else:
-        counts = count_tokens(dataset["train"], config.vocab_size)
-        table.log_prior.copy_(((counts + 1) / (counts + 1).sum()).log())
+        table.log_prior.copy_(log_prior(dataset["train"], config.vocab_size))
     selected = parse_blocks(recipe.blocks.blocks, config.num_blocks)
     in_order = config.context_source == "previous_block"
     groups = group_processes(recipe.blocks.parallelism, recipe.run.processes, 1 if in_order else len(selected))
@@ -441,17 +439,11 @@ def plan(recipe: Recipe) -> Plan:
 
         if not has_table and recipe.model.embeddings_from is None:
             options = _measuring(args, folder, **recipe.pretraining.training_fields())
-            collator = MaskedCollator(
-                tokenizer,
-                mlm=config.pretraining_objective != "clm",
-                mlm_probability=recipe.pretraining.mlm_probability,
-                run_seed=args.seed,
-            )
             trainer = DurableTrainer(
                 model=NoPropForMaskedLM(copy.deepcopy(config)),
                 args=options,
                 train_dataset=dataset["train"],
-                data_collator=collator,
+                data_collator=masked_collator(config, tokenizer, recipe.pretraining, args.seed),
             )
             phase1 = training_of(trainer, steps_of(options))
             phase1_remaining = phase1.steps - _saved_step(saved / MASKED_LM_FOLDER)
@@ -493,23 +485,6 @@ def plan(recipe: Recipe) -> Plan:
         model_bytes=model_bytes,
         device=options.device,
     )
-
-
-def _begin(recipe: Recipe, rows: Dataset | IterableDataset) -> tuple[NoPropConfig, PreTrainedTokenizerBase, TokenTable]:
-    """What phase 1 would begin with; the table is random unless it comes from another model."""
-    model, source = recipe.model, None
-    if model.embeddings_from is not None:
-        source = source_embeddings(model.embeddings_from)
-        tokenizer = load_tokenizer(model.tokenizer_name or model.embeddings_from)
-    elif model.tokenizer_name is not None:
-        tokenizer = load_tokenizer(model.tokenizer_name)
-    else:
-        texts = (text or "" for text in rows.take(TOKENIZER_ROWS)[recipe.data.text_column_name])
-        tokenizer = train_tokenizer(texts, model.vocab_size or 4096, recipe.data.max_length)
-    config = build_config(model, recipe.data, tokenizer, source)
-    table = TokenTable(config)
-    table.weight.copy_(standardize(torch.randn_like(table.weight) if source is None else source))
-    return config, tokenizer, table
 
 
 def _measure_split(texts: Dataset | IterableDataset, windows: Dataset | IterableDataset) -> Split:

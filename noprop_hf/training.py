@@ -126,22 +126,7 @@ def _make_table(
 ) -> None:
     directory = Path(training_args.output_dir)
     corpus = load_corpus(data_args)
-    source, tokenizer = None, None
-    if model_args.embeddings_from is not None:
-        source = source_embeddings(model_args.embeddings_from)
-        tokenizer = load_tokenizer(model_args.tokenizer_name or model_args.embeddings_from)
-    elif model_args.tokenizer_name is not None:
-        tokenizer = load_tokenizer(model_args.tokenizer_name)
-    else:
-        rows = corpus["train"].take(TOKENIZER_ROWS)
-        texts = (text or "" for text in rows[data_args.text_column_name])
-        tokenizer = train_tokenizer(texts, model_args.vocab_size or 4096, data_args.max_length)
-    config = build_config(model_args, data_args, tokenizer, source)
-    if source is None and config.pretraining_objective != "clm" and tokenizer.mask_token is None:
-        raise ValueError(
-            f"The tokenizer {model_args.tokenizer_name!r} has no mask token, which masked language modelling needs. "
-            "Use a tokenizer that has one, --pretraining_objective clm, or the table of a model with --embeddings_from."
-        )
+    config, tokenizer, source = begin(model_args, data_args, corpus["train"])
     dataset = tokenize(corpus, tokenizer, data_args)
 
     data = data_fingerprint(dataset["train"])
@@ -153,8 +138,7 @@ def _make_table(
         table.weight.copy_(model.token_table())
         if training_args.should_save:
             model.save_pretrained(directory / MASKED_LM_FOLDER)
-    counts = count_tokens(dataset["train"], config.vocab_size)
-    table.log_prior.copy_(((counts + 1) / (counts + 1).sum()).log())
+    table.log_prior.copy_(log_prior(dataset["train"], config.vocab_size))
     if config.noise_schedule == "information":
         config.noise_levels = information_levels(table.weight, table.log_prior, config.num_blocks)
     if not training_args.should_save:
@@ -168,6 +152,53 @@ def _make_table(
         origin["embeddings_from"] = model_args.embeddings_from
     create_model_directory(directory, config, tokenizer, table, origin)
     logger.warning(f"The embedding table is in {directory}; noise levels {levels}.")
+
+
+def begin(
+    model_args: ModelArguments, data_args: DataArguments, rows: Dataset | IterableDataset
+) -> tuple[NoPropConfig, PreTrainedTokenizerBase, torch.Tensor | None]:
+    """What phase 1 begins with: configuration, tokenizer, and the embeddings of another model where those are taken.
+
+    Args:
+        rows: the training split, which a tokenizer is trained on when none is named.
+
+    Raises:
+        ValueError: a tokenizer without a mask token, or arguments that do not fit together.
+    """
+    source = None
+    if model_args.embeddings_from is not None:
+        source = _source_embeddings(model_args.embeddings_from)
+        tokenizer = load_tokenizer(model_args.tokenizer_name or model_args.embeddings_from)
+    elif model_args.tokenizer_name is not None:
+        tokenizer = load_tokenizer(model_args.tokenizer_name)
+    else:
+        texts = (text or "" for text in rows.take(TOKENIZER_ROWS)[data_args.text_column_name])
+        tokenizer = train_tokenizer(texts, model_args.vocab_size or 4096, data_args.max_length)
+    config = build_config(model_args, data_args, tokenizer, source)
+    if source is None and config.pretraining_objective != "clm" and tokenizer.mask_token is None:
+        raise ValueError(
+            f"The tokenizer {model_args.tokenizer_name!r} has no mask token, which masked language modelling needs. "
+            "Use a tokenizer that has one, --pretraining_objective clm, or the table of a model with --embeddings_from."
+        )
+    return config, tokenizer, source
+
+
+def log_prior(rows: Dataset | IterableDataset, vocab_size: int) -> torch.Tensor:
+    """Log-probabilities of the tokens in tokenized rows, each counted once more than it is there: `(vocab_size,)`."""
+    counts = count_tokens(rows, vocab_size) + 1
+    return (counts / counts.sum()).log()
+
+
+def masked_collator(
+    config: NoPropConfig, tokenizer: PreTrainedTokenizerBase, pretraining_args: PretrainingArguments, seed: int
+) -> MaskedCollator:
+    """The batches of phase 1."""
+    return MaskedCollator(
+        tokenizer,
+        mlm=config.pretraining_objective != "clm",
+        mlm_probability=pretraining_args.mlm_probability,
+        run_seed=seed,
+    )
 
 
 def _pretrain_masked_lm(
@@ -197,12 +228,7 @@ def _pretrain_masked_lm(
         args=one_device(args),
         train_dataset=dataset["train"],
         eval_dataset=dataset["validation"],
-        data_collator=MaskedCollator(
-            tokenizer,
-            mlm=config.pretraining_objective != "clm",
-            mlm_probability=pretraining_args.mlm_probability,
-            run_seed=training_args.seed,
-        ),
+        data_collator=masked_collator(config, tokenizer, pretraining_args, training_args.seed),
     )
     trainer.args.prediction_loss_only = True
     show_progress(trainer, "embeddings")
@@ -212,7 +238,7 @@ def _pretrain_masked_lm(
     return model.cpu().eval()
 
 
-def source_embeddings(name_or_path: str) -> torch.Tensor:
+def _source_embeddings(name_or_path: str) -> torch.Tensor:
     try:
         model = AutoModel.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
