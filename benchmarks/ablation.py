@@ -25,7 +25,7 @@ from transformers import HfArgumentParser
 
 from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM
 from noprop_hf.generation_noprop import Beliefs
-from noprop_hf.hub import create_model_directory, load_block, load_table
+from noprop_hf.model_directory import create_model_directory, load_block, load_table
 from noprop_hf.modeling_noprop import TokenTable, vocabulary_nats
 from noprop_hf.noise_noprop import information_levels, prior_levels, sample_evidence, standardize
 from noprop_hf.training import new_block

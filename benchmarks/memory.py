@@ -22,7 +22,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from decoding import device_name
 from matplotlib.figure import Figure
 from torch import nn
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
@@ -163,6 +162,12 @@ def assembled(directory: str) -> float:
     done.set()
     watcher.join()
     return (max(peaks) - before) / sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} thread(s)"
 
 
 def process_bytes(name: str) -> int:

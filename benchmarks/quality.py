@@ -43,7 +43,7 @@ from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropFor
 from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments
 from noprop_hf.data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize, train_tokenizer
 from noprop_hf.evaluation import evaluate_model
-from noprop_hf.hub import create_model_directory, load_table
+from noprop_hf.model_directory import create_model_directory, load_table
 from noprop_hf.modeling_noprop import TokenTable
 from noprop_hf.shards_noprop import MASKED_LM_FOLDER
 from noprop_hf.training import pretrain_embeddings, train_blocks

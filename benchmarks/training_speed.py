@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from decoding import SHAPES, device_name
+from decoding import SHAPES
 from matplotlib.figure import Figure
-from memory import KINDS, random_text
+from memory import KINDS, device_name, random_text
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset

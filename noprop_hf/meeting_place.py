@@ -28,7 +28,8 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from .checkpoints import CHECKPOINTS_FOLDER
-from .hub import files_of_phase_1, read_metadata, write_atomically
+from .hub import files_of_phase_1
+from .model_directory import read_metadata, write_atomically
 from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, block_shard
 
 

@@ -28,32 +28,46 @@ logger = logging.get_logger(__name__)
 GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def arrange_processes(parallelism: str, num_blocks: int) -> None:
-    """Tell this process, through its environment, whom it works with. Before any `TrainingArguments` are made.
+def group_processes(parallelism: str, processes: int, num_blocks: int) -> tuple[int, int]:
+    """How many blocks are trained at a time, and by how many processes each.
 
     Args:
-        parallelism: `"blocks"` (no process group: each process trains blocks of its own), `"data"` (all processes train
-            one block at a time, in one process group), or `"auto"`: `"blocks"` when there are enough of them; else as
-            many groups as blocks, of equal size.
+        parallelism: `"blocks"` (each process trains blocks of its own), `"data"` (all processes train one block
+            together), or `"auto"`: `"blocks"` when there are enough of them; else as many groups as blocks, of equal
+            size.
+        processes: how many were launched together.
         num_blocks: how many blocks there are to train.
 
     Raises:
         ValueError: there are fewer blocks than processes, and `"blocks"` is asked for.
     """
+    if parallelism == "data":
+        return 1, processes
+    if parallelism == "blocks" and processes > num_blocks:
+        raise ValueError(
+            f"{processes} processes were launched for {num_blocks} blocks. Launch at most as many, or leave "
+            "--parallelism out: then several processes train a block together."
+        )
+    groups = min(processes, num_blocks)
+    return groups, processes // groups
+
+
+def arrange_processes(parallelism: str, num_blocks: int) -> None:
+    """Tell this process, through its environment, whom it works with. Before any `TrainingArguments` are made.
+
+    A process that trains a block alone knows of no other; those that train one together are a process group. The
+    arguments, and what is raised, are those of [`group_processes`].
+    """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # accelerate looks for a backend of some device otherwise
-    if world_size == 1 or parallelism == "data":
+    groups, size = group_processes(parallelism, world_size, num_blocks)
+    if world_size == 1 or parallelism == "data":  # as it is
         return
-    if world_size <= num_blocks:
+    if groups == world_size:
         _leave_the_others()
-    elif parallelism == "blocks":
-        raise ValueError(
-            f"{world_size} processes were launched for {num_blocks} blocks. Launch at most as many, or leave "
-            "--parallelism out: then several processes train a block together."
-        )
     else:
-        _join_a_group(num_blocks, world_size // num_blocks)
+        _join_a_group(groups, size)
 
 
 def _leave_the_others() -> None:

@@ -11,7 +11,8 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,21 +22,16 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
 
 from .arguments import Recipe, parse_blocks
 from .checkpoints import CHECKPOINTS_FOLDER, DurableTrainer, checkpoints_of
 from .configuration_noprop import NoPropConfig
-from .data import (
-    CausalCollator,
-    data_fingerprint,
-    load_corpus,
-    load_tokenizer,
-    tokenize,
-)
-from .hub import block_is_trained, check_data, load_table
+from .data import CausalCollator, data_fingerprint, load_corpus, load_tokenizer, tokenize
+from .model_directory import block_is_trained, check_data, load_table
 from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForMaskedLM, TokenTable
 from .noise_noprop import standardize
+from .parallel import group_processes
 from .shards_noprop import EMBEDDINGS_SHARD, MASKED_LM_FOLDER
 from .training import BlockTrainer, begin, load_config, log_prior, masked_collator, one_device
 
@@ -98,15 +94,6 @@ def count_steps(args: TrainingArguments, rows: int | None, processes: int) -> in
     whole = math.floor if args.dataloader_drop_last else math.ceil
     batches = whole(whole(rows / args.per_device_train_batch_size) / processes)
     return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
-
-
-def group_processes(parallelism: str, processes: int, num_blocks: int) -> tuple[int, int]:
-    """How many blocks are trained at a time, and by how many processes each (see
-    [`~noprop_hf.parallel.arrange_processes`])."""
-    if parallelism == "data":
-        return 1, processes
-    groups = min(processes, num_blocks)
-    return groups, processes // groups
 
 
 # --- measurements -----------------------------------------------------------------------------------------------------
@@ -233,6 +220,89 @@ class Training:
     memory: dict[str, int]
     seconds: float
     checkpoints: int
+
+
+class Trial:
+    """Trainings of a run that are ended after a few steps, and leave nothing behind.
+
+    Args:
+        rows: the tokenized training split.
+        split: its size.
+        processes: how many train together.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        config: NoPropConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Dataset | IterableDataset,
+        split: Split,
+        processes: int,
+    ):
+        self.recipe, self.config, self.tokenizer = recipe, config, tokenizer
+        self.rows, self.split, self.processes = rows, split, processes
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            self.tokenizer_bytes = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+    def phase1(self) -> Training:
+        """Phase 1, from its random start."""
+        config, recipe = self.config, self.recipe
+        with self._arguments(**recipe.pretraining.training_fields()) as args:
+            trainer = DurableTrainer(
+                model=NoPropForMaskedLM(copy.deepcopy(config)),
+                args=args,
+                train_dataset=self.rows,
+                data_collator=masked_collator(config, self.tokenizer, recipe.pretraining, args.seed),
+            )
+            return self._measure(trainer)
+
+    def block(self, table: TokenTable, index: int) -> Training:
+        """A block, from a random start and, if it reads the blocks before it, beside random ones."""
+        previous = []
+        if self.config.context_source == "previous_block":
+            previous = [DenoisingBlock(self.config, earlier) for earlier in range(index)]
+        with self._arguments() as args:
+            trainer = BlockTrainer(
+                DenoisingBlock(copy.deepcopy(self.config), index),
+                table,
+                previous,
+                args=args,
+                train_dataset=self.rows,
+                data_collator=CausalCollator(self.tokenizer),
+            )
+            return self._measure(trainer, [trainer.table, *trainer.previous])
+
+    def steps(self, args: TrainingArguments) -> int:
+        """Optimizer steps of a whole training."""
+        return count_steps(args, self.split.windows, self.processes)
+
+    @contextmanager
+    def _arguments(self, **fields: Any) -> Iterator[TrainingArguments]:
+        """The run's arguments, but for what it would leave behind."""
+        quiet = {"push_to_hub": False, "report_to": "none", "disable_tqdm": True, "load_best_model_at_end": False}
+        with tempfile.TemporaryDirectory() as folder:
+            args = one_device(dataclasses.replace(self.recipe.training, output_dir=folder, **quiet, **fields))
+            args.eval_strategy = args.save_strategy = args.logging_strategy = "no"
+            yield args
+
+    def _measure(self, trainer: DurableTrainer, frozen: Sequence[nn.Module] = ()) -> Training:
+        args, split = trainer.args, self.split
+        steps = self.steps(args)
+        windows = steps * args.train_batch_size * args.gradient_accumulation_steps * self.processes
+        length = self.recipe.data.max_length if not split.windows else (split.tokens or 0) / split.windows
+        epochs = None if split.windows is None else windows / split.windows
+        weights = sum(tensor.nbytes for tensor in trainer.model.state_dict().values()) + self.tokenizer_bytes / 3
+        kept = checkpoints_kept(self.recipe.training, steps, epochs)
+        return Training(
+            steps=steps,
+            tokens=round(windows * length),
+            epochs=epochs,
+            memory=memory(trainer, self.config, frozen),
+            seconds=seconds_per_step(trainer),
+            checkpoints=math.ceil(checkpoint_bytes(weights + CHECKPOINT_FILES / 3, kept)) if kept else 0,
+        )
 
 
 @dataclass
@@ -414,61 +484,25 @@ def plan(recipe: Recipe) -> Plan:
     else:
         table.log_prior.copy_(log_prior(dataset["train"], config.vocab_size))
     selected = parse_blocks(recipe.blocks.blocks, config.num_blocks)
-    in_order = config.context_source == "previous_block"
-    groups = group_processes(recipe.blocks.parallelism, recipe.run.processes, 1 if in_order else len(selected))
+    at_once = 1 if config.context_source == "previous_block" else len(selected)
+    groups = group_processes(recipe.blocks.parallelism, recipe.run.processes, at_once)
 
+    trial = Trial(recipe, config, tokenizer, dataset["train"], splits["train"], groups[1])
     saved = directory / CHECKPOINTS_FOLDER
-    phase1, phase1_remaining, block = None, 0, None
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        tokenizer_bytes = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    phase1, phase1_remaining = None, 0
+    if not has_table and recipe.model.embeddings_from is None:
+        phase1 = trial.phase1()
+        phase1_remaining = phase1.steps - _saved_step(saved / MASKED_LM_FOLDER)
+    block, remaining = None, {}
+    for index in selected:
+        done = has_table and block_is_trained(directory, config, table, index)
+        remaining[index] = 0 if done else trial.steps(args) - _saved_step(saved / f"block-{index:02d}")
+    waiting = [index for index in selected if remaining[index] > 0]
+    if waiting:
+        block = trial.block(table, waiting[len(waiting) // 2])  # in order, each costs a bit more than the one before
 
-        def training_of(trainer: DurableTrainer, steps: int, frozen: Sequence[nn.Module] = ()) -> Training:
-            split, rows = splits["train"], trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
-            windows = steps * rows * groups[1]
-            length = recipe.data.max_length if not split.windows else (split.tokens or 0) / split.windows
-            epochs = None if split.windows is None else windows / split.windows
-            weights = sum(tensor.nbytes for tensor in trainer.model.state_dict().values()) + tokenizer_bytes / 3
-            kept = checkpoints_kept(args, steps, epochs)
-            disk = checkpoint_bytes(weights + CHECKPOINT_FILES / 3, kept) if kept else 0
-            held = memory(trainer, config, frozen)
-            return Training(steps, round(windows * length), epochs, held, seconds_per_step(trainer), math.ceil(disk))
-
-        def steps_of(options: TrainingArguments) -> int:
-            return count_steps(options, splits["train"].windows, groups[1])
-
-        if not has_table and recipe.model.embeddings_from is None:
-            options = _measuring(args, folder, **recipe.pretraining.training_fields())
-            trainer = DurableTrainer(
-                model=NoPropForMaskedLM(copy.deepcopy(config)),
-                args=options,
-                train_dataset=dataset["train"],
-                data_collator=masked_collator(config, tokenizer, recipe.pretraining, args.seed),
-            )
-            phase1 = training_of(trainer, steps_of(options))
-            phase1_remaining = phase1.steps - _saved_step(saved / MASKED_LM_FOLDER)
-            del trainer
-
-        options = _measuring(args, folder)
-        remaining = dict.fromkeys(selected, steps_of(options))
-        for index in selected:
-            done = has_table and block_is_trained(directory, config, table, index)
-            remaining[index] = 0 if done else remaining[index] - _saved_step(saved / f"block-{index:02d}")
-        waiting = [index for index in selected if remaining[index] > 0]
-        if waiting:
-            index = waiting[len(waiting) // 2]  # in order, each block costs a bit more than the one before
-            previous = [DenoisingBlock(config, earlier) for earlier in range(index)] if in_order else []
-            trainer = BlockTrainer(
-                DenoisingBlock(copy.deepcopy(config), index),
-                table,
-                previous,
-                args=options,
-                train_dataset=dataset["train"],
-                data_collator=CausalCollator(tokenizer),
-            )
-            block = training_of(trainer, steps_of(options), [trainer.table, *trainer.previous])
     sizes = Sizes.of(config)
-    model_bytes = sizes.model + tokenizer_bytes + SMALL_FILES
+    model_bytes = sizes.model + trial.tokenizer_bytes + SMALL_FILES
     if recipe.model.embeddings_from is None:
         model_bytes += sizes.phase1
     return Plan(
@@ -483,7 +517,7 @@ def plan(recipe: Recipe) -> Plan:
         has_table=has_table,
         groups=groups,
         model_bytes=model_bytes,
-        device=options.device,
+        device=args.device,
     )
 
 
@@ -492,14 +526,6 @@ def _measure_split(texts: Dataset | IterableDataset, windows: Dataset | Iterable
         return Split()
     lengths = pc.list_value_length(windows.with_format("arrow")[:]["input_ids"])
     return Split(len(texts), len(windows), pc.sum(lengths).as_py())
-
-
-def _measuring(args: TrainingArguments, folder: str, **fields: Any) -> TrainingArguments:
-    """The arguments of a training that leaves nothing behind."""
-    quiet = {"push_to_hub": False, "report_to": "none", "disable_tqdm": True, "load_best_model_at_end": False}
-    options = one_device(dataclasses.replace(args, output_dir=folder, **quiet, **fields))
-    options.eval_strategy = options.save_strategy = options.logging_strategy = "no"
-    return options
 
 
 def _saved_step(directory: Path) -> int:

@@ -81,14 +81,25 @@ def draw_run(directory: Path) -> Figure:
     return figure
 
 
+def bound_figure(directory: Path) -> Figure:
+    """The bound of an evaluated model by block."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    draw_bound(figure.add_subplot(), directory / RESULTS_FILE)
+    return figure
+
+
 def draw_bound(axes: Axes, results: Path) -> None:
-    """The bound of the chain on the last evaluated split, up to each block, with what that block adds."""
+    """The bound of the chain on the last evaluated split, up to each block, with what that block adds; and beside it
+    each block alone and the predictive distribution."""
     split, nats = list(json.loads(results.read_text(encoding="utf-8"))["details"].items())[-1]
     totals = np.cumsum(nats["block_nats"])
-    axes.errorbar(range(len(totals)), totals, yerr=nats["block_errors"], marker="o", capsize=4)
+    blocks = range(len(totals))
+    axes.errorbar(blocks, totals, yerr=nats["block_errors"], marker="o", capsize=4, label="bound of the chain so far")
     for block, (total, part) in enumerate(zip(totals, nats["block_nats"], strict=True)):
         text = f"{part:+.3f}" if block else f"{part:.3f}"
         axes.annotate(text, (block, total), xytext=(4, 6), textcoords="offset points", fontsize="small")
-    title = f"model on {split}: bound up to each block"
-    axes.set(title=title, xlabel="block", ylabel="nats per token", xticks=range(len(totals)))
+    axes.plot(blocks, nats["context"], marker="s", linestyle=":", label="each block alone, on pure noise")
+    axes.axhline(nats["predictive"], color="gray", linewidth=1, label="predictive distribution of all blocks")
+    axes.set(title=f"model on {split}, by block", xlabel="block", ylabel="nats per token", xticks=list(blocks))
+    axes.legend(fontsize="small")
     axes.margins(0.15)

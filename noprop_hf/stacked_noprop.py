@@ -121,7 +121,7 @@ class StackedBlocks:
         caches = [DynamicCache() for _ in groups]
         states = [self._encode(inputs_embeds, group, own, **inputs) for group, own in zip(groups, caches, strict=True)]
         for index in range(len(self.layers)):
-            layers = [own.layers[index] for own in caches]
+            layers = [own.layers.pop(0) for own in caches]  # which are free then
             keys, values = (torch.cat([getattr(layer, n) for layer in layers], dim=1) for n in ("keys", "values"))
             cache.update(keys, values, index)
         return torch.cat(states)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from .checkpoints import CHECKPOINTS_FOLDER, checkpoints_of
 from .configuration_noprop import NoPropConfig
-from .hub import read_metadata
 from .meeting_place import MeetingPlace
+from .model_directory import read_metadata
 from .parallel import holder_of
 from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, block_shard, is_damaged
 

@@ -3,7 +3,7 @@
     pretrain_embeddings   phase 1, a shallow masked and causal language model, with the stock `Trainer`
     train_blocks          phase 2, one `BlockTrainer` per block
 
-Both write into one model directory (see `hub.py`) and go on where an interrupted run stopped.
+Both write into one model directory (see `model_directory.py`) and go on where an interrupted run stopped.
 """
 
 import copy
@@ -50,7 +50,8 @@ from .data import (
     train_tokenizer,
 )
 from .evaluation import sample_texts
-from .hub import (
+from .meeting_place import MeetingPlace
+from .model_directory import (
     block_is_trained,
     block_mark,
     check_data,
@@ -60,7 +61,6 @@ from .hub import (
     load_table,
     save_block,
 )
-from .meeting_place import MeetingPlace
 from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForMaskedLM, TokenTable
 from .noise_noprop import information_levels, standardize
 from .parallel import claim, first_says, once
@@ -261,10 +261,6 @@ def build_config(
         ValueError: sizes that do not fit together.
     """
     fields = model_args.config_fields()
-    if source is not None and fields.setdefault("block_initialization", "random") != "random":
-        raise ValueError(
-            "With --embeddings_from there is no phase 1 for blocks to start from: leave --block_initialization out."
-        )
     vocab_size = len(tokenizer) if source is None else source.shape[0]
     if model_args.vocab_size not in (None, vocab_size) and (model_args.tokenizer_name or source is not None):
         raise ValueError(

@@ -1,211 +1,257 @@
+"""Pushing to and loading from a Hub over HTTP, with the real `huggingface_hub` client in processes of its own."""
+
+import dataclasses
 import json
 import os
-import sys
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+import yaml
+from huggingface_hub import ModelCard, constants
+from safetensors.torch import load_file
 
-from conftest import run_python
-from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM, NoPropModel
-from noprop_hf.hub import (
-    block_is_trained,
-    create_model_directory,
-    fingerprint,
-    load_table,
-    save_block,
-    write_atomically,
-)
-from noprop_hf.shards_noprop import block_shard
+from conftest import ROOT, run_python
+from hub_server import TOKEN, Fault, HubServer, hub_server
+from noprop_hf import NoPropForMaskedLM
+from noprop_hf.evaluation import ModelNats, results_table
+from noprop_hf.hub import push_model
+from noprop_hf.model_directory import create_model_directory, save_block
+
+
+pytestmark = pytest.mark.slow
+INPUT = "torch.arange(12).view(2, 6)"
+
+
+@pytest.fixture
+def server():
+    with hub_server() as server:
+        yield server
 
 
 @pytest.fixture
 def directory(model, tokenizer, tmp_path) -> Path:
-    """The directory of a whole model, written part by part as training does."""
+    """What a run of `scripts/train.py` leaves, without the run."""
     path = tmp_path / "model"
     create_model_directory(path, model.config, tokenizer, model.model.embed_tokens)
     for block in model.model.blocks:
-        save_block(path, block, model.model.embed_tokens, {})
+        save_block(path, block, model.model.embed_tokens, {"steps": "7", "seconds": "1.5"})
+    NoPropForMaskedLM(model.config).save_pretrained(path / "masked_lm")
+    (path / "checkpoints").mkdir()
+    (path / "checkpoints" / "optimizer.pt").write_bytes(b"not to be shared")
+    (path / "corpus.yaml").write_text("dataset_name: someone/texts\n")
+    nats = ModelNats(2.5, [2.6, 2.7, 2.8], 2.55, [2.6, -0.04, -0.01], [0.1, 0.01, 0.01], 1000)
+    rows = [
+        ("NoProp, all blocks", {"validation": 2.4, "test": 2.5}),
+        ("unigram counts", {"validation": 3, "test": 3.1}),
+    ]
+    results = {
+        "nats_per_token": dict(rows),
+        "details": {split: dataclasses.asdict(nats) for split in ("validation", "test")},
+        "table": results_table(rows, ["validation", "test"]),
+        "samples": [["the cat", ' sat "down"\nand slept'], ["a", "b"]],
+    }
+    (path / "results.json").write_text(json.dumps(results))
     return path
 
 
-INPUT = torch.arange(12).view(2, 6)
+def environment(server: HubServer, tmp_path: Path, token: str | None = TOKEN) -> dict[str, str]:
+    """Of a process that knows this Hub alone, and is clean of caches."""
+    values = {
+        **os.environ,
+        "HF_ENDPOINT": server.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    values.pop("HF_TOKEN", None)
+    return values if token is None else values | {"HF_TOKEN": token}
 
 
-def test_a_directory_loads_with_the_auto_classes(model, directory):
-    assert isinstance(AutoConfig.from_pretrained(directory), NoPropConfig)
-    loaded = AutoModelForCausalLM.from_pretrained(directory)
-    assert isinstance(loaded, NoPropForCausalLM)
-    assert torch.equal(loaded(INPUT).logits, model(INPUT).logits)
-    base = AutoModel.from_pretrained(directory)
-    assert isinstance(base, NoPropModel)
-    assert torch.equal(base(INPUT).last_hidden_state, model.model(INPUT).last_hidden_state)
-    assert not any("embed_tokens" in name for name, _ in loaded.named_parameters())
+def push(server: HubServer, directory: Path, *options: str, token: str | None = TOKEN, fails: bool = False) -> str:
+    command = ["scripts/push_to_hub.py", str(directory), "user/tiny", *options]
+    return run_python(*command, env=environment(server, directory.parent, token), fails=fails)
 
 
-@pytest.mark.parametrize("saved_by", ["training", "save_pretrained"])
-def test_a_directory_loads_without_the_package(model, tokenizer, directory, tmp_path, saved_by):
-    """With `trust_remote_code`, in a process that cannot import `noprop_hf`."""
-    if saved_by == "save_pretrained":
-        directory = tmp_path / "saved"
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-    NoPropForMaskedLM(model.config).save_pretrained(directory / "masked_lm")
-    code = f"""
+def load(server: HubServer, tmp_path: Path, code: str, fails: bool = False) -> str:
+    """Run code in a process without `noprop_hf`, against this Hub."""
+    preamble = f"""
 import sys
-sys.modules["noprop_hf"] = None  # importing it is an error
+sys.modules["noprop_hf"] = None
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, pipeline
-directory, options = {str(directory)!r}, dict(trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(directory, **options)
-names = [type(auto.from_pretrained(directory, **options)).__name__
-         for auto in (AutoConfig, AutoModel, AutoModelForMaskedLM)]
-torch.save(model(torch.arange(12).view(2, 6)).logits, {str(tmp_path / "logits.pt")!r})
-names.append(str(tuple(model.generate(torch.tensor([[1, 2]]), max_new_tokens=3, do_sample=False).shape)))
-AutoTokenizer.from_pretrained(directory, **options)
-model.save_pretrained({str(tmp_path / "again")!r})
-AutoModelForCausalLM.from_pretrained({str(tmp_path / "again")!r}, **options)
-print(*names)
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, pipeline
+options = dict(trust_remote_code=True)
+inputs = {INPUT}
 """
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
-    output = run_python("-c", code, cwd=tmp_path, env=environment)
-    assert output.split()[-5:] == ["NoPropConfig", "NoPropModel", "NoPropForMaskedLM", "(1,", "5)"]
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), model(INPUT).logits)
+    env = environment(server, tmp_path, None) | {"PYTHONPATH": ""}
+    return run_python("-c", preamble + code, cwd=tmp_path, env=env, fails=fails)
 
 
-def test_model_files_import_only_torch_and_transformers(directory):
-    import ast
+def test_push_and_load_back(server, directory, model, tmp_path):
+    output = push(server, directory, "--license", "apache-2.0", "--language", "en")
+    assert "Uploaded: http" in output
+    repository = server.repositories["user/tiny"]
+    assert repository.messages == ["initial commit", "Upload NoProp model"]  # all in one commit
+    files = repository.files("main")
+    for name in ("README.md", "config.json", "tokenizer.json", "modeling_noprop.py", "block-02.safetensors"):
+        assert files[name] == (directory / name).read_bytes()
+    assert "masked_lm/model.safetensors" in files and not any("checkpoints" in name for name in files)
+    first = repository.head
 
-    files = sorted(path.name for path in directory.glob("*.py"))
-    names = ("configuration", "generation", "modeling", "noise", "shards", "stacked")
-    assert files == [f"{name}_noprop.py" for name in names]
-    allowed = {"torch", "transformers", *sys.stdlib_module_names}
-    for file in files:
-        for node in ast.walk(ast.parse((directory / file).read_text())):
-            if isinstance(node, ast.Import):
-                assert all(alias.name.split(".")[0] in allowed for alias in node.names)
-            elif isinstance(node, ast.ImportFrom):
-                assert node.module.split(".")[0] in allowed if node.level == 0 else node.level == 1
-                assert node.level == 0 or f"{node.module}.py" in files
-
-
-def test_shards_hold_what_their_names_say(directory):
-    index = json.loads((directory / "model.safetensors.index.json").read_text())
-    shards = set(index["weight_map"].values())
-    assert shards == {"embeddings.safetensors", *(block_shard(block) for block in range(3))}
-    total = 0
-    for shard in shards:
-        with safe_open(directory / shard, framework="pt") as file:
-            assert {name for name, where in index["weight_map"].items() if where == shard} == set(file.keys())
-            total += sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
-    assert index["metadata"]["total_size"] == total
-
-
-@pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModel])
-def test_a_directory_with_missing_blocks_is_refused(directory, auto):
-    (directory / block_shard(1)).unlink()
-    with pytest.raises(OSError, match=r"not fully trained: block-01.safetensors missing.*--blocks"):
-        auto.from_pretrained(directory)
-
-
-def same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
-    one, other = first.state_dict(), second.state_dict()
-    return one.keys() == other.keys() and all(
-        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    load(
+        server,
+        tmp_path,
+        f"""
+model = AutoModelForCausalLM.from_pretrained("user/tiny", **options)
+torch.save(model(inputs).logits, {str(tmp_path / "logits.pt")!r})
+AutoModel.from_pretrained("user/tiny", **options)
+AutoModelForMaskedLM.from_pretrained("user/tiny", **options)
+AutoTokenizer.from_pretrained("user/tiny", **options)
+""",
     )
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), model(eval(INPUT)).logits)
+
+    # another version; the first one is still there by its revision
+    shard = load_file(directory / "block-00.safetensors")
+    from safetensors.torch import save_file
+
+    save_file(
+        {name: tensor + 0.5 for name, tensor in shard.items()}, directory / "block-00.safetensors", {"format": "pt"}
+    )
+    assert "holds a model already. Use --update" in push(server, directory, fails=True)
+    push(server, directory, "--update", "--commit_message", "second")
+    assert repository.messages[-1] == "second"
+    code = f"""
+for revision in ({first!r}, "main"):
+    model = AutoModelForCausalLM.from_pretrained("user/tiny", revision=revision, code_revision=revision, **options)
+    torch.save(model(inputs).logits, {str(tmp_path)!r} + f"/{{revision}}.pt")
+"""
+    load(server, tmp_path, code)
+    assert torch.equal(torch.load(tmp_path / f"{first}.pt"), model(eval(INPUT)).logits)
+    assert not torch.allclose(torch.load(tmp_path / "main.pt"), model(eval(INPUT)).logits)
+    message = load(
+        server, tmp_path, 'AutoModelForCausalLM.from_pretrained("user/tiny", revision="nope", **options)', fails=True
+    )
+    assert "nope" in message and "revision" in message.lower()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("base", [False, True])
-def test_save_pretrained_round_trip(model, tmp_path, dtype, base):
-    model = (model.model if base else model).to(dtype)
-    model.save_pretrained(tmp_path)
-    weights = sorted(path.name for path in tmp_path.glob("*.safetensors"))
-    assert weights == [*(block_shard(block) for block in range(3)), "embeddings.safetensors"]
-    auto = AutoModel if base else AutoModelForCausalLM
-    assert same(auto.from_pretrained(tmp_path), model)
-    assert same(auto.from_pretrained(tmp_path, dtype=dtype, low_cpu_mem_usage=True, device_map="cpu"), model)
-    assert same(auto.from_pretrained(tmp_path, device_map="auto"), model)
-    assert auto.from_pretrained(tmp_path, dtype="float32").dtype == torch.float32
-    for implementation in ("sdpa", "eager"):
-        loaded = auto.from_pretrained(tmp_path, attn_implementation=implementation)
-        assert loaded.config._attn_implementation == implementation
+def test_the_card_is_made_of_what_was_measured(server, directory):
+    pytest.importorskip("matplotlib")
+    push(server, directory, "--license", "mit", "--language", "en")
+    files = server.repositories["user/tiny"].files("main")
+    card = ModelCard(files["README.md"].decode())
+    data = card.data.to_dict()
+    assert data["license"] == "mit" and data["language"] == "en" and data["datasets"] == ["someone/texts"]
+    assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
+    assert "base_model" not in data
+    results = {(r.dataset_split, r.metric_type): r.metric_value for r in card.data.eval_results}
+    assert results["test", "nats_per_token"] == 2.5 and results["test", "perplexity"] == pytest.approx(12.1825)
+    assert "| NoProp, all blocks |" in card.text and "![Bound by block](bound.png)" in card.text
+    assert files["bound.png"].startswith(b"\x89PNG")
+    assert re.search(r"^\| 1 \| [\d.]+ \| -0\.0400 \| 7 \| 1\.5 \|$", card.text, re.MULTILINE)
+    assert '**the cat** sat "down" and slept' in card.text
+    assert 'from_pretrained("user/tiny", trust_remote_code=True)' in card.text
+    assert "{{" not in card.text and yaml.safe_load(card.content.split("---")[1])
 
 
-def test_a_base_model_loads_into_the_causal_one_and_back(model, tmp_path):
-    model.model.save_pretrained(tmp_path / "base")
-    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), model)
-    model.save_pretrained(tmp_path / "causal")
-    assert same(AutoModel.from_pretrained(tmp_path / "causal"), model.model)
+def test_the_card_s_example_runs(server, directory, tmp_path, model, tokenizer):
+    push(server, directory)
+    text = server.repositories["user/tiny"].files("main")["README.md"].decode()
+    example = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    # the fixture's model has fewer tokens than the tokenizer; the example is run up to generating
+    load(server, tmp_path, example.split("prompt =")[0])
 
 
-@pytest.mark.parametrize("model_class", [NoPropForCausalLM, NoPropForMaskedLM])
-def test_weights_from_a_state_dict(config, model_class):
-    torch.manual_seed(0)
-    model = model_class(config)
-    assert same(model_class.from_pretrained(None, config=config, state_dict=model.state_dict()), model)
+def test_private_and_dry_run(server, directory, tmp_path):
+    output = push(server, directory, "--dry_run")
+    assert re.search(r"[\d,]+  block-01.safetensors", output) and "would go to user/tiny" in output
+    assert not server.repositories
+    push(server, directory, "--private")
+    assert server.repositories["user/tiny"].private
+    message = load(server, tmp_path, 'AutoModelForCausalLM.from_pretrained("user/tiny", **options)', fails=True)
+    assert "user/tiny" in message and "not a valid model identifier" in message
 
 
-def test_saving_over_the_directory_it_came_from(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    AutoModelForCausalLM.from_pretrained(tmp_path, local_files_only=True).save_pretrained(tmp_path)
-    assert same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+def test_no_token(server, directory):
+    assert "hf auth login" in push(server, directory, token=None, fails=True)
+    assert "hf auth login" in push(server, directory, token="wrong", fails=True)
+    assert not server.repositories
 
 
-def test_saving_fewer_blocks_leaves_no_stale_ones(model, config, tmp_path):
-    model.save_pretrained(tmp_path)
-    small = NoPropForCausalLM(NoPropConfig(**config.to_dict() | {"num_blocks": 1, "noise_levels": [0.0]}))
-    small.save_pretrained(tmp_path)
-    assert [path.name for path in tmp_path.glob("block-*")] == [block_shard(0)]
-    assert same(AutoModelForCausalLM.from_pretrained(tmp_path), small)
+def test_half_trained_models_stay_at_home(server, directory):
+    (directory / "block-01.safetensors").unlink()
+    assert "not fully trained: block-01.safetensors missing" in push(server, directory, fails=True)
+    assert not server.repositories
 
 
-def test_masked_lm_round_trip(config, tmp_path):
-    torch.manual_seed(0)
-    model = NoPropForMaskedLM(config).eval()
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
-    assert torch.equal(loaded(INPUT).logits, model(INPUT).logits)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("PUT", "/lfs/", status=400),
+        Fault("POST", "/commit/", status=500),
+        Fault("POST", "/commit/"),
+        Fault("POST", "/preupload/", status=403),
+    ],
+    ids=["upload refused", "commit refused", "commit dropped", "preupload refused"],
+)
+def test_a_push_that_fails_on_the_way(server, directory, monkeypatch, fault):
+    """Nothing is visible, and a second push sends what is missing and finishes."""
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    server.faults.append(fault)
+    with pytest.raises(Exception):  # noqa: B017  of the client, as it is
+        push_model(directory, "user/tiny", token=TOKEN)
+    repository = server.repositories["user/tiny"]
+    assert list(repository.files("main")) == [".gitattributes"]
+    arrived = set(server.objects)
+    server.faults.clear()
+    server.requests.clear()
+    push_model(directory, "user/tiny", token=TOKEN)
+    assert set(repository.files("main")) > {"config.json", "block-02.safetensors"}
+    assert len(repository.commits) == 2
+    sent_again = {path.removeprefix("/lfs/") for method, path in server.requests if method == "PUT"}
+    assert not sent_again & arrived
 
 
-def test_masked_lm_of_a_causal_model(model, directory):
-    """The model of phase 1 is found beside the model that its table was made for."""
-    torch.manual_seed(0)
-    masked = NoPropForMaskedLM(model.config).eval()
-    masked.save_pretrained(directory / "masked_lm")
-    assert same(AutoModelForMaskedLM.from_pretrained(directory), masked)
+def test_faults_that_pass_are_ridden_out(server, directory):
+    """A server that is busy for a moment is asked again by the client."""
+    server.faults += [
+        Fault("PUT", "/lfs/", status=503),
+        Fault("PUT", "/lfs/"),
+        Fault("POST", "objects/batch", status=503),
+    ]
+    push(server, directory)
+    assert "block-00.safetensors" in server.repositories["user/tiny"].files("main")
 
 
-def test_table_round_trip(model, directory):
-    table = load_table(directory, model.config)
-    assert torch.equal(table.weight, model.model.embed_tokens.weight)
-    assert fingerprint(model.config, table.weight) == fingerprint(model.config, model.model.embed_tokens.weight)
+def test_a_corrupted_shard_is_told(server, directory, tmp_path):
+    push(server, directory)
+    files = server.repositories["user/tiny"].files("main")
+    files["block-01.safetensors"] = files["block-01.safetensors"][:-100]
+    message = load(server, tmp_path, 'AutoModelForCausalLM.from_pretrained("user/tiny", **options)', fails=True)
+    assert "block-01" in message
 
 
-def test_blocks_of_another_table_are_told(model, directory):
-    table = load_table(directory, model.config)
-    assert block_is_trained(directory, model.config, table, 1)
-    table.weight[0, 0] += 1e-3
-    with pytest.raises(ValueError, match="another table"):
-        block_is_trained(directory, model.config, table, 1)
+@pytest.mark.parametrize("how", ["cut", "flipped bit", "empty", "no header"])
+def test_a_shard_corrupted_on_disk_is_told(server, directory, how):
+    from transformers import AutoModelForCausalLM
+
+    path = directory / "block-01.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 4
+    path.write_bytes({"cut": content[:-100], "flipped bit": content, "empty": b"", "no header": b"x" * 99}[how])
+    if how == "cut":
+        assert "corrupted: block-01.safetensors" in push(server, directory, fails=True)
+    with pytest.raises(OSError, match=r"corrupted: block-01\.safetensors\."):
+        AutoModelForCausalLM.from_pretrained(directory)
 
 
-def test_shards_are_as_readable_as_any_file(directory):
-    (directory / "other").touch()
-    assert (directory / block_shard(0)).stat().st_mode == (directory / "other").stat().st_mode
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def fail(temporary: Path) -> None:
-        temporary.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, fail)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
+def test_a_repository_with_missing_blocks(server, directory, tmp_path):
+    push(server, directory)
+    del server.repositories["user/tiny"].files("main")["block-01.safetensors"]
+    message = load(server, tmp_path, 'AutoModelForCausalLM.from_pretrained("user/tiny", **options)', fails=True)
+    assert "block-01.safetensors" in message

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load, load_file
-from test_sharing import environment
+from test_hub import environment
 from transformers import TrainingArguments
 
 from conftest import ROOT, run_python, sentences

@@ -16,7 +16,7 @@ from noprop_hf import training as training_module
 from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments
 from noprop_hf.checkpoints import checkpoints_of
 from noprop_hf.data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize, train_tokenizer
-from noprop_hf.hub import load_block, load_table, read_metadata
+from noprop_hf.model_directory import load_block, load_table, read_metadata
 from noprop_hf.noise_noprop import information_levels, standardize
 from noprop_hf.shards_noprop import EMBEDDINGS_SHARD, block_shard
 from noprop_hf.training import (
