@@ -3,6 +3,7 @@
 
 python benchmarks/training_speed.py                  # the T4 recipe's shape
 python benchmarks/training_speed.py --shape demo     # the demo's
+python benchmarks/training_speed.py --torch_compile  # the encoders of both compiled
 python benchmarks/training_speed.py --small          # a few steps of the demo's shape
 
 One block is timed, and counts as many times as there are blocks. Steps are those of `Trainer`: AdamW, on a GPU under
@@ -38,6 +39,7 @@ class SpeedArguments:
     batch_size: int = field(default=16, metadata={"help": "Windows in a batch."})
     max_length: int = field(default=128, metadata={"help": "Tokens in a window."})
     steps: int = field(default=8, metadata={"help": "Timed steps of each model."})
+    torch_compile: bool = field(default=False, metadata={"help": "Compile the encoders of both."})
     profile: bool = field(default=False, metadata={"help": "Print what torch's profiler finds in a step of each, too."})
     results: str = field(
         default="benchmarks/results/training_speed.json", metadata={"help": "Results; a .png goes beside them."}
@@ -62,6 +64,8 @@ class Stopwatch:
         rows = random_text(vocab_size, args.batch_size * (args.steps + 2), args.max_length)
         self.batches = iter(DataLoader(TensorDataset(rows), args.batch_size, shuffle=True))
         self.marks: list[float] = []
+        if args.torch_compile:
+            encoder.forward = torch.compile(encoder.forward)  # type: ignore[method-assign]
         encoder.register_forward_pre_hook(lambda *_: self.mark())
         encoder.register_forward_hook(self._encoded)
 
@@ -130,6 +134,7 @@ def measure(args: SpeedArguments) -> dict[str, Any]:
     return {
         "device": device_name(watches["block"].device),
         "shape": args.shape,
+        "torch_compile": args.torch_compile,
         "num_blocks": times,
         "ratio_time_per_token": totals["block"] / totals["end_to_end"],
         "microseconds_per_token": microseconds,
@@ -148,7 +153,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
                 width = run["microseconds_per_token"][kind][phase] / whole
                 axes.barh(len(names), width, left=left, color=f"C{color}", label=phase if not names else None)
                 left += width
-            names.append(f"{run['shape']}: {label}")
+            names.append(f"{run['shape']}{', compiled' * run['torch_compile']}: {label}")
     axes.set_yticks(range(len(names)), names)
     axes.axvline(1, color="gray", linewidth=1)
     axes.set(xlabel="time per token, over end to end", title=runs[0]["device"])
@@ -168,7 +173,8 @@ def main() -> None:
     path = Path(args.results)
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(path.read_text()) if path.is_file() else []
-    kept = [one for one in kept if (one["device"], one["shape"]) != (run["device"], run["shape"])] + [run]
+    same = ("device", "shape", "torch_compile")
+    kept = [one for one in kept if any(one[key] != run[key] for key in same)] + [run]
     path.write_text(json.dumps(kept, indent=1) + "\n")
     plot(kept, path.with_suffix(".png"))
 

@@ -93,7 +93,7 @@ def watch(
         beliefs, moves = [], []
         for log_probs, drawn in model.chain(outputs.context_states, num_trajectories, generator):
             beliefs.append((log_probs.logsumexp(0) - math.log(num_trajectories)).flatten())
-            moves.append(None if drawn is None else visible(tokenizer.decode(drawn.flatten()[:1])))
+            moves.append(None if drawn is None else token_name(tokenizer, int(drawn.flatten()[0])))
         if temperature == 0:
             token = beliefs[-1].argmax()
         else:
@@ -104,7 +104,7 @@ def watch(
         input_ids = token.view(1, 1)
         yield WatchedToken(
             token_id=int(token),
-            token=visible(tokenizer.decode([int(token)])),
+            token=token_name(tokenizer, int(token)),
             text=tokenizer.decode(generated),
             beliefs=[
                 BlockBelief(level, moved_to, _likeliest(belief, tokenizer, num_candidates), belief[token].exp().item())
@@ -116,14 +116,20 @@ def watch(
 def _likeliest(belief: torch.Tensor, tokenizer: PreTrainedTokenizerBase, count: int) -> list[tuple[str, float]]:
     top = belief.exp().topk(min(count, len(belief)))
     return [
-        (visible(tokenizer.decode([index])), probability)
+        (token_name(tokenizer, index), probability)
         for index, probability in zip(top.indices.tolist(), top.values.tolist(), strict=True)
     ]
 
 
-def visible(token: str) -> str:
-    """A token with signs for its spaces and ends of lines."""
-    return token.replace(" ", "\u2423").replace("\n", "\u21b5").replace("\t", "\u21e5")
+def token_name(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
+    """What to call a token: its text, or its entry in the vocabulary where it is but a part of a character."""
+    text = tokenizer.decode([token_id])
+    return tokenizer.convert_ids_to_tokens(token_id) if "\ufffd" in text else visible(text)
+
+
+def visible(text: str) -> str:
+    """A text with signs for its spaces and ends of lines."""
+    return text.replace(" ", "\u2423").replace("\n", "\u21b5").replace("\t", "\u21e5")
 
 
 def table(watched: WatchedToken) -> Table:

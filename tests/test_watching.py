@@ -7,8 +7,9 @@ import torch
 from rich.console import Console
 
 from conftest import run_python
+from noprop_hf.data import train_tokenizer
 from noprop_hf.evaluation import encode_prompt
-from noprop_hf.watching import candidates, figure, probabilities, table, visible, watch
+from noprop_hf.watching import candidates, figure, probabilities, table, token_name, visible, watch
 
 
 def test_it_shows_the_tokens_that_generate_gives(writer, tokenizer):
@@ -41,6 +42,14 @@ def test_beliefs_are_distributions_and_the_first_is_that_of_block_0(writer, toke
         visible(tokenizer.decode([alone.argmax().item()])),
         pytest.approx(alone.exp().max().item(), rel=1e-4),
     )
+
+
+def test_tokens_have_names_of_their_own():
+    """Those, too, that are parts of characters, whose text is a replacement sign alike."""
+    tokenizer = train_tokenizer(["caf\u00e9 na\u00efve \u4f60\u597d\n"] * 9, 300, 16)
+    names = [token_name(tokenizer, index) for index in range(len(tokenizer))]
+    assert len(set(names)) == len(names)
+    assert "\u2423na" in names or "\u2423n" in names
 
 
 def test_fewer_blocks_and_a_seed(writer, tokenizer):
