@@ -122,9 +122,9 @@ def _likeliest(belief: torch.Tensor, tokenizer: PreTrainedTokenizerBase, count: 
 
 
 def token_name(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
-    """What to call a token: its text, or its entry in the vocabulary where it is but a part of a character."""
+    """What to call a token: its text, or its entry in the vocabulary where that has parts of a character."""
     text = tokenizer.decode([token_id])
-    return tokenizer.convert_ids_to_tokens(token_id) if "\ufffd" in text else visible(text)
+    return f"<{tokenizer.convert_ids_to_tokens(token_id)}>" if "\ufffd" in text else visible(text)
 
 
 def visible(text: str) -> str:

@@ -49,7 +49,7 @@ def test_tokens_have_names_of_their_own():
     tokenizer = train_tokenizer(["caf\u00e9 na\u00efve \u4f60\u597d\n"] * 9, 300, 16)
     names = [token_name(tokenizer, index) for index in range(len(tokenizer))]
     assert len(set(names)) == len(names)
-    assert "\u2423na" in names or "\u2423n" in names
+    assert "\u2423na\u00efve" in names
 
 
 def test_fewer_blocks_and_a_seed(writer, tokenizer):
