@@ -18,6 +18,7 @@ lint: $(VENV)/dev.installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+$(VENV)/demo.installed: EXTRAS = [plot]
 $(VENV)/dev.installed: EXTRAS = [dev]
 $(VENV)/%.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

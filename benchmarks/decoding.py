@@ -230,7 +230,7 @@ def quality_and_cost(directory: Path, device: torch.device) -> list[dict[str, An
     tokenizer = load_tokenizer(str(directory))
     data_args = DataArguments(**yaml.safe_load((directory / CORPUS_FILE).read_text(encoding="utf-8")))
     data = tokenize(load_corpus(data_args), tokenizer, data_args)
-    batch = CausalCollator(tokenizer)(list(data["validation"].select(range(64))))
+    batch = CausalCollator(tokenizer)(list(data["validation"].shuffle(seed=0).select(range(64))))
     input_ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
     num_blocks = model.config.num_blocks
     ways: dict[str, dict[str, Any]] = {}

@@ -26,7 +26,6 @@ from datasets import DatasetDict, disable_progress_bars
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     HfArgumentParser,
@@ -239,10 +238,12 @@ class Bench:
             weight.copy_(table.weight * args.frozen_scale)  # at norm sqrt(d) its rows would drown every layer
         training_args = args.training(self.folder / name, self.seed, args.tokens, args.learning_rate)
         begin = time.perf_counter()
-        Trainer(model, training_args, CausalCollator(tokenizer), data["train"]).train()
+        trainer = Trainer(model, training_args, CausalCollator(tokenizer), data["train"])
+        trainer.train()
         seconds = time.perf_counter() - begin
         model.save_pretrained(self.folder / name)
-        return {"tokens": args.tokens, "seconds": seconds, "nats_per_token": validation_nats(model, data, tokenizer)}
+        nats = trainer.evaluate(data["validation"])["eval_loss"]  # windows are equally long
+        return {"tokens": args.tokens, "seconds": seconds, "nats_per_token": nats}
 
     def blocks(self, name: str) -> dict[str, Any]:
         """NoProp, or one block of it alone."""
@@ -342,18 +343,6 @@ def count_flops(compute: Callable[[], torch.Tensor], backward: bool = True) -> f
         if backward:
             result.backward()
     return counter.get_total_flops()
-
-
-@torch.no_grad()
-def validation_nats(model: PreTrainedModel, data: DatasetDict, tokenizer: PreTrainedTokenizerBase) -> float:
-    model.eval()
-    total, count = 0.0, 0
-    for batch in DataLoader(data["validation"], batch_size=32, collate_fn=CausalCollator(tokenizer)):
-        targets = batch.pop("labels")[:, 1:].flatten()
-        logits = model(**batch, use_cache=False).logits[:, :-1]
-        total += F.cross_entropy(logits.flatten(0, 1), targets, reduction="sum").item()
-        count += len(targets)
-    return total / count
 
 
 def run_job(args: QualityArguments, corpus: str, seed: int, name: str) -> dict[str, Any]:

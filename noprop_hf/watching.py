@@ -3,9 +3,9 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 from rich.table import Table
 from rich.text import Text
 from transformers import DynamicCache, PreTrainedTokenizerBase
@@ -13,6 +13,10 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from .evaluation import encode_prompt
 from .generation_noprop import sample_categorical
 from .modeling_noprop import NoPropForCausalLM
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -148,8 +152,10 @@ def table(watched: WatchedToken) -> Table:
     return found
 
 
-def figure(prompt: str, tokens: Sequence[WatchedToken]) -> Figure:
+def figure(prompt: str, tokens: Sequence[WatchedToken]) -> "Figure":
     """Tokens as a picture: for each, a map of the probabilities of candidates (columns) at the blocks (rows)."""
+    from matplotlib.figure import Figure  # of the extra `plot`; the terminal needs none
+
     columns = min(4, len(tokens))
     rows = -(-len(tokens) // columns)
     num_blocks = len(tokens[0].beliefs)

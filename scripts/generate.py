@@ -32,8 +32,11 @@ def main() -> None:
 
     set_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = load_tokenizer(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model).to(device)
+    try:
+        tokenizer = load_tokenizer(args.model)
+        model = AutoModelForCausalLM.from_pretrained(args.model).to(device)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
     sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     model.generate(
         encode_prompt(args.prompt, tokenizer).to(device),

@@ -8,7 +8,11 @@ python scripts/plot_run.py runs/demo --save curves.png
 import argparse
 from pathlib import Path
 
-from noprop_hf.plotting import draw_run
+
+try:
+    from noprop_hf.plotting import draw_run
+except ModuleNotFoundError as error:
+    raise SystemExit(f"Curves are drawn with matplotlib ({error}): pip install matplotlib.") from error
 
 
 def main() -> None:

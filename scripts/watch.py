@@ -6,6 +6,7 @@ python scripts/watch.py runs/demo "Return the " --save chain.png
 """
 
 import argparse
+from importlib.util import find_spec
 
 import torch
 from rich.console import Console
@@ -37,14 +38,20 @@ def main() -> None:
     args = vars(parser.parse_args())
 
     name, save = args.pop("model"), args.pop("save")
-    model = AutoModelForCausalLM.from_pretrained(name).to("cuda" if torch.cuda.is_available() else "cpu")
+    if save and find_spec("matplotlib") is None:
+        parser.error("--save draws with matplotlib, which is not installed: pip install matplotlib.")
     console, tokens = Console(), []
-    console.print(LEGEND, markup=False)
-    for token in watch(model, load_tokenizer(name), **args):
-        tokens.append(token)
-        console.print(table(token))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name).to("cuda" if torch.cuda.is_available() else "cpu")
+        tokenizer = load_tokenizer(name)
+        console.print(LEGEND, markup=False)
+        for token in watch(model, tokenizer, **args):
+            tokens.append(token)
+            console.print(table(token))
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
     console.print(args["prompt"] + (tokens[-1].text if tokens else ""), markup=False)
-    if save:
+    if save and tokens:
         figure(args["prompt"], tokens).savefig(save, dpi=120)
         console.print(f"The picture is in {save}.", markup=False)
 

@@ -129,6 +129,12 @@ def run(copy):
         yield run
 
 
+def test_the_demo_installs_what_pictures_need():
+    """These tests run with the extra `dev`, a reader of the README with what `make demo` installs."""
+    planned = subprocess.run(["make", "--dry-run", "demo", "VENV=absent"], cwd=ROOT, capture_output=True, text=True)
+    assert "--editable '.[plot]'" in planned.stdout
+
+
 def test_documents_have_commands():
     assert len(ALL) > 20
     missing = [part for part in ELSEWHERE if not any(part in command for _, command in ALL)]

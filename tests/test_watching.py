@@ -1,6 +1,7 @@
 """What is shown of the chain is what the chain does."""
 
 import io
+import os
 
 import pytest
 import torch
@@ -85,6 +86,20 @@ def test_the_table_and_the_picture_show_every_block(writer, tokenizer):
         assert axes.images[0].get_array().tolist() == shares
         assert [row[names.index(token.token)] for row in shares] == [belief.probability for belief in token.beliefs]
         assert len(shares) == writer.config.num_blocks
+
+
+@pytest.mark.slow
+def test_script_without_matplotlib_and_with_bad_input(trained, tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError('No module named matplotlib')")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    assert "likeliest" in run_python("scripts/watch.py", str(trained), "a", "--max_new_tokens", "1", env=env)
+    shown = run_python("scripts/plot_run.py", str(trained), env=env, fails=True)
+    assert "pip install matplotlib" in shown and "Traceback" not in shown
+    for script in ("watch", "generate"):
+        shown = run_python(f"scripts/{script}.py", str(tmp_path / "absent"), "a", fails=True)
+        assert "absent" in shown and "Traceback" not in shown
+    shown = run_python("scripts/watch.py", str(trained), "the cat " * 99, fails=True)
+    assert "Shorten the prompt" in shown and "Traceback" not in shown
 
 
 @pytest.mark.slow
