@@ -282,16 +282,15 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_quality(rows: list[dict[str, Any]], path: Path) -> None:
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for kind, label in (("block", "blocks (early exit)"), ("traject", "trajectories")):
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    titles = {"block": "predictive: the first blocks alone", "traject": "chain: averaged trajectories"}
+    for axes, (kind, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         some = [row for row in rows if kind in row["way"]]
         xs, ys = ([row[name] for row in some] for name in ("milliseconds_per_token", "nats_per_token"))
-        axes.plot(xs, ys, "o-", label=label)
-        for row in some:
-            axes.annotate(row["way"].split()[-2], (row["milliseconds_per_token"], row["nats_per_token"]))
-    axes.set(xlabel="milliseconds per token, batch 1", ylabel="validation nats per token", yscale="log")
-    axes.legend()
+        axes.plot(xs, ys, "o-")
+        for row, x, y in zip(some, xs, ys, strict=True):
+            axes.annotate(row["way"].split()[-2], (x, y), xytext=(4, 4), textcoords="offset points")
+        axes.set(xlabel="milliseconds per token, batch 1", ylabel="validation nats per token", title=title)
     figure.savefig(path, dpi=120)
 
 
