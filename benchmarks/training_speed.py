@@ -65,7 +65,7 @@ class Stopwatch:
         self.batches = iter(DataLoader(TensorDataset(rows), args.batch_size, shuffle=True))
         self.marks: list[float] = []
         if args.torch_compile:
-            encoder.forward = torch.compile(encoder.forward)  # type: ignore[method-assign]
+            encoder.forward = torch.compile(encoder.forward)
         encoder.register_forward_pre_hook(lambda *_: self.mark())
         encoder.register_forward_hook(self._encoded)
 

@@ -247,7 +247,6 @@ class DenoisingHead(nn.Module):
 
 class NoPropPreTrainedModel(PreTrainedModel):
     config: NoPropConfig
-    config_class = NoPropConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     # Blocks are used in parts, encoder and head, so `device_map` must keep them together.

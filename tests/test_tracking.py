@@ -300,11 +300,19 @@ def test_curves_have_the_values_of_the_state_files(directory, data, stop_at_5):
         assert lines(axes) == [curve(state, key) for state in blocks]
         assert [text.get_text() for text in axes.get_legend().get_texts()] == ["block-00", "block-02"]
 
-    nats = {"block_nats": [3.0, -0.5, -0.25], "block_errors": [0.1, 0.02, 0.01]}
+    nats = {
+        "block_nats": [3.0, -0.5, -0.25],
+        "block_errors": [0.1, 0.02, 0.01],
+        "context": [3.0, 2.9, 2.8],
+        "predictive": 2.2,
+    }
     (directory / "results.json").write_text(json.dumps({"details": {"validation": {}, "test": nats}}))
     bound = draw_run(directory).axes[5]
     assert bound.axison and bound.get_title() == "model on test: bound up to each block"
+    curves = dict(zip([line.get_label() for line in bound.lines], lines(bound), strict=True))
     assert np.allclose(lines(bound)[0], [[0, 3.0], [1, 2.5], [2, 2.25]])
+    assert np.allclose(curves["each block alone, on pure noise"], [[0, 3.0], [1, 2.9], [2, 2.8]])
+    assert [nats for _, nats in curves["predictive distribution of all blocks"]] == [2.2, 2.2]
     assert [text.get_text() for text in bound.texts] == ["3.000", "-0.500", "-0.250"]
 
 
