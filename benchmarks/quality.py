@@ -121,6 +121,7 @@ class QualityArguments:
             warmup_steps=0.05,
             logging_steps=100,
             save_strategy="no",
+            dataloader_pin_memory=torch.cuda.is_available(),
             report_to="none",
             disable_tqdm=True,
         )

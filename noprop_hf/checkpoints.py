@@ -23,6 +23,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
+from .shards_noprop import without_progress_bar
+
 
 logger = logging.get_logger(__name__)
 
@@ -151,6 +153,10 @@ class DurableTrainer(Trainer):
                 for _, path in checkpoints_of(directory)[max(2, self.args.save_total_limit) :]:
                     os.replace(path, staging / path.name)
             shutil.rmtree(staging)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with without_progress_bar():
+            super()._save(output_dir, state_dict)
 
     def _wait_for_all(self) -> None:
         if self.args.world_size > 1:

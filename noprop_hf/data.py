@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import json
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,7 @@ from datasets import (
     Value,
     load_dataset,
 )
+from datasets.fingerprint import Hasher
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoTokenizer,
@@ -283,6 +285,8 @@ def tokenize(
 ) -> DatasetDict | IterableDatasetDict:
     """Tokenize every split: contiguous windows of `max_length` tokens, or one sample a row.
 
+    What is tokenized once is taken from the cache of `datasets` by later phases, blocks and processes.
+
     Packing joins all rows of a split (a streamed one: of every thousand rows) and drops only what is left over after
     the last whole window.
 
@@ -310,6 +314,9 @@ def tokenize(
             prefix, suffix = [], []
         limit = None if args.packing else args.max_length - len(prefix) - len(suffix)
         encode_options = {"tokenizer": tokenizer, "prefix": prefix, "suffix": suffix, "limit": limit}
+        if not args.streaming:
+            known = encode_options | {"tokenizer": _behaviour(tokenizer)}
+            options["new_fingerprint"] = Hasher.hash((rows._fingerprint, args.text_column_name, _encode, known))
         tokens[split] = rows.map(
             _encode,
             input_columns=args.text_column_name,
@@ -325,6 +332,15 @@ def tokenize(
                 "Give more text or a smaller --max_length."
             )
     return (IterableDatasetDict if args.streaming else DatasetDict)(tokens)
+
+
+def _behaviour(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """What a tokenizer does with a text, wherever it came from: what is cached for one that was trained, or that has a
+    name on the Hub, is then found for its copy in a model directory, by other phases and processes."""
+    if not tokenizer.is_fast:
+        return tokenizer
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {name: part for name, part in parts.items() if name not in ("truncation", "padding")}  # those of a call
 
 
 def _encode(

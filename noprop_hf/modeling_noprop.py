@@ -39,7 +39,6 @@ from transformers.utils import (
     ModelOutput,
     cached_file,
     can_return_tuple,
-    logging,
 )
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
@@ -48,7 +47,15 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_noprop import NoPropConfig
 from .generation_noprop import Beliefs, NoPropGenerationMixin
 from .noise_noprop import sample_evidence, standardize
-from .shards_noprop import AUTO_MAP, MASKED_LM_FOLDER, damaged_shards, missing_shards, shard_index, shard_of
+from .shards_noprop import (
+    AUTO_MAP,
+    MASKED_LM_FOLDER,
+    damaged_shards,
+    missing_shards,
+    shard_index,
+    shard_of,
+    without_progress_bar,
+)
 from .stacked_noprop import StackedBlocks, can_be_stacked
 
 
@@ -295,17 +302,12 @@ class NoPropPreTrainedModel(PreTrainedModel):
         index = shard_index(state_dict)
         directory = Path(save_directory)
         shards = sorted(set(index["weight_map"].values()))
-        shows_progress = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()  # which would be one for every shard
-        try:
-            for shard in shards:
-                tensors = {name: tensor for name, tensor in state_dict.items() if shard_of(name) == shard}
+        for shard in shards:
+            tensors = {name: tensor for name, tensor in state_dict.items() if shard_of(name) == shard}
+            with without_progress_bar():
                 super().save_pretrained(directory, is_main_process, tensors, **kwargs)
-                if is_main_process:
-                    (directory / SAFE_WEIGHTS_NAME).replace(directory / shard)
-        finally:
-            if shows_progress:
-                logging.enable_progress_bar()
+            if is_main_process:
+                (directory / SAFE_WEIGHTS_NAME).replace(directory / shard)
         if is_main_process:
             for stale in directory.glob("block-*.safetensors"):
                 if stale.name not in shards:

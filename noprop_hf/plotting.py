@@ -100,6 +100,8 @@ def draw_bound(axes: Axes, results: Path) -> None:
         axes.annotate(text, (block, total), xytext=(4, 6), textcoords="offset points", fontsize="small")
     axes.plot(blocks, nats["context"], marker="s", linestyle=":", label="each block alone, on pure noise")
     axes.axhline(nats["predictive"], color="gray", linewidth=1, label="predictive distribution of all blocks")
-    axes.set(title=f"model on {split}: bound up to each block", xlabel="block", ylabel="nats per token", xticks=list(blocks))
+    axes.set(
+        title=f"model on {split}: bound up to each block", xlabel="block", ylabel="nats per token", xticks=list(blocks)
+    )
     axes.legend(fontsize="small")
     axes.margins(0.15)

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 
 AUTO_MAP = {  # what `trust_remote_code` loads from a directory with these files
@@ -19,6 +20,18 @@ AUTO_MAP = {  # what `trust_remote_code` loads from a directory with these files
 CONTENT_HASH = "content_sha256"  # in the metadata of a shard, where training wrote it
 EMBEDDINGS_SHARD = "embeddings.safetensors"
 MASKED_LM_FOLDER = "masked_lm"  # in a model directory: the model of phase 1, which its table comes from
+
+
+@contextmanager
+def without_progress_bar() -> Iterator[None]:
+    """While a single file is written, which transformers shows a bar for."""
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shows_progress:
+            logging.enable_progress_bar()
 
 
 def block_shard(block_index: int) -> str:

@@ -64,7 +64,7 @@ from .model_directory import (
 from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForMaskedLM, TokenTable
 from .noise_noprop import information_levels, standardize
 from .parallel import claim, first_says, once
-from .shards_noprop import EMBEDDINGS_SHARD, MASKED_LM_FOLDER, block_shard
+from .shards_noprop import EMBEDDINGS_SHARD, MASKED_LM_FOLDER, block_shard, without_progress_bar
 from .tracking import TrackingCallback, track
 
 
@@ -79,6 +79,8 @@ def one_device(args: TrainingArguments) -> TrainingArguments:
         args._n_gpu = 1  # as `Trainer` does itself for models that must not be wrapped in `DataParallel`
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False  # every step uses all parameters
+    if not torch.accelerator.is_available():
+        args.dataloader_pin_memory = False  # there is nothing to pin it for, and torch says so with every evaluation
     return args
 
 
@@ -137,7 +139,8 @@ def _make_table(
         model = _pretrain_masked_lm(config, tokenizer, dataset, data, pretraining_args, training_args)
         table.weight.copy_(model.token_table())
         if training_args.should_save:
-            model.save_pretrained(directory / MASKED_LM_FOLDER)
+            with without_progress_bar():
+                model.save_pretrained(directory / MASKED_LM_FOLDER)
     table.log_prior.copy_(log_prior(dataset["train"], config.vocab_size))
     if config.noise_schedule == "information":
         config.noise_levels = information_levels(table.weight, table.log_prior, config.num_blocks)

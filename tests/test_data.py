@@ -144,21 +144,43 @@ def test_streaming_gives_the_same_windows(corpus_file, tokenizer):
     assert torch.equal(count_tokens(streamed, len(tokenizer)), count_tokens(stored, len(tokenizer)))
 
 
-def test_tokens_are_cached_for_the_next_process(corpus_file, tokenizer, tmp_path):
-    """The same rows from the same file, by name of the cache files, in two other processes."""
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    code = f"""
-from noprop_hf.data import DataArguments, load_corpus, load_tokenizer, tokenize
-args = DataArguments(train_file={corpus_file!r}, max_length=16)
-rows = tokenize(load_corpus(args), load_tokenizer({str(tmp_path / "tokenizer")!r}), args)["train"]
-print([file["filename"] for file in rows.cache_files])
-"""
+def test_tokens_are_cached_for_later_processes(corpus_file, tmp_path):
+    """The same rows from the same file, by name of the cache files: where the tokenizer is trained, where its copy is
+    loaded, and where that has been used in other ways before."""
+    folder = str(tmp_path / "tokenizer")
+    train = f"tokenizer = train_tokenizer(corpus['train']['text'], 300, 16); tokenizer.save_pretrained({folder!r})"
+    load = f"tokenizer = load_tokenizer({folder!r})"
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    names = [
-        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
-        for _ in range(2)
-    ]
-    assert names[0] == names[1] and "cache-" in names[0]
+    names = []
+    for first in (train, load, f"{load}; tokenizer(['a b c', 'a'], truncation=True, max_length=2, padding=True)"):
+        code = f"""
+from noprop_hf.data import DataArguments, load_corpus, load_tokenizer, tokenize, train_tokenizer
+args = DataArguments(train_file={corpus_file!r}, max_length=16)
+corpus = load_corpus(args)
+{first}
+tokens = tokenize(corpus, tokenizer, args)
+print([file["filename"] for rows in tokens.values() for file in rows.cache_files])
+"""
+        command = [sys.executable, "-c", code]
+        names.append(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert names[0] == names[1] == names[2] and names[0].count("cache-") == 2
+
+
+def test_other_tokens_are_not_taken_from_the_cache(corpus_file, tokenizer):
+    """Neither those of another tokenizer, nor of other windows, nor of rows that are put together in another way."""
+    other = train_tokenizer(sentences(50), 280, 16)
+    args = DataArguments(train_file=corpus_file, max_length=16)
+    rows = []
+    for used, changes in (
+        (tokenizer, {}),
+        (other, {}),
+        (tokenizer, {"max_length": 12}),
+        (tokenizer, {"append_eos": True}),
+        (tokenizer, {"packing": False}),
+    ):
+        changed = DataArguments(**vars(args) | changes)
+        rows.append(tokenize(load_corpus(changed), used, changed)["train"]["input_ids"][:20])
+    assert all(one != another for i, one in enumerate(rows) for another in rows[:i])
 
 
 def test_windows_do_not_depend_on_the_number_of_workers(corpus_file, tokenizer):
