@@ -2,6 +2,8 @@
 
 import json
 import math
+import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -320,11 +322,14 @@ def report(directory: Path, data_args: DataArguments, block_args: BlockArguments
         "samples": samples,
     }
     (directory / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    python, here = Path(sys.executable), Path.cwd()
+    command = python.relative_to(here) if python.is_relative_to(here) else "python"  # such as that of .venv
+    prompt = shlex.quote(next(iter(prompts), ""))
     lines += [
         "",
         f"The model is in {directory}. What comes next:",
-        f'  python scripts/generate.py {directory} "{block_args.sample_prompts[0]}"',
-        f"  python scripts/evaluate_perplexity.py {directory}",
-        f'  python scripts/watch.py {directory} "{block_args.sample_prompts[0]}" --save chain.png',
+        f"  {command} scripts/generate.py {directory} {prompt}",
+        f"  {command} scripts/evaluate_perplexity.py {directory}",
+        f"  {command} scripts/watch.py {directory} {prompt} --save chain.png",
     ]
     return "\n".join(lines)

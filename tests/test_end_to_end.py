@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,14 @@ def test_train_evaluates_and_samples(trained):
     assert output.count("Sample: ") == 3
     assert f"The model is in {directory}" in output
     assert "block 1 (2 of 2)" in output and "eval_bound_nats" in output and "[block 0] step 15: 'the cat' ->" in output
+
+
+def test_the_commands_that_come_next_work(trained, tmp_path):
+    commands = [shlex.split(line) for line in trained[1].split("What comes next:\n")[1].splitlines()[:3]]
+    assert [words[1] for words in commands] == [f"scripts/{n}.py" for n in ("generate", "evaluate_perplexity", "watch")]
+    for _, *words in commands:
+        run(*[str(tmp_path / word) if word == "chain.png" else word for word in words])
+    assert (tmp_path / "chain.png").is_file()
 
 
 def test_a_second_run_trains_nothing(trained, recipe):
