@@ -54,15 +54,45 @@ class GrowingLayer(DynamicLayer):
         self.values = self._append("values", self.values, value_states, begin)
         return self.keys, self.values
 
+    def fill(self, key_states: torch.Tensor, value_states: torch.Tensor, heads: slice, num_heads: int) -> None:
+        """Put some of the heads into a layer that is empty but for other heads of the same tokens."""
+        new = {"keys": key_states, "values": value_states}
+        end = key_states.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.rooms = {name: _room(states, num_heads) for name, states in new.items()}
+            self.keys, self.values = (self.rooms[name][:, :, :end] for name in new)
+        for name, states in new.items():
+            self.rooms[name][:, heads, :end] = states
+
     def _append(self, name: str, kept: torch.Tensor, new: torch.Tensor, begin: int) -> torch.Tensor:
         room, end = self.rooms[name], begin + new.shape[-2]
         is_view = begin > 0 and kept.data_ptr() == room.data_ptr() and kept.shape[:2] == room.shape[:2]
         if not is_view or end > room.shape[-2]:
-            room = self.rooms[name] = new.new_empty(*new.shape[:2], end + end // 4 + 16, new.shape[-1])
+            room = self.rooms[name] = _room(new, new.shape[1], end)
             if begin > 0:
                 room[:, :, :begin] = kept
         room[:, :, begin:end] = new
         return room[:, :, :end]
+
+
+def _room(states: torch.Tensor, num_heads: int, length: int | None = None) -> torch.Tensor:
+    """Memory for keys or values of so many tokens, and for some more."""
+    length = states.shape[-2] if length is None else length
+    return states.new_empty(states.shape[0], num_heads, length + length // 4 + 16, states.shape[-1])
+
+
+class CachePart:
+    """The heads of some blocks in a new cache, for a group of blocks that is computed by itself."""
+
+    def __init__(self, cache: Cache, heads: slice, num_heads: int):
+        self.cache, self.heads, self.num_heads = cache, heads, num_heads
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.cache.layers[layer_idx].fill(key_states, value_states, self.heads, self.num_heads)
+        return key_states, value_states
 
 
 class StackedBlocks:
@@ -108,29 +138,27 @@ class StackedBlocks:
                 last position are asked for: the last layer, a large part of a block, then leaves out the others.
         """
         rows = inputs_embeds.shape[0] * inputs_embeds.shape[1]
-        is_new = cache is None or (type(cache) is DynamicCache and cache.get_seq_length() == 0)
-        if is_new and cache is not None and not cache.offloading:
+        in_groups = cache is None
+        if cache is not None and type(cache) is DynamicCache and cache.get_seq_length() == 0 and not cache.offloading:
             cache.layers = [GrowingLayer() for _ in self.layers]
+            in_groups = True
         limit = ROWS_AT_ONCE.get(inputs_embeds.device.type, ROWS_AT_ONCE_ELSEWHERE)
-        step = max(1, limit // rows) if is_new else num_blocks
+        step = max(1, limit // rows) if in_groups else num_blocks
         groups = [slice(first, min(first + step, num_blocks)) for first in range(0, num_blocks, step)]
         if len(groups) == 1:
             return self._encode(inputs_embeds, groups[0], cache, **inputs)
-        if cache is None:
-            return torch.cat([self._encode(inputs_embeds, group, None, **inputs) for group in groups])
-        caches = [DynamicCache() for _ in groups]
-        states = [self._encode(inputs_embeds, group, own, **inputs) for group, own in zip(groups, caches, strict=True)]
-        for index in range(len(self.layers)):
-            layers = [own.layers.pop(0) for own in caches]  # which are free then
-            keys, values = (torch.cat([getattr(layer, n) for layer in layers], dim=1) for n in ("keys", "values"))
-            cache.update(keys, values, index)
+        states, heads = [], self.config.num_key_value_heads
+        for group in groups:
+            own = slice(group.start * heads, group.stop * heads)
+            part = None if cache is None else CachePart(cache, own, num_blocks * heads)
+            states.append(self._encode(inputs_embeds, group, part, **inputs))
         return torch.cat(states)
 
     def _encode(
         self,
         inputs_embeds: torch.Tensor,
         group: slice,
-        cache: Cache | None,
+        cache: Cache | CachePart | None,
         attention_mask: torch.Tensor | None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         last_only: bool = False,

@@ -65,7 +65,7 @@ def test_a_prompt_in_groups_of_blocks_and_with_one_answer(model, one_by_one, att
         close(after, whole[:, -2:])
 
 
-def test_shared_key_heads():
+def test_shared_key_heads(monkeypatch):
     sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_blocks": 3, "num_layers_per_block": 2}
     model = NoPropForCausalLM(NoPropConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
     for parameter in model.parameters():
@@ -74,6 +74,10 @@ def test_shared_key_heads():
     with torch.enable_grad():
         expected = model(input_ids).logits.detach()  # gradients run through the blocks one by one
     close(model(input_ids).logits, expected)
+    monkeypatch.setitem(ROWS_AT_ONCE, "cpu", 1)  # block by block into one cache
+    cache = DynamicCache()
+    pieces = [model(piece, cache=cache, use_cache=True).logits for piece in input_ids.split([5, 2], dim=1)]
+    close(torch.cat(pieces, dim=1), expected)
 
 
 def test_the_cache_holds_the_heads_of_all_blocks(model, one_by_one):
