@@ -190,9 +190,9 @@ class StackedBlocks:
                 module, query, key, value, attention_mask, dropout=0.0, scaling=module.scaling, **kwargs
             )
             mixed = mixed.reshape(batch * length, count, -1).transpose(0, 1)
-            states = states + _products(mixed, out_of_attention)
+            states = torch.baddbmm(states, mixed, out_of_attention.transpose(1, 2))
             gate, up = _products(self._norm(states, norm2), into_mlp).chunk(2, dim=-1)
-            states = states + _products(first.mlp.act_fn(gate) * up, out_of_mlp)
+            states = torch.baddbmm(states, first.mlp.act_fn(gate).mul_(up), out_of_mlp.transpose(1, 2))
         return self._norm(states, self.norm[group]).view(count, batch, length, width)
 
     def mean_answer(self, context: torch.Tensor) -> torch.Tensor:
