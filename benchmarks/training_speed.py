@@ -39,7 +39,9 @@ class SpeedArguments:
     batch_size: int = field(default=16, metadata={"help": "Windows in a batch."})
     max_length: int = field(default=128, metadata={"help": "Tokens in a window."})
     steps: int = field(default=8, metadata={"help": "Timed steps of each model."})
-    torch_compile: bool = field(default=False, metadata={"help": "Compile the encoders of both."})
+    torch_compile: bool = field(
+        default=False, metadata={"help": "Compile the encoders of both; results get a name of their own."}
+    )
     profile: bool = field(default=False, metadata={"help": "Print what torch's profiler finds in a step of each, too."})
     results: str = field(
         default="benchmarks/results/training_speed.json", metadata={"help": "Results; a .png goes beside them."}
@@ -49,6 +51,9 @@ class SpeedArguments:
     def __post_init__(self):
         if self.small:
             self.shape, self.batch_size, self.max_length, self.steps = "demo", 4, 32, 2
+        if self.torch_compile:
+            path = Path(self.results)
+            self.results = str(path.with_stem(path.stem + "_compiled"))
 
 
 class Stopwatch:
@@ -134,7 +139,6 @@ def measure(args: SpeedArguments) -> dict[str, Any]:
     return {
         "device": device_name(watches["block"].device),
         "shape": args.shape,
-        "torch_compile": args.torch_compile,
         "num_blocks": times,
         "ratio_time_per_token": totals["block"] / totals["end_to_end"],
         "microseconds_per_token": microseconds,
@@ -153,7 +157,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
                 width = run["microseconds_per_token"][kind][phase] / whole
                 axes.barh(len(names), width, left=left, color=f"C{color}", label=phase if not names else None)
                 left += width
-            names.append(f"{run['shape']}{', compiled' * run['torch_compile']}: {label}")
+            names.append(f"{run['shape']}: {label}")
     axes.set_yticks(range(len(names)), names)
     axes.axvline(1, color="gray", linewidth=1)
     axes.set(xlabel="time per token, over end to end", title=runs[0]["device"])
@@ -173,8 +177,7 @@ def main() -> None:
     path = Path(args.results)
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(path.read_text()) if path.is_file() else []
-    same = ("device", "shape", "torch_compile")
-    kept = [one for one in kept if any(one[key] != run[key] for key in same)] + [run]
+    kept = [one for one in kept if (one["device"], one["shape"]) != (run["device"], run["shape"])] + [run]
     path.write_text(json.dumps(kept, indent=1) + "\n")
     plot(kept, path.with_suffix(".png"))
 
