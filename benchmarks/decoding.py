@@ -26,7 +26,7 @@ from unittest.mock import patch
 import torch
 import yaml
 from matplotlib.figure import Figure
-from memory import device_name, process_bytes
+from memory import Peak, device_name
 from quality import num_parameters, stock_model
 from torch.nn import functional as F
 from transformers import HfArgumentParser, PreTrainedModel
@@ -126,25 +126,11 @@ def seconds(compute: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-class Peak:
-    """The peak of memory since it was made, over what was in use then: of the allocator on a GPU, of the resident
-    memory of the process on Linux; elsewhere it is not known, and 0."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        elif sys.platform == "linux":
-            ctypes.CDLL(None).malloc_trim(0)  # what is freed and kept would hide what is used again
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-            self.before = process_bytes("VmRSS")
-
-    def bytes(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() - self.before
-        return process_bytes("VmHWM") - self.before if sys.platform == "linux" else 0
+def give_back_memory() -> None:
+    """Return what is freed and kept to the operating system: it would hide what is used again."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def measure(
@@ -159,10 +145,10 @@ def measure(
         for kind, name in kinds.items():
             model = found[name]
             with one_by_one(found["ours"]) if kind == "one_by_one" else nullcontext():
-                peak = Peak(device)
-                found_here = generate(model, prompts, 1 + args.new_tokens) | {"peak_bytes": peak.bytes()}
-                scoring = seconds(partial(score, model, prompts), device)
-            runs[kind].append(found_here | {"scoring": scoring})
+                give_back_memory()
+                peak = Peak(device.type)
+                taken = generate(model, prompts, 1 + args.new_tokens) | {"peak_bytes": peak.bytes()}
+                runs[kind].append(taken | {"scoring": seconds(partial(score, model, prompts), device)})
         if len(runs["stock"]) > 1 and sum(runs["stock"][0][job] for job in ("first", "others", "scoring")) > LONG:
             break
     return {kind: {job: min(run[job] for run in own[1:]) for job in own[0]} for kind, own in runs.items()}

@@ -13,6 +13,7 @@ loads a whole model and uses it, over the bytes of its weights.
 
 import json
 import math
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -136,12 +137,30 @@ def counted(kind: str, args: MemoryArguments, num_blocks: int) -> dict[str, int]
     }
 
 
+class Peak:
+    """The peak of memory since it was made, over what was in use then: of the allocator on a GPU, of the resident
+    memory of the process on Linux; elsewhere it is not known, and 0."""
+
+    def __init__(self, device: str):
+        self.device, self.before = device, 0
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        elif sys.platform == "linux":
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            self.before = process_bytes("VmRSS")
+
+    def bytes(self) -> int:
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated() - self.before
+        return process_bytes("VmHWM") - self.before if sys.platform == "linux" else 0
+
+
 def resident(kind: str, args: MemoryArguments, num_blocks: int) -> int:
     """Peak of resident memory while training, over what this process has before. Run it in a fresh one, on Linux."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = process_bytes("VmRSS")
+    peak = Peak("cpu")
     train(*prepare(kind, args, num_blocks, "cpu"))
-    return process_bytes("VmHWM") - before
+    return peak.bytes()
 
 
 def assembled(directory: str) -> float:
@@ -178,10 +197,9 @@ def process_bytes(name: str) -> int:
 def allocated(kind: str, args: MemoryArguments, num_blocks: int) -> int:
     """Peak of the allocator of a GPU while training."""
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    peak = Peak("cuda")
     train(*prepare(kind, args, num_blocks, "cuda"))
-    return torch.cuda.max_memory_allocated() - before
+    return peak.bytes()
 
 
 def measure(args: MemoryArguments, num_blocks: int) -> dict[str, Any]:
