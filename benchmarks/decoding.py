@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from transformers import HfArgumentParser, PreTrainedModel
 from transformers.generation import BaseStreamer
 
-from noprop_hf import NoPropConfig, NoPropForCausalLM
+from noprop_hf import NoPropConfig, NoPropForCausalLM, modeling_noprop
 from noprop_hf.arguments import CORPUS_FILE
 from noprop_hf.data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize
 
@@ -85,9 +85,9 @@ def models(shape: str, device: torch.device) -> dict[str, PreTrainedModel]:
     return {name: model.to(device, dtype).eval() for name, model in found.items()}
 
 
-def one_by_one(model: NoPropForCausalLM) -> AbstractContextManager:
-    """Run the blocks of a model one after the other, as where they cannot be stacked."""
-    return patch.object(model.model, "stacked_blocks", lambda **kwargs: None)
+def one_by_one() -> AbstractContextManager:
+    """Run blocks one after the other, as where a module was changed."""
+    return patch.object(modeling_noprop, "can_run_side_by_side", lambda *args: False)
 
 
 class Clock(BaseStreamer):
@@ -144,7 +144,7 @@ def measure(
     for _ in range(args.repeats + 1):
         for kind, name in kinds.items():
             model = found[name]
-            with one_by_one(found["ours"]) if kind == "one_by_one" else nullcontext():
+            with one_by_one() if kind == "one_by_one" else nullcontext():
                 give_back_memory()
                 peak = Peak(device.type)
                 taken = generate(model, prompts, 1 + args.new_tokens) | {"peak_bytes": peak.bytes()}

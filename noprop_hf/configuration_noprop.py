@@ -103,8 +103,21 @@ class NoPropConfig(PreTrainedConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        """Layers of all blocks together; what a key-value cache is sized by."""
-        return self.num_blocks * self.num_layers_per_block
+        """Layers that run, those of all blocks unless set: early exit sets fewer, in whole blocks."""
+        return self.__dict__.get("_num_hidden_layers", self.num_blocks * self.num_layers_per_block)
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, value: int) -> None:
+        blocks, rest = divmod(value, self.num_layers_per_block)
+        if rest or not 1 <= blocks <= self.num_blocks:
+            raise ValueError(
+                f"`num_hidden_layers` follows from `num_blocks` ({self.num_blocks}) and `num_layers_per_block` "
+                f"({self.num_layers_per_block}). For early exit after some blocks, give a multiple of "
+                f"{self.num_layers_per_block} up to {self.num_blocks * self.num_layers_per_block}, got {value}."
+            )
+        self.__dict__.pop("_num_hidden_layers", None)
+        if blocks < self.num_blocks:
+            self.__dict__["_num_hidden_layers"] = value
 
     def _check_choices(self) -> None:
         for name, choices in {

@@ -5,10 +5,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.utils import GenerateOutput
 
+from .cache_noprop import BlockCache
 from .noise_noprop import sample_evidence
 
 
@@ -29,8 +30,8 @@ class Beliefs:
 
     def refine(
         self, head: nn.Module, context: torch.Tensor, evidence: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Hear the next block.
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """Fold the next block into the belief.
 
         Args:
             head ([`DenoisingHead`]): that of the block.
@@ -38,16 +39,18 @@ class Beliefs:
             evidence (`(..., hidden_size)`): evidence at its level, in float32.
 
         Returns:
-            The belief without the evidence, `(..., hidden_size)`, its bias, `(vocab_size,)`, and what the block says on
-            pure noise, in the shape of its context states; all in float32.
+            The belief without the evidence, `(..., hidden_size)`, its bias, `(vocab_size,)`, and the block's own answer
+            on pure noise, a point in the shape of its context states and its bias; all in float32.
         """
         self.count += 1
-        alone = head(context).float()
-        own = head(context.expand_as(evidence), evidence).float() - evidence
+        device = evidence.device  # blocks may lie on several
+        alone, bias = (tensor.float().to(device) for tensor in head(context))
+        informed, _ = head(context.expand_as(evidence), evidence)
+        own = informed.float().to(device) - evidence
         belief = (self.answers + own) / self.count
         self.answers = self.answers + alone
-        self.biases = self.biases + head.bias.float()
-        return belief, self.biases / self.count, alone
+        self.biases = self.biases + bias
+        return belief, self.biases / self.count, (alone, bias)
 
 
 class NoPropGenerationMixin(GenerationMixin):
@@ -111,6 +114,14 @@ class NoPropGenerationMixin(GenerationMixin):
                 model_kwargs.setdefault(name, value)
         return generation_config, model_kwargs
 
+    def _prepare_cache_for_generation(self, generation_config: GenerationConfig, model_kwargs: dict, *args) -> None:
+        """Where `generate` makes the default cache, make the one that blocks running side by side can fill."""
+        is_given = "cache" in model_kwargs
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        made = None if is_given else model_kwargs.get("cache")
+        if type(made) is DynamicCache and not made.offloading:
+            model_kwargs["cache"] = BlockCache(self.config)
+
     @torch.no_grad()
     def denoise(
         self,
@@ -146,7 +157,7 @@ class NoPropGenerationMixin(GenerationMixin):
             The belief at a block as log-probabilities `(num_trajectories, ..., vocab_size)`, and the tokens
             `(num_trajectories, ...)` that the evidence moved towards on the way there (none at pure noise).
         """
-        blocks, table = self.model.blocks[: len(context_states)], self.model.embed_tokens
+        blocks, table = self.model.blocks[: len(context_states)], self.model.embed_tokens.forward
         shape = (num_trajectories, *context_states[0].shape)
         evidence, level = torch.zeros(shape, device=context_states[0].device), 0.0
         log_probs = tokens = None
@@ -157,7 +168,7 @@ class NoPropGenerationMixin(GenerationMixin):
                 evidence = evidence + sample_evidence(table(tokens), block.level - level, generator)
                 level = block.level
             belief, bias, _ = beliefs.refine(block.head, context, evidence)
-            log_probs = F.linear(belief + evidence, table.weight.float(), bias).log_softmax(-1)
+            log_probs = table(belief + evidence, bias).log_softmax(-1)
             yield log_probs, tokens
 
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
 from transformers.modeling_utils import PreTrainedModel
@@ -44,6 +44,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .cache_noprop import BlockCache
 from .configuration_noprop import NoPropConfig
 from .generation_noprop import Beliefs, NoPropGenerationMixin
 from .noise_noprop import sample_evidence, standardize
@@ -56,7 +57,7 @@ from .shards_noprop import (
     shard_of,
     without_progress_bar,
 )
-from .stacked_noprop import StackedBlocks, can_be_stacked
+from .side_by_side_noprop import LLAMA_FORWARDS, can_run_side_by_side, encode_side_by_side
 
 
 def vocabulary_nats(
@@ -112,46 +113,41 @@ def sampled_candidates(
 
 
 class TokenTable(nn.Module):
-    """The frozen embedding table and the unigram statistics found with it.
+    """The frozen embedding table, at the input and at the output, and the unigram statistics found with it.
 
-    Both are buffers, not parameters: whatever is done to the model around it, the table gets no gradient and no
-    optimizer holds it. `weight` (`(vocab_size, hidden_size)`) has standardized rows; `log_prior` (`(vocab_size,)`)
+    `weight` (`(vocab_size, hidden_size)`) has standardized rows and takes no gradient; `log_prior` (`(vocab_size,)`)
     holds the log-probability of each token in the training data (zeros when unknown), where every bias starts.
     """
 
     def __init__(self, config: NoPropConfig):
         super().__init__()
-        self.register_buffer("weight", torch.zeros(config.vocab_size, config.hidden_size))
+        self.weight = nn.Parameter(torch.zeros(config.vocab_size, config.hidden_size))
         self.register_buffer("log_prior", torch.zeros(config.vocab_size))
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return F.embedding(input_ids, self.weight)
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Keep the table frozen when loading puts another parameter in its place."""
+        super().register_parameter(name, None if param is None else param.requires_grad_(False))
 
+    def forward(
+        self, inputs: torch.Tensor, bias: torch.Tensor | None = None, targets: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Every use of the table, since tools that offload weights have them at hand in `forward` only.
 
-class InputProjection(nn.Linear):
-    """The map from the table into an encoder, which makes rows of norm 1 of rows of norm sqrt(d) and starts as the
-    identity. With rows as they are, what a token is drowns what the layers find out about it.
-    """
+        Args:
+            inputs: token ids `(...)`, or points in embedding space `(..., hidden_size)`.
+            bias (`(vocab_size,)`, *optional*): added to the logits.
+            targets (`(...)`, *optional*): token ids; -100 is ignored.
 
-    def forward(self, embeds: torch.Tensor) -> torch.Tensor:
-        return super().forward(embeds / math.sqrt(self.in_features))
-
-
-class Readout(nn.Linear):
-    """The map from states of root mean square 1 into the space of the table: it makes answers of norm 1.
-
-    A step of the optimizer then changes logits as it does with an ordinary tied table. Without the factor it changes
-    them sqrt(d) times as much, and phase 1 learns its text by heart: 0.1 nats worse on held-out text after eight
-    epochs.
-    """
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return super().forward(states / math.sqrt(self.out_features))
-
-
-class StateProjection(Readout):
-    """The map from the context states of the block before into an encoder. It starts at zero, so that a block begins as
-    one that is alone."""
+        Returns:
+            For token ids, their rows `(..., hidden_size)`; for points, the logits `(..., vocab_size)`, or with
+            `targets` the cross-entropies in nats `(...)` (see [`vocabulary_nats`]).
+        """
+        if not inputs.is_floating_point():
+            return F.embedding(inputs, self.weight)
+        if targets is not None:
+            return vocabulary_nats(inputs, self.weight, bias, targets)
+        weight = self.weight.to(inputs.dtype)
+        return F.linear(inputs, weight, None if bias is None else bias.to(inputs.dtype))
 
 
 class ContextEncoder(nn.Module):
@@ -165,10 +161,10 @@ class ContextEncoder(nn.Module):
     def __init__(self, config: NoPropConfig, num_layers: int, first_layer_idx: int = 0, reads_states: bool = False):
         super().__init__()
         self.config = config
-        self.input_projection = InputProjection(config.hidden_size, config.hidden_size, bias=False)
+        self.input_projection = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.state_projection = None
         if reads_states:
-            self.state_projection = StateProjection(config.hidden_size, config.hidden_size, bias=False)
+            self.state_projection = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, first_layer_idx + i) for i in range(num_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
@@ -199,20 +195,22 @@ class ContextEncoder(nn.Module):
             mask = create_causal_mask(position_ids=position_ids, **mask_arguments)
         else:
             mask = create_bidirectional_mask(**mask_arguments)
-        return {
+        inputs = {
             "attention_mask": mask,
-            "is_causal": None if is_causal else False,  # None: what the layers are by themselves
             "position_ids": position_ids,
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
         }
+        return inputs if is_causal else inputs | {"is_causal": False}  # the layers are causal by themselves
 
     def forward(
         self, inputs_embeds: torch.Tensor, previous_states: torch.Tensor | None = None, **attention_inputs
     ) -> torch.Tensor:
         """`(batch, sequence, hidden_size)` clean embeddings to context states of the same shape."""
-        hidden_states = self.input_projection(inputs_embeds)
+        # Rows of norm sqrt(d) become rows of norm 1: as they are, a token drowns what the layers find out about it.
+        scale = math.sqrt(inputs_embeds.shape[-1])
+        hidden_states = self.input_projection(inputs_embeds / scale)
         if self.state_projection is not None:
-            hidden_states = hidden_states + self.state_projection(previous_states)
+            hidden_states = hidden_states + self.state_projection(previous_states / scale)
         for layer in self.layers:
             hidden_states = layer(hidden_states, **attention_inputs)
         return self.norm(hidden_states)
@@ -228,36 +226,41 @@ class DenoisingHead(nn.Module):
     def __init__(self, config: NoPropConfig, level: float):
         super().__init__()
         self.evidence_scale = math.sqrt(level**2 + level)  # root mean square of the evidence at this level
-        self.readout = Readout(config.hidden_size, config.hidden_size, bias=False)
+        self.readout = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.correction = nn.Sequential(
             nn.Linear(2 * config.hidden_size, config.correction_size),
             ACT2FN[config.hidden_act],
-            Readout(config.correction_size, config.hidden_size, bias=False),
+            nn.Linear(config.correction_size, config.hidden_size, bias=False),
         )
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, context: torch.Tensor, evidence: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, context: torch.Tensor, evidence: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             context (`(..., hidden_size)`): states of the context encoder.
             evidence (`(..., hidden_size)`, *optional*): noised next token at the block's level; none is pure noise.
 
         Returns:
-            `torch.Tensor` of shape `(..., hidden_size)`, in float32 when there is evidence.
+            The point `u`, `(..., hidden_size)`, in float32 when there is evidence, and the bias, `(vocab_size,)`.
         """
+        width = context.shape[-1]
         if evidence is None or self.evidence_scale == 0:
-            return self.readout(context) + self.correction(torch.cat([context, torch.zeros_like(context)], dim=-1))
-        seen = (evidence / self.evidence_scale).to(context.dtype)
-        learned = self.readout(context) + self.correction(torch.cat([context, seen], dim=-1))
-        return learned + evidence  # float32 evidence keeps the sum in float32
+            inputs = F.pad(context, (0, width))
+        else:
+            inputs = torch.cat([context, (evidence / self.evidence_scale).to(context.dtype)], dim=-1)
+        # Answers of norm 1, so that a step of the optimizer changes logits as with an ordinary tied table. Without the
+        # factor it changes them sqrt(d) times as much: 0.1 nats worse on held-out text after eight epochs.
+        learned = (self.readout(context) + self.correction(inputs)) / math.sqrt(width)
+        if evidence is None or self.evidence_scale == 0:
+            return learned, self.bias
+        return learned + evidence, self.bias  # float32 evidence keeps the sum in float32
 
 
 class NoPropPreTrainedModel(PreTrainedModel):
     config: NoPropConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    # Blocks are used in parts, encoder and head, so `device_map` must keep them together.
-    _no_split_modules = ["NoPropModel"]
+    _no_split_modules = ["DenoisingBlock"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -270,16 +273,15 @@ class NoPropPreTrainedModel(PreTrainedModel):
         if isinstance(module, TokenTable):
             init.copy_(module.weight, standardize(torch.randn_like(module.weight)))
             init.zeros_(module.log_prior)
+        elif isinstance(module, ContextEncoder):
+            init.eye_(module.input_projection.weight)
+            if module.state_projection is not None:  # begin as a block that is alone
+                init.zeros_(module.state_projection.weight)
         elif isinstance(module, DenoisingHead):
             # Start as Bayes' rule on top of the context.
+            init.orthogonal_(module.readout.weight)
             init.zeros_(module.correction[-1].weight)
             init.zeros_(module.bias)
-        elif isinstance(module, StateProjection):
-            init.zeros_(module.weight)
-        elif isinstance(module, InputProjection):
-            init.eye_(module.weight)
-        elif isinstance(module, Readout):
-            init.orthogonal_(module.weight)
 
     def save_pretrained(
         self,
@@ -384,8 +386,8 @@ class DenoisingBlockOutput(ModelOutput):
 class DenoisingBlock(NoPropPreTrainedModel):
     """One block: a causal context encoder and a denoising head, complete in itself.
 
-    Its `forward` is its training objective. It needs the frozen table, which is handed in and never part of it, and
-    knows no other block.
+    Its `forward` is its training objective, or without labels its answer. It needs the frozen table, which is handed
+    in and never part of it, and knows no other block.
     """
 
     accepts_loss_kwargs = True  # tells `Trainer` that the loss is divided by `num_items_in_batch`
@@ -408,15 +410,18 @@ class DenoisingBlock(NoPropPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.LongTensor,
-        labels: torch.LongTensor,
-        table: TokenTable,
+        input_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        table: TokenTable | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         generator: torch.Generator | None = None,
         previous_states: torch.Tensor | None = None,
-    ) -> DenoisingBlockOutput:
+        inputs_embeds: torch.FloatTensor | None = None,
+        kept: slice | torch.Tensor = slice(None),
+        **attention_inputs,
+    ) -> DenoisingBlockOutput | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The local loss: recover the next token from its noised embedding and the clean context.
 
         While training, each position carries one of the two terms, drawn at random by their weight: the same loss on
@@ -433,7 +438,18 @@ class DenoisingBlock(NoPropPreTrainedModel):
             generator: source of the randomness; torch's global one when not given.
             previous_states (`(batch, sequence, hidden_size)`, *optional*): context states of the block before, which a
                 block reads with `context_source="previous_block"`.
+            inputs_embeds (`(batch, sequence, hidden_size)`), kept, attention_inputs: instead of tokens and labels,
+                their rows of the table, the positions to answer, and what [`ContextEncoder.attention_inputs`] gives.
+
+        Returns:
+            With labels, the losses. Without, the context states `(batch, sequence, hidden_size)` and what the head
+            makes of those that are kept.
         """
+        if labels is None:
+            positions = {"attention_mask": attention_mask, "position_ids": position_ids}
+            context = self.encoder(inputs_embeds, previous_states, **positions, **attention_inputs)
+            return context, *self.head(context[:, kept])
+        assert table is not None
         inputs_embeds = table(input_ids)
         attention_inputs = self.encoder.attention_inputs(inputs_embeds, attention_mask, position_ids)
         context = self.encoder(inputs_embeds, previous_states, **attention_inputs)[:, :-1]
@@ -446,8 +462,8 @@ class DenoisingBlock(NoPropPreTrainedModel):
         if self.training:
             noised = torch.rand(targets.shape, generator=generator, device=targets.device) < weight
             evidence = sample_evidence(table(targets[noised]), self.level, generator)
-            alone, informed = self.head(context[~noised]), self.head(context[noised], evidence)
-            embeddings, bias = table.weight, self.head.bias
+            (alone, bias), (informed, _) = self.head(context[~noised]), self.head(context[noised], evidence)
+            embeddings = table.weight
             if self.config.sampled_softmax and self.config.loss_type == "cross_entropy":
                 tokens, targets, correction = sampled_candidates(targets, table.log_prior)
                 embeddings, bias = embeddings[tokens], bias[tokens] + correction
@@ -460,16 +476,15 @@ class DenoisingBlock(NoPropPreTrainedModel):
             )
 
         evidence = sample_evidence(table(targets), self.level, generator)
-        alone, informed = self.head(context), self.head(context, evidence)
+        (alone, bias), (informed, _) = self.head(context), self.head(context, evidence)
         context_nats, denoising_nats, updated_nats = (
-            vocabulary_nats(prediction, table.weight, self.head.bias, targets, reduction="sum") / count
+            vocabulary_nats(prediction, table.weight, bias, targets, reduction="sum") / count
             for prediction in (alone, informed, alone + evidence)  # the last is Bayes' rule
         )
         context_loss, denoising_loss = context_nats, denoising_nats
         if self.config.loss_type != "cross_entropy":
             context_loss, denoising_loss = (
-                self._local_loss(prediction, table.weight, self.head.bias, targets) / count
-                for prediction in (alone, informed)
+                self._local_loss(prediction, table.weight, bias, targets) / count for prediction in (alone, informed)
             )
         return DenoisingBlockOutput(
             loss=torch.lerp(context_loss, denoising_loss, weight),
@@ -512,39 +527,32 @@ class NoPropModelOutput(BaseModelOutputWithPast):
             their mean, expect the embedding of the next token, knowing the context alone.
         context_states (`tuple[torch.Tensor]`): the context states of each block, `(batch_size, sequence_length,
             hidden_size)` each.
+        bias (`torch.Tensor` of shape `(vocab_size,)`): the mean of the blocks' biases.
 
     `hidden_states` and `attentions`, when asked for, run through the layers of block 0, then block 1, and so on.
     """
 
     context_states: tuple[torch.Tensor, ...] | None = None
+    bias: torch.Tensor | None = None
 
 
 class NoPropModel(NoPropPreTrainedModel):
     """The frozen table and all blocks. The blocks read the same clean context and do not depend on one another (with
     `context_source="previous_block"`, each reads the states of the one before as well)."""
 
+    # The forward passes that are bypassed where blocks run side by side.
+    _forwards = {
+        **LLAMA_FORWARDS,
+        DenoisingBlock: DenoisingBlock.forward,
+        ContextEncoder: ContextEncoder.forward,
+    }
+
     def __init__(self, config: NoPropConfig):
         super().__init__(config)
         self.embed_tokens = TokenTable(config)
         self.blocks = nn.ModuleList(DenoisingBlock(config, index) for index in range(config.num_blocks))
         self.gradient_checkpointing = False
-        self._stacked: StackedBlocks | None = None
         self.post_init()
-
-    def stacked_blocks(self, **kwargs) -> StackedBlocks | None:
-        """The blocks for running side by side, where that is possible: in inference, and when no block's inner states
-        are asked for."""
-        names = [f"output_{name}" for name in self._can_record_outputs]
-        captured = any(kwargs.get(name, getattr(self.config, name, False)) for name in names)
-        if self.training or torch.is_grad_enabled() or captured:
-            return None
-        if self._stacked is None or not self._stacked.belong_to(self.blocks):
-            self._stacked = StackedBlocks(self.blocks) if can_be_stacked(self.blocks) else None
-        return self._stacked
-
-    def mean_bias(self, num_blocks: int) -> torch.Tensor:
-        """The bias of the first blocks' logits, on their mean: `(vocab_size,)`."""
-        return torch.stack([block.head.bias for block in self.blocks[:num_blocks]]).mean(0)
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @merge_with_config_defaults
@@ -570,46 +578,66 @@ class NoPropModel(NoPropPreTrainedModel):
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if num_inference_blocks is None:
-            num_inference_blocks = len(self.blocks)
-        elif not 1 <= num_inference_blocks <= len(self.blocks):
+            num_inference_blocks = self.config.num_hidden_layers // self.config.num_layers_per_block
+        if not 1 <= num_inference_blocks <= len(self.blocks):
             raise ValueError(
                 f"`num_inference_blocks` must be between 1 and {len(self.blocks)}, got {num_inference_blocks}."
             )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
+            cache = BlockCache(self.config)
 
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         blocks = self.blocks[:num_inference_blocks]
+        self._check_cache(cache, num_inference_blocks)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         attention_inputs = blocks[0].encoder.attention_inputs(inputs_embeds, attention_mask, position_ids, cache)
-        stacked = self.stacked_blocks(**kwargs)
-        if stacked is not None:
-            # Other attention functions have masks of their own kinds, whose last row is not theirs to cut out.
+        inputs = {"inputs_embeds": inputs_embeds, "cache": cache}
+        recorded = {name: getattr(self.config, f"output_{name}", None) for name in self._can_record_outputs}
+        if not self.training and can_run_side_by_side(blocks, self._forwards, cache, recorded | kwargs):
             last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1
-            last_only = last_only and self.config._attn_implementation in ("eager", "sdpa")
-            states = stacked.encode(
-                inputs_embeds, num_inference_blocks, cache, last_only=last_only, **attention_inputs, **kwargs
-            )[:, :, keep]
-            return NoPropModelOutput(
-                last_hidden_state=stacked.mean_answer(states),
-                cache=cache,
-                context_states=states.unbind(),
+            del attention_inputs["position_ids"]
+            states = encode_side_by_side(
+                [block.encoder for block in blocks], **inputs, **attention_inputs, last_only=last_only
             )
-        context_states: tuple[torch.Tensor, ...] = ()
-        for block in blocks:
-            previous = context_states[-1] if context_states else None  # which only hierarchical blocks read
-            context = block.encoder(
-                inputs_embeds, previous, cache=cache, use_cache=use_cache, **attention_inputs, **kwargs
-            )
-            context_states += (context,)
-        context_states = tuple(context[:, keep] for context in context_states)
-        predictions = [block.head(context) for block, context in zip(blocks, context_states, strict=True)]
+            answers = [
+                (context, *block.head(context)) for block, context in zip(blocks, states[:, :, kept], strict=True)
+            ]
+        else:
+            answers = []
+            for block in blocks:
+                previous = answers[-1][0] if answers else None  # which only hierarchical blocks read
+                answers.append(
+                    block(
+                        **inputs, **attention_inputs | kwargs, previous_states=previous, use_cache=use_cache, kept=kept
+                    )
+                )
+            answers = [(context[:, kept], *answer) for context, *answer in answers]
+        context_states, predictions, biases = zip(*answers, strict=True)
+        device = inputs_embeds.device  # blocks may lie on several
         return NoPropModelOutput(
-            last_hidden_state=torch.stack(predictions).mean(0),
+            last_hidden_state=torch.stack([prediction.to(device) for prediction in predictions]).mean(0),
             cache=cache,
             context_states=context_states,
+            bias=torch.stack([bias.to(device) for bias in biases]).mean(0),
         )
+
+    def _check_cache(self, cache: Cache | None, num_inference_blocks: int) -> None:
+        """Make sure that a cache holds the same tokens for all blocks that are to read it.
+
+        Raises:
+            ValueError: if it was filled by fewer blocks.
+        """
+        if cache is None or num_inference_blocks == 1:
+            return
+        layers = range(0, num_inference_blocks * self.config.num_layers_per_block, self.config.num_layers_per_block)
+        lengths = [cache.get_seq_length(layer) for layer in layers]
+        if any(length != lengths[0] for length in lengths):
+            count = sum(length == lengths[0] for length in lengths)
+            raise ValueError(
+                f"The cache was filled with `num_inference_blocks={count}` and cannot be read by {num_inference_blocks} "
+                "blocks: continue with as many, or begin with a new cache."
+            )
 
 
 @dataclass
@@ -660,6 +688,21 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
         self.loss_function = log_probability_loss
         self.post_init()
 
+    def get_output_embeddings(self) -> nn.Module:
+        """The frozen table, which is tied: for points in embedding space it gives logits."""
+        return self.get_input_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Refused: every block is trained for the frozen table.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "The output embeddings are the frozen table that every block was trained for and cannot be replaced. "
+            "Pretrain a new table instead."
+        )
+
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
@@ -703,8 +746,8 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
             **kwargs,
         )
         if decoding_mode == "predictive":
-            bias = self.model.mean_bias(len(outputs.context_states))
-            logits = F.linear(outputs.last_hidden_state, self.model.embed_tokens.weight, bias).float()
+            # `forward`, since hooks on the input embeddings are not meant for logits.
+            logits = self.model.embed_tokens.forward(outputs.last_hidden_state, outputs.bias).float()
             # In place where nothing has to be kept for a gradient: the logits are the largest tensor there is.
             logits = torch.log_softmax(logits, -1, out=None if logits.requires_grad else logits)
         elif decoding_mode == "denoising":
@@ -753,8 +796,8 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
         targets = labels[:, 1:]
         kept = targets != -100
         targets = targets[kept]
-        table, blocks = self.model.embed_tokens.weight, self.model.blocks
-        clean = self.model.embed_tokens(targets)
+        table, blocks = self.model.embed_tokens.forward, self.model.blocks
+        clean = table(targets)
 
         evidence = torch.zeros_like(clean, dtype=torch.float32)
         level, token_nats, context_nats = 0.0, [], []
@@ -765,20 +808,20 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
                 evidence = evidence + sample_evidence(clean, block.level - level, generator)
                 level = block.level
             belief, bias, alone = beliefs.refine(block.head, context, evidence)
-            nats = vocabulary_nats(belief + evidence, table, bias, targets)
+            nats = table(belief + evidence, bias, targets)
             if previous is not None:  # the belief before, updated to the present evidence
-                nats = nats - vocabulary_nats(previous[0] + evidence, table, previous[1], targets)
+                nats = nats - table(previous[0] + evidence, previous[1], targets)
             token_nats.append(nats)
-            context_nats.append(vocabulary_nats(alone, table, block.head.bias, targets).mean())
+            context_nats.append(table(*alone, targets).mean())
             previous = (belief, bias)
         token_nats = torch.stack(token_nats)
-        mean_answer, mean_bias = outputs.last_hidden_state[:, :-1][kept], self.model.mean_bias(len(blocks))
+        mean_answer = outputs.last_hidden_state[:, :-1][kept]
         return NoPropBoundOutput(
             bound=token_nats.sum(0).mean(),
             block_nats=token_nats.mean(1),
             token_nats=token_nats,
             context_nats=torch.stack(context_nats),
-            predictive_nats=vocabulary_nats(mean_answer, table, mean_bias, targets).mean(),
+            predictive_nats=table(mean_answer, outputs.bias, targets).mean(),
         )
 
 
@@ -796,7 +839,7 @@ class NoPropForMaskedLM(NoPropPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         assert config.num_pretraining_layers is not None
         self.encoder = ContextEncoder(config, config.num_pretraining_layers)
-        self.readout = Readout(config.hidden_size, config.hidden_size, bias=False)
+        self.readout = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.gradient_checkpointing = False
         self.post_init()
@@ -805,6 +848,7 @@ class NoPropForMaskedLM(NoPropPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if module is self:
+            init.orthogonal_(self.readout.weight)
             init.zeros_(self.bias)
 
     @classmethod
@@ -871,7 +915,8 @@ class NoPropForMaskedLM(NoPropPreTrainedModel):
             is_causal = self.config.pretraining_objective == "clm"
         inputs_embeds = F.embedding(input_ids, table)
         attention_inputs = self.encoder.attention_inputs(inputs_embeds, attention_mask, position_ids, None, is_causal)
-        return self.readout(self.encoder(inputs_embeds, **attention_inputs, **kwargs))
+        states = self.encoder(inputs_embeds, **attention_inputs, **kwargs)
+        return self.readout(states) / math.sqrt(states.shape[-1])  # as in [`DenoisingHead`]
 
     def _mean_nats(self, prediction: torch.Tensor, table: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         kept = targets != -100

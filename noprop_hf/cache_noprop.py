@@ -1,0 +1,160 @@
+"""A key-value cache in the layout of every model of transformers, whose memory suits blocks that run side by side."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.configuration_utils import PreTrainedConfig
+
+
+class SharedMemory:
+    """Keys and values of some layers side by side, `(batch, heads of all layers, capacity, head_dim)` each.
+
+    Written in place, where a stock layer copies everything for every token. `used` holds the tokens that were written
+    for each layer, whoever wrote them: a layer that is behind (after cropping, or as a copy) finds its place taken and
+    moves to memory of its own.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, num_layers: int, heads_per_layer: int, length: int):
+        """Reserve memory like `keys` and `values` for `length` tokens and for some more."""
+        capacity = length + length // 4 + 16
+        self.keys, self.values = (
+            states.new_empty(states.shape[0], num_layers * heads_per_layer, capacity, states.shape[-1])
+            for states in (keys, values)
+        )
+        self.heads_per_layer = heads_per_layer
+        self.used = [0] * num_layers
+
+    def heads(self, first: int, count: int = 1) -> slice:
+        """The heads of `count` layers."""
+        return slice(first * self.heads_per_layer, (first + count) * self.heads_per_layer)
+
+    def can_take(self, keys: torch.Tensor, values: torch.Tensor, end: int) -> bool:
+        """Whether these keys and values can be written in place, up to token `end`."""
+        return (
+            end <= self.keys.shape[2]
+            and keys.shape[0] == self.keys.shape[0]
+            and (keys.dtype, values.dtype, keys.device) == (self.keys.dtype, self.values.dtype, self.keys.device)
+            and self.keys.is_inference() <= torch.is_inference_mode_enabled()
+        )
+
+
+class GrowingLayer(DynamicLayer):
+    """A [`DynamicLayer`] whose keys and values can lie in memory with room to grow, shared with other layers.
+
+    To everything outside it is the stock layer: `keys` and `values` are tensors of its own tokens, and may be replaced.
+    """
+
+    def __init__(self, *args, **kwargs):
+        self.memory: SharedMemory | None = None
+        self.place = 0  # of this layer in the memory
+        self.length = 0  # tokens of this layer in the memory
+        self.tensors: dict[str, torch.Tensor | None] = {}
+        super().__init__(*args, **kwargs)
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        return self.tensors["keys"] if self.memory is None else self._view(self.memory.keys)
+
+    @keys.setter
+    def keys(self, keys: torch.Tensor | None) -> None:
+        self._replace("keys", keys)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        return self.tensors["values"] if self.memory is None else self._view(self.memory.values)
+
+    @values.setter
+    def values(self, values: torch.Tensor | None) -> None:
+        self._replace("values", values)
+
+    def _view(self, states: torch.Tensor) -> torch.Tensor:
+        assert self.memory is not None
+        return states[:, self.memory.heads(self.place), : self.length]
+
+    def _replace(self, name: str, states: torch.Tensor | None) -> None:
+        if self.memory is not None:
+            self.tensors = {"keys": self.keys, "values": self.values}
+            self.memory = None
+        self.tensors[name] = states
+
+    def get_seq_length(self, *args) -> int:
+        return super().get_seq_length(*args) if self.memory is None else self.length
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # autograd needs what it saved as it was
+            return super().update(key_states, value_states, *args, **kwargs)
+        return write([self], key_states, value_states)
+
+    def move(self, memory: SharedMemory, place: int) -> None:
+        """Copy what this layer holds to its place in another memory."""
+        length = self.get_seq_length()
+        if length > 0:
+            assert self.keys is not None and self.values is not None
+            if len(self.keys) != len(memory.keys):
+                raise ValueError(
+                    f"The cache holds {len(self.keys)} sequences, but the batch has {len(memory.keys)}: use "
+                    "`cache.batch_repeat_interleave` or `cache.batch_select_indices` to make them equal."
+                )
+            heads = memory.heads(place)
+            memory.keys[:, heads, :length], memory.values[:, heads, :length] = self.keys, self.values
+        memory.used[place] = length
+        self.memory, self.place, self.length, self.tensors = memory, place, length, {}
+
+
+def write(
+    layers: Sequence[GrowingLayer],
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    first: int = 0,
+    count: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Append keys and values of layers that lie side by side.
+
+    Args:
+        layers: all layers that share memory, with the same number of tokens each.
+        keys, values (`(batch, count * heads, sequence, head_dim)`): what to append to `count` layers from `first` on;
+            to all of them when not given.
+
+    Returns:
+        Keys and values of these `count` layers, `(batch, count * heads, all tokens, head_dim)` each.
+    """
+    count = len(layers) if count is None else count
+    written = layers[first : first + count]
+    begin = written[0].get_seq_length()
+    end = begin + keys.shape[-2]
+    for layer in layers:
+        if not layer.is_initialized:
+            DynamicLayer.update(layer, keys[:, :0, :0], values[:, :0, :0])
+    memory = written[0].memory
+    if not (
+        memory is not None
+        and memory.can_take(keys, values, end)
+        and all(
+            layer.memory is memory and layer.place == place and layer.length == memory.used[place] == begin
+            for place, layer in enumerate(written, written[0].place)
+        )
+    ):
+        memory = SharedMemory(keys, values, len(layers), keys.shape[1] // count, end)
+        for place, layer in enumerate(layers):
+            layer.move(memory, place)
+    heads = memory.heads(written[0].place, count)
+    memory.keys[:, heads, begin:end], memory.values[:, heads, begin:end] = keys, values
+    for layer in written:
+        layer.length = memory.used[layer.place] = end
+    if begin == 0:
+        return keys, values
+    return memory.keys[:, heads, :end], memory.values[:, heads, :end]
+
+
+class BlockCache(DynamicCache):
+    """A [`DynamicCache`] of [`GrowingLayer`]s: layer `l` of block `b` is layer `b * num_layers_per_block + l`."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config=config)
+        self.layers = [GrowingLayer() for _ in self.layers]
+
+
+__all__ = ["BlockCache"]
