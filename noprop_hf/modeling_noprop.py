@@ -13,6 +13,7 @@ Method: NoProp (Li, Teh, Pascanu 2025, arXiv 2503.24322), with the noise enterin
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,7 @@ from .shards_noprop import (
     shard_of,
     without_progress_bar,
 )
-from .side_by_side_noprop import LLAMA_FORWARDS, can_run_side_by_side, encode_side_by_side
+from .side_by_side_noprop import LLAMA_FORWARDS, encode_side_by_side, find_layers
 
 
 def vocabulary_nats(
@@ -150,6 +151,13 @@ class TokenTable(nn.Module):
         return F.linear(inputs, weight, None if bias is None else bias.to(inputs.dtype))
 
 
+def linear(in_features: int, out_features: int, initialize: Callable[[torch.Tensor], torch.Tensor]) -> nn.Linear:
+    """A linear layer without bias that keeps how its weight is initialized."""
+    layer = nn.Linear(in_features, out_features, bias=False)
+    layer.initialize = initialize
+    return layer
+
+
 class ContextEncoder(nn.Module):
     """Pre-norm transformer over clean token embeddings, with rotary positions.
 
@@ -161,10 +169,10 @@ class ContextEncoder(nn.Module):
     def __init__(self, config: NoPropConfig, num_layers: int, first_layer_idx: int = 0, reads_states: bool = False):
         super().__init__()
         self.config = config
-        self.input_projection = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.input_projection = linear(config.hidden_size, config.hidden_size, init.eye_)
         self.state_projection = None
-        if reads_states:
-            self.state_projection = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        if reads_states:  # begin as an encoder that is alone
+            self.state_projection = linear(config.hidden_size, config.hidden_size, init.zeros_)
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, first_layer_idx + i) for i in range(num_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
@@ -226,11 +234,11 @@ class DenoisingHead(nn.Module):
     def __init__(self, config: NoPropConfig, level: float):
         super().__init__()
         self.evidence_scale = math.sqrt(level**2 + level)  # root mean square of the evidence at this level
-        self.readout = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.readout = linear(config.hidden_size, config.hidden_size, init.orthogonal_)
         self.correction = nn.Sequential(
             nn.Linear(2 * config.hidden_size, config.correction_size),
             ACT2FN[config.hidden_act],
-            nn.Linear(config.correction_size, config.hidden_size, bias=False),
+            linear(config.correction_size, config.hidden_size, init.zeros_),  # start as Bayes' rule
         )
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
@@ -273,15 +281,10 @@ class NoPropPreTrainedModel(PreTrainedModel):
         if isinstance(module, TokenTable):
             init.copy_(module.weight, standardize(torch.randn_like(module.weight)))
             init.zeros_(module.log_prior)
-        elif isinstance(module, ContextEncoder):
-            init.eye_(module.input_projection.weight)
-            if module.state_projection is not None:  # begin as a block that is alone
-                init.zeros_(module.state_projection.weight)
         elif isinstance(module, DenoisingHead):
-            # Start as Bayes' rule on top of the context.
-            init.orthogonal_(module.readout.weight)
-            init.zeros_(module.correction[-1].weight)
             init.zeros_(module.bias)
+        elif hasattr(module, "initialize"):
+            module.initialize(module.weight)
 
     def save_pretrained(
         self,
@@ -592,26 +595,25 @@ class NoPropModel(NoPropPreTrainedModel):
         self._check_cache(cache, num_inference_blocks)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         attention_inputs = blocks[0].encoder.attention_inputs(inputs_embeds, attention_mask, position_ids, cache)
-        inputs = {"inputs_embeds": inputs_embeds, "cache": cache}
         recorded = {name: getattr(self.config, f"output_{name}", None) for name in self._can_record_outputs}
-        if not self.training and can_run_side_by_side(blocks, self._forwards, cache, recorded | kwargs):
-            last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1
-            del attention_inputs["position_ids"]
+        layers = None if self.training else find_layers(blocks, self._forwards, cache, recorded | kwargs)
+        if layers is not None:
             states = encode_side_by_side(
-                [block.encoder for block in blocks], **inputs, **attention_inputs, last_only=last_only
-            )
-            answers = [
-                (context, *block.head(context)) for block, context in zip(blocks, states[:, :, kept], strict=True)
-            ]
+                [block.encoder for block in blocks],
+                layers,
+                inputs_embeds,
+                attention_inputs["attention_mask"],
+                attention_inputs["position_embeddings"],
+                cache,
+                last_only=isinstance(logits_to_keep, int) and logits_to_keep == 1,
+            )[:, :, kept]
+            answers = [(context, *block.head(context)) for block, context in zip(blocks, states, strict=True)]
         else:
             answers = []
+            inputs = attention_inputs | kwargs | {"inputs_embeds": inputs_embeds, "cache": cache, "kept": kept}
             for block in blocks:
                 previous = answers[-1][0] if answers else None  # which only hierarchical blocks read
-                answers.append(
-                    block(
-                        **inputs, **attention_inputs | kwargs, previous_states=previous, use_cache=use_cache, kept=kept
-                    )
-                )
+                answers.append(block(previous_states=previous, use_cache=use_cache, **inputs))
             answers = [(context[:, kept], *answer) for context, *answer in answers]
         context_states, predictions, biases = zip(*answers, strict=True)
         device = inputs_embeds.device  # blocks may lie on several
@@ -635,8 +637,8 @@ class NoPropModel(NoPropPreTrainedModel):
         if any(length != lengths[0] for length in lengths):
             count = sum(length == lengths[0] for length in lengths)
             raise ValueError(
-                f"The cache was filled with `num_inference_blocks={count}` and cannot be read by {num_inference_blocks} "
-                "blocks: continue with as many, or begin with a new cache."
+                f"The cache was filled with `num_inference_blocks={count}`, and {num_inference_blocks} blocks cannot "
+                "continue from it: use as many blocks, or a new cache."
             )
 
 
@@ -839,7 +841,7 @@ class NoPropForMaskedLM(NoPropPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         assert config.num_pretraining_layers is not None
         self.encoder = ContextEncoder(config, config.num_pretraining_layers)
-        self.readout = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.readout = linear(config.hidden_size, config.hidden_size, init.orthogonal_)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.gradient_checkpointing = False
         self.post_init()
@@ -848,7 +850,6 @@ class NoPropForMaskedLM(NoPropPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if module is self:
-            init.orthogonal_(self.readout.weight)
             init.zeros_(self.bias)
 
     @classmethod

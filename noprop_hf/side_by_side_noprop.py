@@ -6,12 +6,12 @@ once. The linear layers themselves are called as the modules they are, one by on
 changed weights act on them as they do elsewhere, and no weight is copied or moved.
 
 What is bypassed are the forward passes of the modules around them. They are those of `modeling_llama.py` and
-[`ContextEncoder`], to which [`can_run_side_by_side`] holds them: with a hook, a patch or another class, blocks run one
+[`ContextEncoder`], to which [`find_layers`] holds them: with a hook, a patch or another class, blocks run one
 by one. `tests/test_side_by_side.py` compares both ways.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -51,60 +51,103 @@ def is_unchanged(module: nn.Module, forwards: Mapping[type, Callable]) -> bool:
     )
 
 
-def can_run_side_by_side(
+class LayerModules(NamedTuple):
+    """The modules of a decoder layer, looked up once."""
+
+    attention: LlamaAttention
+    projections: tuple[nn.Module, nn.Module, nn.Module]
+    output: nn.Module
+    gate: nn.Module
+    up: nn.Module
+    down: nn.Module
+    activation: nn.Module
+    input_norm: LlamaRMSNorm
+    output_norm: LlamaRMSNorm
+
+
+def find_layers(
     blocks: Sequence[nn.Module], forwards: Mapping[type, Callable], cache: Any, kwargs: Mapping[str, Any]
-) -> bool:
-    """Whether [`encode_side_by_side`] computes what calling the blocks one by one does.
+) -> list[tuple[LayerModules, ...]] | None:
+    """The layers of blocks for [`encode_side_by_side`], if it computes what calling the blocks one by one does.
 
     Args:
         blocks: the blocks; `forwards` must name their class and that of their encoders.
         forwards: the forward passes that may be bypassed, by class.
         cache: only a [`BlockCache`] can be filled by several blocks at once.
         kwargs: further arguments of the layers; any that is set may mean something to them.
+
+    Returns:
+        For every layer of a block, the modules of that layer in each block; None where blocks must run one by one.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
+        return None
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-        return False
+        return None
     if any(value is not None and value is not False for value in kwargs.values()):
-        return False
+        return None
     if cache is not None and type(cache) is not BlockCache:
-        return False
+        return None
     config = blocks[0].encoder.config
     if config.context_source != "embeddings" or config._attn_implementation not in ("sdpa", "eager"):
-        return False
+        return None
     if _attention_function(config) not in ATTENTION_FUNCTIONS:
-        return False
-    first = blocks[0].encoder
-    return all(
-        is_unchanged(block, forwards)
-        and is_unchanged(block.encoder, forwards)
-        and _norm_like(block.encoder.norm, first.norm, forwards)
-        and len(block.encoder.layers) == len(first.layers)
-        and all(_layer_like(*layers, forwards) for layers in zip(block.encoder.layers, first.layers, strict=True))
-        for block in blocks
+        return None
+    found, kinds = [], []
+    for block in blocks:
+        encoder = block.encoder
+        if not (is_unchanged(block, forwards) and is_unchanged(encoder, forwards)):
+            return None
+        if not is_unchanged(encoder.norm, forwards):
+            return None
+        layers = [_find_modules(layer, forwards) for layer in encoder.layers]
+        if None in layers:
+            return None
+        found.append(layers)
+        kinds.append((encoder.norm.variance_epsilon, *(_kind(layer) for layer in layers if layer is not None)))
+    return list(zip(*found, strict=True)) if kinds.count(kinds[0]) == len(kinds) else None
+
+
+def _find_modules(layer: nn.Module, forwards: Mapping[type, Callable]) -> LayerModules | None:
+    """The modules of a layer, or None if one between its linear layers was changed."""
+    if not is_unchanged(layer, forwards):
+        return None
+    attention, mlp, input_norm, output_norm = (
+        layer.self_attn,
+        layer.mlp,
+        layer.input_layernorm,
+        layer.post_attention_layernorm,
+    )
+    between = (attention, mlp, input_norm, output_norm)
+    if not all(is_unchanged(module, forwards) for module in between) or attention.training:
+        return None
+    activation = mlp.act_fn
+    if not is_unchanged(activation, forwards):
+        return None
+    return LayerModules(
+        attention,
+        (attention.q_proj, attention.k_proj, attention.v_proj),
+        attention.o_proj,
+        mlp.gate_proj,
+        mlp.up_proj,
+        mlp.down_proj,
+        activation,
+        input_norm,
+        output_norm,
     )
 
 
-def _layer_like(layer: nn.Module, first: nn.Module, forwards: Mapping[type, Callable]) -> bool:
-    """Whether a layer differs from the one of the first block in its weights only."""
-    if not (is_unchanged(layer, forwards) and is_unchanged(layer.mlp, forwards)):
-        return False
-    attention, other = layer.self_attn, first.self_attn
+def _kind(layer: LayerModules) -> tuple:
+    """What layers of several blocks must have in common to be computed at once."""
+    attention = layer.attention
     return (
-        is_unchanged(attention, forwards)
-        and is_unchanged(layer.mlp.act_fn, forwards)
-        and _norm_like(layer.input_layernorm, first.input_layernorm, forwards)
-        and _norm_like(layer.post_attention_layernorm, first.post_attention_layernorm, forwards)
-        and attention.config is other.config
-        and (attention.head_dim, attention.scaling, attention.num_key_value_groups, attention.is_causal)
-        == (other.head_dim, other.scaling, other.num_key_value_groups, other.is_causal)
-        and not (attention.training and attention.attention_dropout)
+        id(attention.config),
+        attention.head_dim,
+        attention.scaling,
+        attention.num_key_value_groups,
+        attention.is_causal,
+        layer.input_norm.variance_epsilon,
+        layer.output_norm.variance_epsilon,
     )
-
-
-def _norm_like(norm: nn.Module, first: nn.Module, forwards: Mapping[type, Callable]) -> bool:
-    return is_unchanged(norm, forwards) and norm.variance_epsilon == first.variance_epsilon
 
 
 def _attention_function(config: Any) -> Callable:
@@ -113,6 +156,7 @@ def _attention_function(config: Any) -> Callable:
 
 def encode_side_by_side(
     encoders: Sequence[nn.Module],
+    layers: Sequence[tuple[LayerModules, ...]],
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
@@ -123,6 +167,7 @@ def encode_side_by_side(
     sequence, hidden_size)`.
 
     Args:
+        layers: what [`find_layers`] found in the blocks of these encoders.
         attention_mask, position_embeddings: as [`ContextEncoder`] makes them for its layers.
         last_only: only the states of the last position are needed: the last layer, a large part of a block, leaves out
             the others where it can.
@@ -130,70 +175,74 @@ def encode_side_by_side(
     rows = inputs_embeds.shape[0] * inputs_embeds.shape[1]
     step = max(1, ROWS_AT_ONCE.get(inputs_embeds.device.type, ROWS_AT_ONCE_ELSEWHERE) // rows)
     if last_only:
-        last_only = all(_takes_tokens_one_by_one(encoder.layers[-1]) for encoder in encoders)
-    groups = [encoders[first : first + step] for first in range(0, len(encoders), step)]
+        last_only = all(_takes_tokens_one_by_one(layer) for layer in layers[-1])
     states = [
-        _encode(group, index * step, encoders, inputs_embeds, attention_mask, position_embeddings, cache, last_only)
-        for index, group in enumerate(groups)
+        _encode(
+            encoders,
+            layers,
+            slice(first, first + step),
+            inputs_embeds,
+            attention_mask,
+            position_embeddings,
+            cache,
+            last_only,
+        )
+        for first in range(0, len(encoders), step)
     ]
     return torch.cat(states) if len(states) > 1 else states[0]
 
 
-def _takes_tokens_one_by_one(layer: nn.Module) -> bool:
+def _takes_tokens_one_by_one(layer: LayerModules) -> bool:
     """Whether what a layer makes of a token after its attention does not depend on which others it is called with, for
     the modules and for any hook on them."""
     linear = {nn.Linear: nn.Linear.forward}
-    return all(
-        is_unchanged(module, linear)
-        for module in (layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
-    )
+    return all(is_unchanged(module, linear) for module in (layer.output, layer.gate, layer.up, layer.down))
 
 
 def _encode(
     encoders: Sequence[nn.Module],
-    first_index: int,
-    all_encoders: Sequence[nn.Module],
+    layers: Sequence[tuple[LayerModules, ...]],
+    group: slice,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     cache: BlockCache | None,
     last_only: bool,
 ) -> torch.Tensor:
-    """The context states of a group of encoders, which begins at `first_index` of all; see [`ContextEncoder.forward`]
-    and `LlamaDecoderLayer.forward` for what is computed."""
-    config, count = encoders[0].config, len(encoders)
+    """The context states of a group of encoders; see [`ContextEncoder.forward`] and `LlamaDecoderLayer.forward` for
+    what is computed."""
     batch, length, width = inputs_embeds.shape
-    attention_function = _attention_function(config)
+    attention_function = _attention_function(encoders[0].config)
     scaled = inputs_embeds / width**0.5
-    states = _stack([encoder.input_projection(scaled) for encoder in encoders])
-    for index, layers in enumerate(zip(*(encoder.layers for encoder in encoders), strict=True)):
-        attentions, mlps = [layer.self_attn for layer in layers], [layer.mlp for layer in layers]
-        normed = _norm(states, [layer.input_layernorm for layer in layers])
+    states = _stack([encoder.input_projection(scaled) for encoder in encoders[group]])
+    count = len(states)
+    for all_layers in layers:
+        own = all_layers[group]
+        first = own[0].attention
+        normed = _norm(states, [layer.input_norm for layer in own])
         query, key, value = (
             _stack([projection(rows) for projection, rows in zip(projections, normed, strict=True)])
-            .view(count, batch, length, -1, attentions[0].head_dim)
+            .view(count, batch, length, -1, first.head_dim)
             .permute(1, 0, 3, 2, 4)
             .flatten(1, 2)  # the heads of all blocks
-            for projections in zip(*((a.q_proj, a.k_proj, a.v_proj) for a in attentions), strict=True)
+            for projections in zip(*(layer.projections for layer in own), strict=True)
         )
         query, key = modeling_llama.apply_rotary_pos_emb(query, key, *position_embeddings)
         if cache is not None:
-            cached = [cache.layers[encoder.layers[index].self_attn.layer_idx] for encoder in all_encoders]
-            key, value = write(cached, key, value, first_index, count)
-        if last_only and index == len(encoders[0].layers) - 1:
+            cached = [cache.layers[layer.attention.layer_idx] for layer in all_layers]
+            key, value = write(cached, key, value, group.start, count)
+        if last_only and all_layers is layers[-1]:
             states, query, length = states[:, :, -1:], query[:, :, -1:], 1
             attention_mask = None if attention_mask is None else attention_mask[:, :, -1:]
-        mixed, _ = attention_function(
-            attentions[0], query, key, value, attention_mask, dropout=0.0, scaling=attentions[0].scaling
-        )
+        mixed, _ = attention_function(first, query, key, value, attention_mask, dropout=0.0, scaling=first.scaling)
         mixed = mixed.reshape(batch, length, count, -1).permute(2, 0, 1, 3).contiguous()
-        states = states + _stack([a.o_proj(rows) for a, rows in zip(attentions, mixed, strict=True)])
-        normed = _norm(states, [layer.post_attention_layernorm for layer in layers])
-        gate = _stack([mlp.gate_proj(rows) for mlp, rows in zip(mlps, normed, strict=True)])
-        up = _stack([mlp.up_proj(rows) for mlp, rows in zip(mlps, normed, strict=True)])
-        hidden = mlps[0].act_fn(gate).mul_(up)
-        states = states + _stack([mlp.down_proj(rows) for mlp, rows in zip(mlps, hidden, strict=True)])
-    return _norm(states, [encoder.norm for encoder in encoders])
+        states = states + _stack([layer.output(rows) for layer, rows in zip(own, mixed, strict=True)])
+        normed = _norm(states, [layer.output_norm for layer in own])
+        gate = _stack([layer.gate(rows) for layer, rows in zip(own, normed, strict=True)])
+        up = _stack([layer.up(rows) for layer, rows in zip(own, normed, strict=True)])
+        hidden = own[0].activation(gate).mul_(up)
+        states = states + _stack([layer.down(rows) for layer, rows in zip(own, hidden, strict=True)])
+    return _norm(states, [encoder.norm for encoder in encoders[group]])
 
 
 def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -367,7 +367,7 @@ def test_blocks_start_as_the_model_of_phase_1(directory, data):
     rows = tokenize(load_corpus(data), load_tokenizer(str(directory)), data)["validation"][:4]["input_ids"]
     input_ids = torch.tensor(rows)
     embeds = table(input_ids)
-    states = block.head(block.encoder(embeds, **block.encoder.attention_inputs(embeds)))
+    states = block.head(block.encoder(embeds, **block.encoder.attention_inputs(embeds)))[0]
     assert torch.allclose(states @ table.weight.T + block.head.bias, phase_1(input_ids).logits, atol=1e-4)
     shutil.rmtree(directory / "masked_lm")
     with pytest.raises(FileNotFoundError, match="Copy it together with the embeddings"):
@@ -391,10 +391,10 @@ def test_a_block_on_top_of_another_starts_as_one_alone(hierarchical):
         torch.manual_seed(0)
         above = new_block(hierarchical, config, table, 1).eval()
         inputs = above.encoder.attention_inputs(embeds)
-        answer = above.head(above.encoder(embeds, states, **inputs))
-        assert torch.equal(answer, above.head(above.encoder(embeds, 0 * states, **inputs)))
+        answer = above.head(above.encoder(embeds, states, **inputs))[0]
+        assert torch.equal(answer, above.head(above.encoder(embeds, 0 * states, **inputs))[0])
         torch.nn.init.eye_(above.encoder.state_projection.weight)
-        assert not torch.allclose(answer, above.head(above.encoder(embeds, states, **inputs)), atol=1e-3)
+        assert not torch.allclose(answer, above.head(above.encoder(embeds, states, **inputs))[0], atol=1e-3)
 
 
 def test_hierarchical_blocks_train_in_order_and_only_by_their_own_loss(hierarchical, data):
