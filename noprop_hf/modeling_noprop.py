@@ -122,6 +122,7 @@ class TokenTable(nn.Module):
 
     def __init__(self, config: NoPropConfig):
         super().__init__()
+        self.num_embeddings, self.embedding_dim = config.vocab_size, config.hidden_size
         self.weight = nn.Parameter(torch.zeros(config.vocab_size, config.hidden_size))
         self.register_buffer("log_prior", torch.zeros(config.vocab_size))
 
@@ -630,7 +631,7 @@ class NoPropModel(NoPropPreTrainedModel):
         Raises:
             ValueError: if it was filled by fewer blocks.
         """
-        if cache is None or num_inference_blocks == 1:
+        if not isinstance(cache, Cache):  # none, or a paged one, which counts for itself
             return
         layers = range(0, num_inference_blocks * self.config.num_layers_per_block, self.config.num_layers_per_block)
         lengths = [cache.get_seq_length(layer) for layer in layers]
