@@ -220,6 +220,11 @@ def parse_recipe(description: str, arguments: list[str] | None = None, paralleli
         config = _known_config(values)
         selected = parse_blocks(values.blocks, values.num_blocks or config.num_blocks)
         arrange_processes(values.parallelism, 1 if _in_order(values, config) else len(selected))
+        if values.ddp_backend is not None and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            raise ValueError(
+                "--ddp_backend is for processes that train together: launch several with --parallelism data, or leave "
+                "it out."
+            )
 
     recipe = Recipe(*parse_arguments(tuple(Recipe.__annotations__.values()), description, arguments, arrange, check))
     recipe.run.processes = processes
@@ -393,6 +398,8 @@ def _check_training(args: TrainingArguments, pretraining: Collection[str] = ()) 
         if not 0 <= (getattr(args, name) or 0) < 2**32:
             raise ValueError(f"--{name} must be between 0 and 2^32 - 1, got {getattr(args, name)}.")
     _check_optimizer(args, flag("learning_rate"))
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError("--fp16 has no effect on a CPU: train with --bf16, or with --fp16 false.")
     if args.train_sampling_strategy not in ("random", "sequential"):
         raise ValueError(
             f"--train_sampling_strategy {args.train_sampling_strategy} cannot be resumed in the middle of an epoch: "
