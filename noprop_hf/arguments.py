@@ -18,6 +18,7 @@ import torch
 import yaml
 from accelerate.utils import TorchDynamoPlugin
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import get_available_reporting_integrations
@@ -317,6 +318,7 @@ UNSUPPORTED_ARGUMENTS = {
     "restore_callback_states_from_checkpoint": "has no effect, as no callback has a state to restore",
     "accelerator_config": "is not supported",
     "parallelism_config": "is not supported: a block fits on one device, and --parallelism distributes the blocks",
+    "ddp_static_graph": "breaks when gradients are accumulated",
     "fsdp": "is not supported: a block fits on one device, and --parallelism distributes the blocks",
     "fsdp_config": "is not supported: a block fits on one device, and --parallelism distributes the blocks",
     "deepspeed": "is not supported: a block fits on one device, and --parallelism distributes the blocks",
@@ -418,6 +420,7 @@ def _check_training(args: TrainingArguments, pretraining: Collection[str] = ()) 
         raise ValueError(f"The --dataloader_ arguments do not fit together: {error}") from error
     if args.dataloader_prefetch_factor is not None and args.dataloader_prefetch_factor < 1:
         raise ValueError("--dataloader_prefetch_factor must be at least 1.")
+    _check_activation_checkpointing(args)
     if args.torch_compile:
         try:
             TorchDynamoPlugin(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
@@ -427,6 +430,23 @@ def _check_training(args: TrainingArguments, pretraining: Collection[str] = ()) 
                 f"Cannot compile with --torch_compile_backend {args.torch_compile_backend} and --torch_compile_mode "
                 f"{args.torch_compile_mode}: {error}"
             ) from error
+
+
+def _check_activation_checkpointing(args: TrainingArguments) -> None:
+    options = dict(args.activation_checkpointing_kwargs or {})
+    if options and not args.activation_checkpointing:
+        raise ValueError("--activation_checkpointing_kwargs need --activation_checkpointing true: add it.")
+    every_n_layers, offload = options.pop("every_n_layers", 1), options.pop("offload", False)
+    try:
+        if every_n_layers < 1:
+            raise ValueError("every_n_layers must be at least 1")
+        if offload and args.device.type == "cpu":
+            raise ValueError("there is no device to offload from")
+        checkpoint(nn.Identity(), torch.zeros(1, requires_grad=True), **{"use_reentrant": False, **options})
+    except Exception as error:
+        raise ValueError(
+            f"--activation_checkpointing_kwargs cannot be used: {error}. Change or leave them out."
+        ) from error
 
 
 def _check_optimizer(args: TrainingArguments, learning_rate_flag: str) -> None:

@@ -311,30 +311,37 @@ def _ends_epoch(state: TrainerState) -> bool:
 
 
 def seal(checkpoint: Path, identity: Mapping[str, Any]) -> None:
-    """Bring the files of a checkpoint to the disk, and note down what they are and what run they belong to."""
+    """Flush the files of a checkpoint to disk, and record their hashes and the run they belong to."""
     files = {path.relative_to(checkpoint).as_posix(): path for path in sorted(checkpoint.rglob("*")) if path.is_file()}
     hashes = {}
     for name, path in files.items():
         with open(path, "rb") as file:
             hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
+    record = {"identity": dict(identity), "files": hashes}
     with open(checkpoint / SEAL_NAME, "w", encoding="utf-8") as file:
-        json.dump({"identity": dict(identity), "files": hashes}, file, indent=1)
+        json.dump({**record, "hash": _hash(record)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_seal(checkpoint: Path) -> dict[str, Any] | None:
-    """The seal of a checkpoint whose files are all what they were; none of one that is damaged."""
+    """Read the seal of a checkpoint; None if the seal or a file is damaged."""
     try:
         kept = json.loads((checkpoint / SEAL_NAME).read_text(encoding="utf-8"))
+        if kept.pop("hash") != _hash(kept):
+            return None
         for name, expected in kept["files"].items():
             with open(checkpoint / name, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                     return None
         return kept
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _hash(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def checkpoint_at(directory: Path, step: int) -> Path:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from conftest import BLOCKS, MODEL, arguments
 from noprop_hf.arguments import PretrainingArguments
-from noprop_hf.checkpoints import PREEMPTED, SEAL_NAME, DurableTrainer, checkpoints_of, read_seal
+from noprop_hf.checkpoints import PREEMPTED, SEAL_NAME, DurableTrainer, checkpoints_of, read_seal, seal
 from noprop_hf.model_directory import read_metadata
 from noprop_hf.shards_noprop import EMBEDDINGS_SHARD, block_shard
 from noprop_hf.training import BlockTrainer, pretrain_embeddings, train_blocks
@@ -193,6 +193,18 @@ def test_a_damaged_checkpoint_is_passed_over(directory, data, undisturbed, name,
         newest.write_bytes(content)
     train_blocks(data, ONE, arguments(directory, **SAVES, max_steps=30))
     assert same_bits(directory, undisturbed)
+
+
+def test_every_bit_of_a_seal_counts(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    seal(tmp_path, {"seed": 11, "optim": "sgd"})
+    kept, content = read_seal(tmp_path), (tmp_path / SEAL_NAME).read_bytes()
+    assert kept is not None
+    for index in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[index // 8] ^= 1 << index % 8
+        (tmp_path / SEAL_NAME).write_bytes(flipped)
+        assert read_seal(tmp_path) in (None, kept), flipped
 
 
 def test_no_silent_restart_from_zero(directory, data):

@@ -28,6 +28,7 @@ from noprop_hf.arguments import (
 from noprop_hf.checkpoints import RESULT_ARGUMENTS, SELECTION_ARGUMENTS, DurableTrainer, checkpoints_of
 from noprop_hf.data import DataArguments, data_fingerprint, load_corpus, load_tokenizer, tokenize
 from noprop_hf.model_directory import load_table
+from noprop_hf.planning import checkpoints_kept
 from noprop_hf.shards_noprop import block_shard
 from noprop_hf.training import _pretrain_masked_lm, pretrain_embeddings, train_block, train_blocks
 
@@ -89,7 +90,7 @@ CHANGES_ELSEWHERE = {
 }
 # Decides which weights are the best, and changes nothing else.
 SELECTS = {
-    "eval_strategy": {"eval_strategy": "epoch", "save_strategy": "epoch"},
+    "eval_strategy": {"eval_strategy": "epoch"},
     "eval_steps": {"eval_steps": 2},
     "eval_delay": {"eval_delay": 1},
     "per_device_eval_batch_size": {"per_device_eval_batch_size": 3},
@@ -137,7 +138,6 @@ KEEPS = {
     },
     "ddp_find_unused_parameters": {"ddp_find_unused_parameters": True},
     "ddp_broadcast_buffers": {"ddp_broadcast_buffers": False},
-    "ddp_static_graph": {"ddp_static_graph": True},
     "ddp_timeout": {"ddp_timeout": 100},
     "skip_memory_metrics": {"skip_memory_metrics": False},
     "do_eval": {"do_eval": True, "eval_strategy": "steps"},  # follows `eval_strategy`
@@ -170,6 +170,7 @@ REFUSED = {
     "restore_callback_states_from_checkpoint": True,
     "accelerator_config": {"use_seedable_sampler": False},
     "parallelism_config": "tp",
+    "ddp_static_graph": True,
     "fsdp": "full_shard",
     "fsdp_config": {"min_num_params": 1},
     "deepspeed": {"zero_optimization": {"stage": 2}},
@@ -308,6 +309,14 @@ COMBINATIONS = [
     ({"dataloader_multiprocessing_context": "fork"}, "--dataloader_ arguments do not fit together"),
     ({"dataloader_num_workers": -1}, "--dataloader_ arguments do not fit together"),
     ({"dataloader_num_workers": 1, "dataloader_prefetch_factor": 0}, "--dataloader_prefetch_factor must be at least"),
+    ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, "need --activation_checkpointing true"),
+    *[
+        (
+            {"activation_checkpointing": True, "activation_checkpointing_kwargs": options},
+            "--activation_checkpointing_kwargs cannot be used",
+        )
+        for options in ({"none_such": 1}, {"every_n_layers": 0}, {"offload": True})
+    ],
     ({"torch_compile": True, "torch_compile_backend": "none_such"}, "Cannot compile with --torch_compile_backend"),
     ({"fp16": True}, "--fp16 has no effect on a CPU"),
     ({"logging_steps": -1}, "--logging_steps must be positive"),
@@ -400,7 +409,8 @@ def test_the_other_arguments_do_not(corpus, tmp_path, train: Train):
 def identity(folder: Path, corpus: Corpus, options: dict[str, Any]) -> dict[str, Any]:
     args = arguments(folder, **(BASE | options))
     model = training_module.NoPropForMaskedLM(NoPropConfig.from_pretrained(corpus.directory))
-    return DurableTrainer(model=model, args=args, train_dataset=corpus.dataset["train"]).run_identity()
+    splits = {"train_dataset": corpus.dataset["train"], "eval_dataset": corpus.dataset["validation"]}
+    return DurableTrainer(model=model, args=args, **splits).run_identity()
 
 
 def test_the_identity_of_a_run_is_that_of_its_result(corpus, tmp_path):
@@ -410,7 +420,8 @@ def test_the_identity_of_a_run_is_that_of_its_result(corpus, tmp_path):
             continue
         without = {key: value for key, value in options.items() if key != name}
         assert identity(tmp_path, corpus, options)[name] != identity(tmp_path, corpus, without)[name], name
-    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
+    best = {"load_best_model_at_end": True, "save_strategy": "best", "metric_for_best_model": "loss"}
+    best |= {"eval_strategy": "steps", "eval_steps": 1}
     plain, selecting = (identity(tmp_path, corpus, options) for options in ({}, best))
     for name, options in SELECTS.items():
         assert identity(tmp_path, corpus, options) == plain, name
@@ -529,6 +540,8 @@ def test_the_best_weights_are_kept_whatever_interrupts(corpus, tmp_path, train: 
 
     options = BEST | saving
     assert is_best(train(corpus, tmp_path / "best", **options))
+    kept = checkpoints_of(checkpoints(tmp_path / "best"))
+    assert len(kept) <= checkpoints_kept(arguments(tmp_path, **options), 6, None)
     (tmp_path / "best" / block_shard(1)).unlink(missing_ok=True)
     assert is_best(train(corpus, tmp_path / "best", **options))  # from the last checkpoint
 
