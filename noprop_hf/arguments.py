@@ -1,20 +1,30 @@
 """Arguments of the scripts: recipes (YAML) and command lines, read by `HfArgumentParser`."""
 
+import copy
 import dataclasses
 import difflib
 import inspect
 import json
+import math
 import os
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
-from transformers.utils import CONFIG_NAME, cached_file
+from accelerate.utils import TorchDynamoPlugin
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+from transformers import HfArgumentParser, Trainer, TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.training_args import trainer_log_levels
+from transformers.utils import CONFIG_NAME, cached_file, strtobool
 
 from .configuration_noprop import NoPropConfig
 from .data import DataArguments
@@ -124,6 +134,10 @@ class BlockArguments:
     )
     sample_max_new_tokens: int = field(default=40, metadata={"help": "Length of the samples, in tokens."})
 
+    def __post_init__(self):
+        if self.sample_max_new_tokens < 1:
+            raise ValueError(f"`sample_max_new_tokens` must be at least 1, got {self.sample_max_new_tokens}.")
+
 
 @dataclass
 class ShareArguments:
@@ -196,6 +210,7 @@ def parse_recipe(description: str, arguments: list[str] | None = None, paralleli
     processes = int(os.environ.get("WORLD_SIZE", 1))
 
     def arrange(values: Namespace) -> None:
+        refuse_unsupported(values)  # also what `TrainingArguments` would fail on in words of their own
         if parallelism is not None:
             values.parallelism = parallelism
         if values.dry_run:  # the first process speaks for all
@@ -206,6 +221,11 @@ def parse_recipe(description: str, arguments: list[str] | None = None, paralleli
         config = _known_config(values)
         selected = parse_blocks(values.blocks, values.num_blocks or config.num_blocks)
         arrange_processes(values.parallelism, 1 if _in_order(values, config) else len(selected))
+        if values.ddp_backend is not None and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            raise ValueError(
+                "--ddp_backend is for processes that train together: launch several with --parallelism data, or leave "
+                "it out."
+            )
 
     recipe = Recipe(*parse_arguments(tuple(Recipe.__annotations__.values()), description, arguments, arrange, check))
     recipe.run.processes = processes
@@ -213,17 +233,20 @@ def parse_recipe(description: str, arguments: list[str] | None = None, paralleli
     return recipe
 
 
-def check(values: Namespace, given: set[str]) -> None:
-    """Refuse arguments that are right one by one and make no sense together. What one dataclass, the configuration or
-    transformers tell as early is left to them.
+def check(values: Namespace, given: set[str], recipe: Recipe) -> None:
+    """Reject combinations of arguments that are valid alone but not together.
+
+    Checks that the dataclasses, the configuration or transformers make before training are not repeated here.
 
     Args:
         values: all arguments.
         given: the names of those that the recipe or the command line give.
+        recipe: the dataclasses made of them.
 
     Raises:
-        ValueError: there are some, with what to do about it.
+        ValueError: if there are any, with what to do about it.
     """
+    check_training_arguments(recipe.training, recipe.pretraining)
     config = _known_config(values)
     from_model = values.embeddings_from is not None
     if values.push_to_hub and not values.hub_model_id:
@@ -268,6 +291,243 @@ def check(values: Namespace, given: set[str]) -> None:
                 )
 
 
+# Training arguments that are not supported in both phases, and why. Only their defaults are accepted.
+UNSUPPORTED_ARGUMENTS = {
+    "optim_target_modules": "is for optimizers that are not supported",
+    "label_smoothing_factor": "has no counterpart in the losses of the two phases",
+    "bf16_full_eval": "would cast the weights that are being trained",
+    "fp16_full_eval": "would cast the weights that are being trained",
+    "use_liger_kernel": "has no kernels for these models",
+    "liger_kernel_config": "has no kernels for these models",
+    "use_cache": "has no effect in training",
+    "neftune_noise_alpha": "needs input embeddings that are trained, and those of the blocks are frozen",
+    "auto_find_batch_size": "would make the result depend on the free memory",
+    "trackio_static_space_id": "is not supported",
+    "eval_do_concat_batches": "has no effect, as evaluation keeps losses and no predictions",
+    "eval_use_gather_object": "has no effect, as evaluation keeps losses and no predictions",
+    "eval_accumulation_steps": "has no effect, as evaluation keeps losses and no predictions",
+    "include_for_metrics": "has no effect, as evaluation keeps losses and no predictions",
+    "batch_eval_metrics": "has no effect, as evaluation keeps losses and no predictions",
+    "save_only_model": "would write checkpoints that a run cannot resume from",
+    "save_on_each_node": "is not supported, as processes that train together share one output directory",
+    "enable_jit_checkpoint": "is not needed, as SIGTERM always saves a checkpoint",
+    "hub_strategy": "has no effect, as results are pushed when they are complete",
+    "hub_always_push": "has no effect, as results are pushed when they are complete",
+    "hub_revision": "is not supported, as results are pushed to the main branch",
+    "ignore_data_skip": "would resume with other data than an uninterrupted run reads",
+    "restore_callback_states_from_checkpoint": "has no effect, as no callback has a state to restore",
+    "accelerator_config": "is not supported",
+    "parallelism_config": "is not supported: a block fits on one device, and --parallelism distributes the blocks",
+    "ddp_static_graph": "breaks when gradients are accumulated",
+    "fsdp": "is not supported: a block fits on one device, and --parallelism distributes the blocks",
+    "fsdp_config": "is not supported: a block fits on one device, and --parallelism distributes the blocks",
+    "deepspeed": "is not supported: a block fits on one device, and --parallelism distributes the blocks",
+    "dataloader_in_order": "would make the result depend on the speed of the workers",
+    "remove_unused_columns": "has no effect, as rows hold nothing but tokens",
+    "label_names": "has no effect, as the labels of both phases are known",
+    "length_column_name": "is for sampling by length, which is not supported",
+    "debug": "is not supported",
+    "do_train": "has no effect, as the script decides what is done",
+    "do_predict": "has no effect, as the script decides what is done",
+    "resume_from_checkpoint": "is not needed, as a run resumes from the newest checkpoint in its --output_dir",
+}
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
+
+
+def refuse_unsupported(values: Namespace | TrainingArguments) -> None:
+    """Reject training arguments that would break, be ignored, or harm a result.
+
+    Args:
+        values: training arguments, or their values on the command line.
+
+    Raises:
+        ValueError: if one of `UNSUPPORTED_ARGUMENTS` differs from its default, or the launcher asks for such a thing.
+    """
+    # What parsers and `TrainingArguments` make of some defaults.
+    equivalent = {"debug": (None, []), "accelerator_config": (AcceleratorConfig(),), "resume_from_checkpoint": (False,)}
+    for field_ in dataclasses.fields(TrainingArguments):
+        if field_.name in UNSUPPORTED_ARGUMENTS:
+            default = field_.default_factory() if callable(field_.default_factory) else field_.default
+            if getattr(values, field_.name) not in (default, *equivalent.get(field_.name, ())):
+                raise ValueError(f"--{field_.name} {UNSUPPORTED_ARGUMENTS[field_.name]}: leave it out.")
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if strtobool(os.environ.get(f"ACCELERATE_USE_{name}", "false")):
+            raise ValueError(
+                f"The configuration of accelerate asks for {name}, which is not supported: launch with one of launch/."
+            )
+
+
+def check_training_arguments(
+    training_args: TrainingArguments, pretraining_args: PretrainingArguments | None = None
+) -> None:
+    """Reject training arguments that a phase would break on or ignore, before any work.
+
+    Args:
+        pretraining_args: those that phase 1 replaces.
+
+    Raises:
+        ValueError: with what to do about it.
+    """
+    refuse_unsupported(training_args)
+    _check_evaluation(training_args)
+    _check_training(training_args)
+    fields = {} if pretraining_args is None else pretraining_args.training_fields()
+    if fields:
+        phase_1 = copy.copy(training_args)
+        vars(phase_1).update(fields)
+        _check_training(phase_1, fields)
+
+
+def _check_training(args: TrainingArguments, pretraining: Collection[str] = ()) -> None:
+    """Check values, and that optimizer, schedule and data loader can be built from them.
+
+    Args:
+        pretraining: names of the fields that are those of phase 1.
+    """
+
+    def flag(name: str) -> str:
+        return f"--pretraining_{name}" if name in pretraining else f"--{name}"
+
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{flag(name)} must be at least 1, got {getattr(args, name)}.")
+    for name in ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise ValueError(f"{flag(name)} must be a number of at least 0, got {getattr(args, name)}.")
+    if args.max_steps == 0 or (args.max_steps < 0 and not 0 < args.num_train_epochs < math.inf):
+        raise ValueError(f"{flag('max_steps')} or {flag('num_train_epochs')} must be positive, or nothing is trained.")
+    for name in ("seed", "data_seed"):
+        if not 0 <= (getattr(args, name) or 0) < 2**32:
+            raise ValueError(f"--{name} must be between 0 and 2^32 - 1, got {getattr(args, name)}.")
+    _check_optimizer(args, flag("learning_rate"))
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError("--fp16 has no effect on a CPU: train with --bf16, or with --fp16 false.")
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        raise ValueError(
+            f"--train_sampling_strategy {args.train_sampling_strategy} cannot be resumed in the middle of an epoch: "
+            "take random or sequential."
+        )
+    try:
+        DataLoader(
+            [],
+            batch_size=args.per_device_train_batch_size,
+            num_workers=args.dataloader_num_workers,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+    except ValueError as error:
+        raise ValueError(f"The --dataloader_ arguments do not fit together: {error}") from error
+    if args.dataloader_prefetch_factor is not None and args.dataloader_prefetch_factor < 1:
+        raise ValueError("--dataloader_prefetch_factor must be at least 1.")
+    _check_activation_checkpointing(args)
+    if args.torch_compile:
+        try:
+            TorchDynamoPlugin(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+            torch.compile(nn.Identity(), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        except Exception as error:
+            raise ValueError(
+                f"Cannot compile with --torch_compile_backend {args.torch_compile_backend} and --torch_compile_mode "
+                f"{args.torch_compile_mode}: {error}"
+            ) from error
+
+
+def _check_activation_checkpointing(args: TrainingArguments) -> None:
+    options = dict(args.activation_checkpointing_kwargs or {})
+    if options and not args.activation_checkpointing:
+        raise ValueError("--activation_checkpointing_kwargs need --activation_checkpointing true: add it.")
+    every_n_layers, offload = options.pop("every_n_layers", 1), options.pop("offload", False)
+    try:
+        if every_n_layers < 1:
+            raise ValueError("every_n_layers must be at least 1")
+        if offload and args.device.type == "cpu":
+            raise ValueError("there is no device to offload from")
+        checkpoint(nn.Identity(), torch.zeros(1, requires_grad=True), **{"use_reentrant": False, **options})
+    except Exception as error:
+        raise ValueError(
+            f"--activation_checkpointing_kwargs cannot be used: {error}. Change or leave them out."
+        ) from error
+
+
+def _check_optimizer(args: TrainingArguments, learning_rate_flag: str) -> None:
+    if args.optim not in OPTIMIZERS:
+        raise ValueError(f"--optim {args.optim.value} is not supported: take one of {', '.join(OPTIMIZERS)}.")
+    try:
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        optimizer = optimizer_class([nn.Parameter(torch.zeros(1))], **options)
+        given = [pair.split("=")[0].strip() for pair in (args.optim_args or "").split(",") if pair]
+    except Exception as error:
+        raise ValueError(
+            f"The optimizer cannot be made: {error}. Change --optim, --optim_args, --adam_beta1, --adam_beta2 or "
+            f"{learning_rate_flag}."
+        ) from error
+    # Both phases give the weight decay by group of parameters, which has precedence.
+    ignored = [name for name in given if name not in options or name == "weight_decay"]
+    if ignored:
+        raise ValueError(f"--optim {args.optim.value} ignores {', '.join(ignored)} of --optim_args: leave that out.")
+    defaults = {field_.name: field_.default for field_ in dataclasses.fields(TrainingArguments)}
+    for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+        if "betas" not in options and getattr(args, name) != defaults[name]:
+            raise ValueError(f"--optim {args.optim.value} ignores --{name}: leave it out.")
+    schedule = args.lr_scheduler_type.value
+    if schedule in ("reduce_lr_on_plateau", "greedy"):
+        raise ValueError(
+            f"With --lr_scheduler_type {schedule} weights would depend on when they are evaluated: take a schedule of "
+            "the steps, such as linear or cosine."
+        )
+    if schedule == "constant" and args.warmup_steps > 0:
+        raise ValueError(
+            "--lr_scheduler_type constant ignores --warmup_steps: take constant_with_warmup, or leave it out."
+        )
+    if schedule.startswith("constant") and args.lr_scheduler_kwargs:
+        raise ValueError(f"--lr_scheduler_type {schedule} ignores --lr_scheduler_kwargs: leave them out.")
+    steps = args.max_steps if args.max_steps > 0 else 1000
+    try:
+        get_scheduler(schedule, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs)
+    except Exception as error:
+        raise ValueError(
+            f"The schedule cannot be made: {error}. Change --lr_scheduler_type, --lr_scheduler_kwargs, --warmup_steps "
+            f"or {learning_rate_flag}."
+        ) from error
+
+
+def _check_evaluation(args: TrainingArguments) -> None:
+    """Check what is logged, evaluated and saved, and when."""
+    for name in ("logging", "eval", "save"):
+        steps = getattr(args, f"{name}_steps")
+        if getattr(args, f"{name}_strategy") == "steps" and not 0 < steps < math.inf:
+            raise ValueError(f"--{name}_steps must be positive with --{name}_strategy steps, got {steps}.")
+    if args.save_total_limit is not None and args.save_total_limit < 1:
+        raise ValueError("--save_total_limit must be at least 1; leave it out to keep all checkpoints.")
+    evaluates = args.eval_strategy != "no"
+    if args.do_eval and not evaluates:
+        raise ValueError("--do_eval has no effect without --eval_strategy steps or epoch: add that, or leave it out.")
+    if args.eval_on_start and not evaluates:
+        raise ValueError("--eval_on_start needs --eval_strategy steps or epoch: add that, or leave it out.")
+    if args.metric_for_best_model not in (None, "loss", "eval_loss") or args.greater_is_better:
+        raise ValueError(
+            "The best weights of both phases are those with the lowest loss on the validation split: leave "
+            "--metric_for_best_model and --greater_is_better out."
+        )
+    selects = [f"--{name}" for name in ("load_best_model_at_end",) if getattr(args, name)]
+    if args.save_strategy == "best":
+        selects.append("--save_strategy best")
+        if args.metric_for_best_model is None:
+            raise ValueError("--save_strategy best needs --metric_for_best_model loss.")
+    if selects and not evaluates:
+        raise ValueError(f"{selects[0]} needs evaluations: add --eval_strategy steps or epoch.")
+    if selects and args.eval_strategy == "steps" and 0 < args.max_steps < args.eval_delay:
+        raise ValueError(f"{selects[0]} needs evaluations: lower --eval_delay, which is beyond --max_steps.")
+    if str(args.include_num_input_tokens_seen) not in ("all", "non_padding", "no"):
+        raise ValueError("--include_num_input_tokens_seen must be all, non_padding or no.")
+    for name in ("log_level", "log_level_replica"):
+        if getattr(args, name) not in trainer_log_levels:
+            raise ValueError(f"--{name} must be one of {', '.join(trainer_log_levels)}, got {getattr(args, name)!r}.")
+    missing = sorted(set(args.report_to or []) - set(get_available_reporting_integrations()))
+    if missing:
+        raise ValueError(f"--report_to {missing[0]} is not a tracker that is installed: install it, or leave it out.")
+
+
 def _known_config(values: Namespace) -> NoPropConfig:
     """The configuration in `output_dir`, or else what is known of it before the data are read.
 
@@ -292,7 +552,7 @@ def parse_arguments(
     description: str,
     arguments: list[str] | None = None,
     prepare: Callable[[Namespace], None] | None = None,
-    check: Callable[[Namespace, set[str]], None] | None = None,
+    check: Callable[[Namespace, set[str], Any], None] | None = None,
     model: bool = False,
 ) -> tuple:
     """Read a recipe and a command line into dataclasses; the command line has the last word.
@@ -302,7 +562,7 @@ def parse_arguments(
         description: what the script does, for `--help`.
         arguments: `[RECIPE.yaml] [--name value ...]`; those of the process when not given.
         prepare: sees the values before any dataclass is made of them.
-        check: sees the values, and the names of those that are given, when every dataclass has taken its own.
+        check: called last, with the values, the names of those that are given, and the dataclasses.
         model: instead of a recipe, the first word is a model, whose own `corpus.yaml` is read where it has one.
 
     Returns:
@@ -331,7 +591,8 @@ def parse_arguments(
         if check is not None:
             blank = Namespace(**dict.fromkeys(_names(parser)))
             named = vars(parser.parse_known_args(arguments, blank)[0])
-            check(values, {name for name, value in named.items() if value is not None} | defaults.keys())
+            given = {name for name, value in named.items() if value is not None} | defaults.keys()
+            check(values, given, Recipe(*parsed))
     except (OSError, yaml.YAMLError, ValueError) as error:
         parser.error(str(error))
     return (rest.model, *parsed) if model else tuple(parsed)

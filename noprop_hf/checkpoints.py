@@ -14,12 +14,16 @@ import shutil
 import signal
 import threading
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 from torch import distributed
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
@@ -33,15 +37,11 @@ SEAL_NAME = "seal.json"
 STAGING_FOLDER = "unfinished"
 PREEMPTED = 128 + signal.SIGTERM  # the exit status of a process that SIGTERM ended
 
-# What the bits of a result depend on. The rest says where, how often and how fast.
+# Training arguments that the trained weights depend on. All others only affect where, how often or how fast.
 RESULT_ARGUMENTS = (
-    "seed",
-    "data_seed",
-    "max_steps",
-    "num_train_epochs",
     "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "world_size",
+    "num_train_epochs",
+    "max_steps",
     "learning_rate",
     "lr_scheduler_type",
     "lr_scheduler_kwargs",
@@ -52,17 +52,40 @@ RESULT_ARGUMENTS = (
     "adam_beta1",
     "adam_beta2",
     "adam_epsilon",
+    "gradient_accumulation_steps",
+    "average_tokens_across_devices",
     "max_grad_norm",
-    "fp16",
     "bf16",
+    "fp16",
+    "tf32",
+    "activation_checkpointing_kwargs",
+    "torch_compile",
+    "torch_compile_backend",
+    "torch_compile_mode",
+    "load_best_model_at_end",
+    "full_determinism",
+    "seed",
+    "data_seed",
+    "dataloader_drop_last",
+    "train_sampling_strategy",
+    "ddp_bucket_cap_mb",
+    "ddp_backend",
+)
+# With `load_best_model_at_end`, those that decide which weights are the best.
+SELECTION_ARGUMENTS = (
+    "eval_strategy",
+    "eval_steps",
+    "eval_delay",
+    "per_device_eval_batch_size",
+    "logging_nan_inf_filter",
 )
 
 
 class DurableTrainer(Trainer):
-    """A [`Trainer`] that goes on where it was, whatever ended it.
+    """A [`Trainer`] that can be killed at any moment and resumes to the same result.
 
     Args:
-        identity: what a result depends on beside the training arguments, such as fingerprints of model and data.
+        identity: what a result depends on besides the training arguments, such as fingerprints of model and data.
         kwargs: arguments of [`Trainer`].
     """
 
@@ -74,40 +97,103 @@ class DurableTrainer(Trainer):
         self._preemption = PreemptionCallback()
         self.add_callback(self._preemption)
 
+    @property
+    def kept_step(self) -> int:
+        """The step whose weights are kept at the end: the best one with `load_best_model_at_end`, or else the last."""
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        return best or self.state.global_step
+
     def train_durably(self) -> TrainOutput:
-        """Train, from the newest good checkpoint on.
+        """Train from the newest intact checkpoint, or from the start if there is none.
 
         Raises:
-            FloatingPointError: the loss is no number any more.
-            SystemExit: SIGTERM came before the end; the state is saved.
-            ValueError: what checkpoints there are belong to other settings, or none of them is whole.
+            FloatingPointError: if the loss is not finite.
+            SystemExit: if SIGTERM arrived; the state is saved.
+            ValueError: if the checkpoints belong to other settings, none is intact, or the data give no batch.
         """
         directory = Path(self.args.output_dir)
         checkpoint = newest_checkpoint(directory, self.run_identity())
-        if checkpoint is not None:
-            logger.warning(f"Goes on from {checkpoint}.")
-        output = self.train(resume_from_checkpoint=checkpoint)
-        self._check_loss()
-        if self._preemption.came and self.state.global_step < self.state.max_steps:
-            logger.warning(f"SIGTERM: saved at step {self.state.global_step}; the same command goes on from there.")
-            raise SystemExit(PREEMPTED)
+        with self._preemption:
+            output = self.train() if checkpoint is None else self._resume(checkpoint)
+            self._check_loss()
+            step = self.state.global_step
+            if self._preemption.is_agreed(self.args):
+                if not checkpoint_at(directory, step).is_dir():  # SIGTERM arrived after the last step
+                    self._save_checkpoint(self.model, None)
+                logger.warning(f"SIGTERM: saved at step {step}; run the same command again to resume from there.")
+                raise SystemExit(PREEMPTED)
+        if step < self.state.max_steps:
+            raise ValueError(
+                f"The training data ended at step {step} of {self.state.max_steps}: give more text, a smaller "
+                "--per_device_train_batch_size, or leave --dataloader_drop_last out."
+            )
+        if self.kept_step != step:
+            self._load_from_checkpoint(self._intact_checkpoint(self.kept_step))
         return output
 
+    def _resume(self, checkpoint: str) -> TrainOutput:
+        """Train on from a checkpoint; one of the last step only has its weights loaded."""
+        logger.warning(f"Resuming from {checkpoint}.")
+        state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+        if self.args.load_best_model_at_end and state.best_global_step:
+            self._intact_checkpoint(state.best_global_step)
+        if state.global_step < state.max_steps:
+            return self.train(resume_from_checkpoint=checkpoint)
+        self.state = state
+        state.is_local_process_zero = self.is_local_process_zero()
+        state.is_world_process_zero = self.is_world_process_zero()
+        self._load_from_checkpoint(checkpoint)
+        return TrainOutput(state.global_step, 0.0, {"train_runtime": 0.0})
+
+    def _intact_checkpoint(self, best_step: int) -> str:
+        path = checkpoint_at(Path(self.args.output_dir), best_step)
+        if read_seal(path) is None:
+            raise ValueError(
+                f"The checkpoint {path} with the best weights is missing or damaged. Remove the folder {path.parent} "
+                "to start from the beginning."
+            )
+        return str(path)
+
     def run_identity(self) -> dict[str, Any]:
-        """What the bits of the result depend on, as values of JSON."""
-        arguments = {name: getattr(self.args, name) for name in RESULT_ARGUMENTS}
+        """Everything the bits of the result depend on, as JSON values."""
+        names = RESULT_ARGUMENTS + (SELECTION_ARGUMENTS if self.args.load_best_model_at_end else ())
+        if isinstance(self.train_dataset, IterableDataset):
+            names += ("dataloader_num_workers",)  # workers read a stream in another order
+        arguments = {name: getattr(self.args, name) for name in names}
+        arguments["world_size"] = self.args.world_size
+        # Both can also be set by the launcher.
+        arguments["mixed_precision"] = self.accelerator.mixed_precision
+        arguments["dynamo_backend"] = self.accelerator.state.dynamo_plugin.backend
         return json.loads(json.dumps(self.identity | arguments, default=str))
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """Evaluate without drawing from the random numbers of training, so that no weight depends on evaluations."""
+        with self._forked_rng():
+            return super().evaluate(*args, **kwargs)
+
+    def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
+        """Load all rows, also with `dataloader_drop_last`, which is meant for training."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def _forked_rng(self) -> AbstractContextManager[None]:
+        device = self.args.device
+        return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         if self.args.world_size == 1:
             loss = super().training_step(*args, **kwargs)
-        else:  # noise and dropout of its own for every process, from random numbers that stay common: data follow those
+        else:
+            # Each rank needs its own noise and dropout, but the global random numbers must stay in step because they
+            # drive the order of the data. So fork them and seed by rank.
             seed = int(torch.randint(2**62, ())) + self.args.process_index
-            device = self.args.device
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            with self._forked_rng():
                 torch.manual_seed(seed)
                 loss = super().training_step(*args, **kwargs)
-        self._finite &= loss.isfinite()  # looked at when something is logged or saved: every look waits for the device
+        self._finite &= loss.isfinite()  # read only when something is logged or saved, as reading waits for the device
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -121,6 +207,16 @@ class DurableTrainer(Trainer):
                 "was saved. Lower --learning_rate, or train with --bf16 or without --fp16."
             )
 
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        # Batches without padding have no mask.
+        super()._track_num_input_tokens({"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs})
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.load_best_model_at_end:
+            self.control.should_save = True  # also between the saves of `save_steps`
+        return is_best
+
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
 
@@ -128,7 +224,7 @@ class DurableTrainer(Trainer):
         self._check_loss()
         directory = Path(self.args.output_dir)
         staging = directory / STAGING_FOLDER
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        name = checkpoint_at(directory, self.state.global_step).name
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self._wait_for_all()
@@ -136,7 +232,9 @@ class DurableTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
             self._wait_for_all()
+            self.state.best_model_checkpoint = None  # a path in the staging folder: `best_global_step` is enough
             if self.args.should_save:
+                self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
                 seal(staging / name, self.run_identity())
         except Exception as error:
             raise_if_disk_is_full(directory, error)
@@ -144,13 +242,16 @@ class DurableTrainer(Trainer):
         finally:
             self._staging = None
         if self.args.should_save:
-            if (directory / name).exists():  # one that could not be read
+            if (directory / name).exists():  # damaged, or saved before the evaluation at the end of an epoch
                 os.replace(directory / name, staging / "replaced")
             os.replace(staging / name, directory / name)
             if self.args.save_total_limit:
-                # Never fewer than two: if the newest cannot be read, there is one to fall back to. What goes is moved
-                # aside first, since a run may be killed while it deletes.
-                for _, path in checkpoints_of(directory)[max(2, self.args.save_total_limit) :]:
+                # Keep at least two: if the newest cannot be read, there is one to fall back to. Others are moved aside
+                # first, since a run may be killed while it deletes.
+                checkpoints = checkpoints_of(directory)
+                excess = len(checkpoints) - max(2, self.args.save_total_limit)
+                removable = [path for step, path in checkpoints[2:] if step != self.state.best_global_step]
+                for path in removable[::-1][: max(0, excess)]:
                     os.replace(path, staging / path.name)
             shutil.rmtree(staging)
 
@@ -164,58 +265,88 @@ class DurableTrainer(Trainer):
 
 
 class PreemptionCallback(TrainerCallback):
-    """On SIGTERM, ends training after the step it is in, with a checkpoint."""
+    """Ends training on SIGTERM, after the current step and with a checkpoint. As a context, it handles the signal."""
 
     def __init__(self):
         self.came = False
+        self._stopping = False
         self._handler: Any = None
 
-    def on_train_begin(self, args: TrainingArguments, state, control, **kwargs):
+    def __enter__(self) -> "PreemptionCallback":
         if threading.current_thread() is threading.main_thread():
             self._handler = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGTERM, self._handler)
 
     def _note(self, number: int, frame: Any) -> None:
         self.came = True
 
-    def on_step_end(self, args: TrainingArguments, state, control, **kwargs):
-        if args.world_size > 1:  # all stop at the same step, whoever was told
+    def is_agreed(self, args: TrainingArguments) -> bool:
+        """Whether any process of the group received SIGTERM: it may reach only some, and all must stop together."""
+        if args.world_size > 1:
             came = torch.tensor(float(self.came), device=args.device)
             distributed.all_reduce(came)
             self.came = bool(came)
-        if self.came:
-            control.should_save = True
-            control.should_training_stop = True
+        return self.came
 
-    def on_train_end(self, args: TrainingArguments, state, control, **kwargs):
-        if self._handler is not None:
-            signal.signal(signal.SIGTERM, self._handler)
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self._stopping = self.is_agreed(args)
+        if self._stopping:
+            control.should_training_stop = True
+            if not _ends_epoch(state):  # otherwise saved after the evaluation that belongs to the epoch
+                control.should_save = True
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if self._stopping:
+            control.should_save = _ends_epoch(state)
+            if not control.should_save:  # an interrupted epoch is evaluated when it is over
+                control.should_evaluate = control.should_log = False
+
+
+def _ends_epoch(state: TrainerState) -> bool:
+    return state.global_step >= state.max_steps or (state.epoch or 0) % 1 == 0
 
 
 def seal(checkpoint: Path, identity: Mapping[str, Any]) -> None:
-    """Bring the files of a checkpoint to the disk, and note down what they are and what run they belong to."""
+    """Flush the files of a checkpoint to disk, and record their hashes and the run they belong to."""
     files = {path.relative_to(checkpoint).as_posix(): path for path in sorted(checkpoint.rglob("*")) if path.is_file()}
     hashes = {}
     for name, path in files.items():
         with open(path, "rb") as file:
             hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
+    record = {"identity": dict(identity), "files": hashes}
     with open(checkpoint / SEAL_NAME, "w", encoding="utf-8") as file:
-        json.dump({"identity": dict(identity), "files": hashes}, file, indent=1)
+        json.dump({**record, "hash": _hash(record)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_seal(checkpoint: Path) -> dict[str, Any] | None:
-    """The seal of a checkpoint whose files are all what they were; none of one that is damaged."""
+    """Read the seal of a checkpoint; None if the seal or a file is damaged."""
     try:
         kept = json.loads((checkpoint / SEAL_NAME).read_text(encoding="utf-8"))
+        if kept.pop("hash") != _hash(kept):
+            return None
         for name, expected in kept["files"].items():
             with open(checkpoint / name, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                     return None
         return kept
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _hash(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def checkpoint_at(directory: Path, step: int) -> Path:
+    """The folder of the checkpoint of a step."""
+    return directory / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
 def checkpoints_of(directory: Path) -> list[tuple[int, Path]]:

@@ -24,7 +24,7 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
 
-from .arguments import Recipe, parse_blocks
+from .arguments import Recipe, check_training_arguments, parse_blocks
 from .checkpoints import CHECKPOINTS_FOLDER, DurableTrainer, checkpoints_of
 from .configuration_noprop import NoPropConfig
 from .data import CausalCollator, data_fingerprint, load_corpus, load_tokenizer, tokenize
@@ -76,10 +76,14 @@ def checkpoint_bytes(weights: int, kept: int = 2) -> int:
 
 
 def checkpoints_kept(args: TrainingArguments, steps: int, epochs: float | None) -> int:
-    """How many checkpoints of a training are there at its end."""
-    every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * steps)
-    saves = {"no": 0, "epoch": math.ceil(epochs or 1)}.get(args.save_strategy, math.ceil(steps / every))
-    return min(saves, max(2, args.save_total_limit)) if args.save_total_limit else saves
+    """Upper bound on the number of checkpoints at the end of a training."""
+    strategy, interval = args.save_strategy, args.save_steps
+    if strategy == "best" or args.load_best_model_at_end:  # at most one for each evaluation
+        strategy, interval = args.eval_strategy, args.eval_steps or 1
+    every = interval if interval >= 1 else math.ceil(interval * steps)
+    saves = {"no": 0, "epoch": math.ceil(epochs or 1)}.get(strategy, math.ceil(steps / every))
+    at_least = 2 if args.metric_for_best_model is None else 3  # the best one is kept besides the last two
+    return min(saves, max(at_least, args.save_total_limit)) if args.save_total_limit else saves
 
 
 def count_steps(args: TrainingArguments, rows: int | None, processes: int) -> int:
@@ -467,6 +471,7 @@ def plan(recipe: Recipe) -> Plan:
     Raises:
         ValueError: what the run itself would raise before it trains.
     """
+    check_training_arguments(recipe.training, recipe.pretraining)
     directory, args = Path(recipe.training.output_dir), recipe.training
     has_table = (directory / EMBEDDINGS_SHARD).is_file()
     corpus = load_corpus(recipe.data)

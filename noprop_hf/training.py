@@ -34,7 +34,14 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from .arguments import CORPUS_FILE, BlockArguments, ModelArguments, PretrainingArguments, parse_blocks
+from .arguments import (
+    CORPUS_FILE,
+    BlockArguments,
+    ModelArguments,
+    PretrainingArguments,
+    check_training_arguments,
+    parse_blocks,
+)
 from .checkpoints import CHECKPOINTS_FOLDER, DurableTrainer
 from .configuration_noprop import NoPropConfig
 from .data import (
@@ -73,6 +80,20 @@ logger = logging.get_logger(__name__)
 TOKENIZER_ROWS = 1_000_000  # a tokenizer is trained on the first rows: a stream may have no end
 
 
+def trainer_arguments(training_args: TrainingArguments, name: str, **fields: Any) -> TrainingArguments:
+    """Derive the arguments of one `Trainer` from those of the run.
+
+    Its checkpoints hold a copy of them, so the token of the Hub is left out.
+
+    Args:
+        name: the subfolder of checkpoints.
+        fields: values that replace those of the run.
+    """
+    folder = Path(training_args.output_dir) / CHECKPOINTS_FOLDER / name
+    fields |= {"output_dir": str(folder), "push_to_hub": False, "hub_token": None, "prediction_loss_only": True}
+    return one_device(dataclasses.replace(training_args, **fields))
+
+
 def one_device(args: TrainingArguments) -> TrainingArguments:
     """The arguments for a `Trainer` that uses one device in each process."""
     if args.n_gpu > 1:
@@ -102,8 +123,10 @@ def pretrain_embeddings(
         The model directory, `training_args.output_dir`.
 
     Raises:
-        ValueError: a tokenizer without a mask token, a corpus that cannot be used, or a directory of another model.
+        ValueError: a tokenizer without a mask token, a corpus that cannot be used, a directory of another model, or
+            training arguments that are not supported.
     """
+    check_training_arguments(training_args, pretraining_args)
     directory = Path(training_args.output_dir)
     shard, made = directory / EMBEDDINGS_SHARD, []
 
@@ -214,31 +237,33 @@ def _pretrain_masked_lm(
 ) -> NoPropForMaskedLM:
     set_seed(training_args.seed)
     model = NoPropForMaskedLM(copy.deepcopy(config))  # `Trainer` switches off its cache
-    args = dataclasses.replace(
-        training_args,
-        output_dir=str(Path(training_args.output_dir) / CHECKPOINTS_FOLDER / MASKED_LM_FOLDER),
-        push_to_hub=False,
-        **pretraining_args.training_fields(),
-    )
+    args = trainer_arguments(training_args, MASKED_LM_FOLDER, **pretraining_args.training_fields())
     identity = {
         "config": config.to_diff_dict(),
-        "data": data,
         "mlm_probability": pretraining_args.mlm_probability,
+        **data_identity(data, dataset, args),
     }
     trainer = DurableTrainer(
         model=model,
         identity=identity,
-        args=one_device(args),
+        args=args,
         train_dataset=dataset["train"],
         eval_dataset=dataset["validation"],
         data_collator=masked_collator(config, tokenizer, pretraining_args, training_args.seed),
     )
-    trainer.args.prediction_loss_only = True
     show_progress(trainer, "embeddings")
     with track(trainer, Path(training_args.output_dir), "embeddings"):
         trainer.train_durably()
     trainer.save_state()
     return model.cpu().eval()
+
+
+def data_identity(data: str, dataset: dict[str, Dataset | IterableDataset], args: TrainingArguments) -> dict[str, str]:
+    """The data that a result depends on: the validation split as well where it decides which weights are kept."""
+    identity = {"data": data}
+    if args.load_best_model_at_end:
+        identity["validation_data"] = data_fingerprint(dataset["validation"])
+    return identity
 
 
 def _source_embeddings(name_or_path: str) -> torch.Tensor:
@@ -404,8 +429,10 @@ def train_blocks(
 
     Raises:
         FileNotFoundError: phase 1 has not been run.
-        ValueError: blocks out of range, or a directory or shard of another model.
+        ValueError: blocks out of range, a directory or shard of another model, or training arguments that are not
+            supported.
     """
+    check_training_arguments(training_args)
     directory = Path(training_args.output_dir)
     if place is not None:
         shard, lock_file = directory / EMBEDDINGS_SHARD, directory / CHECKPOINTS_FOLDER / "embeddings.lock"
@@ -481,16 +508,11 @@ def train_block(
         data: the fingerprint of the training split.
 
     Returns:
-        The metrics of its last evaluation.
+        The metrics of the weights that are kept.
     """
     directory = Path(training_args.output_dir)
     seed = block_seed(training_args.seed, block_index)
-    args = dataclasses.replace(
-        training_args,
-        output_dir=str(directory / CHECKPOINTS_FOLDER / f"block-{block_index:02d}"),
-        seed=seed,
-        push_to_hub=False,
-    )
+    args = trainer_arguments(training_args, f"block-{block_index:02d}", seed=seed)
     previous = []
     if config.context_source == "previous_block" and block_index > 0:
         previous = [load_block(directory, config, index) for index in range(block_index)]
@@ -500,13 +522,12 @@ def train_block(
         block,
         table,
         previous,
-        identity={**block_mark(directory, config, table, block_index), "data": data},
-        args=one_device(args),
+        identity={**block_mark(directory, config, table, block_index), **data_identity(data, dataset, args)},
+        args=args,
         train_dataset=dataset["train"],
         eval_dataset=dataset["validation"],
         data_collator=CausalCollator(tokenizer),
     )
-    trainer.args.prediction_loss_only = True
     show_progress(trainer, f"block {block_index} ({block_index + 1} of {config.num_blocks})")
     if place is not None and args.should_save:
         trainer.add_callback(ReportCallback(place, block_index))
@@ -514,9 +535,9 @@ def train_block(
         if args.eval_strategy != "no" and block_args.sample_prompts:
             trainer.add_callback(SampleCallback(table, previous, tokenizer, block_args, tracking))
         summary = trainer.train_durably().metrics
-        last = trainer.state.log_history[-2] if len(trainer.state.log_history) > 1 else {}  # before the summary
-        evaluated = last.get("step") == trainer.state.global_step and "eval_bound_nats" in last
-        metrics = last if evaluated else trainer.evaluate()
+        history = [entry for entry in trainer.state.log_history if "eval_bound_nats" in entry]
+        evaluated = [entry for entry in history if entry["step"] == trainer.kept_step]
+        metrics = evaluated[-1] if evaluated else trainer.evaluate()
     trainer.save_state()
     kept = {name: f"{metrics[f'eval_{name}']:.6f}" for name in ("context_nats", "denoising_nats", "bound_nats")}
     cost = {"steps": str(trainer.state.global_step), "seconds": f"{summary['train_runtime']:.1f}"}

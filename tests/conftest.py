@@ -1,3 +1,4 @@
+import gc
 import os
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ WORDS = "the cat sat on a mat while old dogs slept near warm stones and birds sa
 
 @pytest.fixture(autouse=True, scope="session")
 def quiet_and_cached(tmp_path_factory):
+    gc.freeze()  # `Trainer` collects garbage when training begins: with all modules, that takes longer than a test
     datasets.disable_progress_bars()
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
 

@@ -14,10 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import BLOCKS, arguments
-from noprop_hf.checkpoints import PREEMPTED, SEAL_NAME, checkpoints_of, read_seal
-from noprop_hf.shards_noprop import block_shard
-from noprop_hf.training import BlockTrainer, train_blocks
+from conftest import BLOCKS, MODEL, arguments
+from noprop_hf.arguments import PretrainingArguments
+from noprop_hf.checkpoints import PREEMPTED, SEAL_NAME, DurableTrainer, checkpoints_of, read_seal, seal
+from noprop_hf.model_directory import read_metadata
+from noprop_hf.shards_noprop import EMBEDDINGS_SHARD, block_shard
+from noprop_hf.training import BlockTrainer, pretrain_embeddings, train_blocks
 
 
 ONE = dataclasses.replace(BLOCKS, blocks="2", sample_prompts=[])
@@ -94,6 +96,70 @@ def test_sigterm_saves_first(directory, data, undisturbed):
     assert same_bits(directory, undisturbed)
 
 
+CONSTANT = {"lr_scheduler_type": "constant", "max_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
+
+
+def remake(directory: Path, data, **options) -> dict[str, torch.Tensor]:
+    """The table of phase 1 and one block, made again from their checkpoints where those exist."""
+    phase_1, args = PretrainingArguments(pretraining_max_steps=3), arguments(directory, **(CONSTANT | options))
+    for name in (EMBEDDINGS_SHARD, block_shard(2)):
+        (directory / name).unlink(missing_ok=True)
+    pretrain_embeddings(MODEL, data, phase_1, args)
+    train_blocks(data, ONE, args)
+    assert read_metadata(directory / block_shard(2))["steps"] == "4"
+    return load_file(directory / EMBEDDINGS_SHARD) | load_file(directory / block_shard(2))
+
+
+@pytest.fixture(scope="module")
+def constant(data, tmp_path_factory) -> dict[str, torch.Tensor]:
+    return remake(tmp_path_factory.mktemp("constant") / "model", data)
+
+
+def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_what_is_made_again_from_its_last_checkpoint_takes_no_further_step(data, tmp_path, constant, monkeypatch):
+    """With a learning rate that is not zero at the end, a further step would show."""
+    assert equal(remake(tmp_path / "model", data), constant)
+    monkeypatch.setattr(DurableTrainer, "training_step", None)
+    for _ in range(2):
+        assert equal(remake(tmp_path / "model", data), constant)
+
+
+@pytest.mark.parametrize("save_strategy", ["steps", "no"])
+@pytest.mark.parametrize("phase", ["masked_lm", "block-02"])
+@pytest.mark.parametrize("moment", ["training_step", "evaluate", "_save"])
+def test_sigterm_at_the_very_end_is_not_lost(data, tmp_path, constant, monkeypatch, moment, phase, save_strategy):
+    last_step = (3 if phase == "masked_lm" else 4) - (moment == "training_step")
+    original, signals = getattr(DurableTrainer, moment), []
+
+    def signalled(self, *args, **kwargs):
+        if Path(self.args.output_dir).name == phase and self.state.global_step == last_step and not signals:
+            signals.append(os.kill(os.getpid(), signal.SIGTERM))
+        return original(self, *args, **kwargs)
+
+    if (moment, save_strategy) == ("_save", "no"):
+        pytest.skip("nothing is saved")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(DurableTrainer, moment, signalled)
+        remake(tmp_path / "model", data, save_strategy=save_strategy)
+    assert ended.value.code == PREEMPTED and signals
+    assert not (tmp_path / "model" / (EMBEDDINGS_SHARD if phase == "masked_lm" else block_shard(2))).exists()
+    monkeypatch.setattr(
+        DurableTrainer, "training_step", no_step_of(phase, DurableTrainer.training_step)
+    )  # everything was saved
+    assert equal(remake(tmp_path / "model", data, save_strategy=save_strategy), constant)
+
+
+def no_step_of(phase: str, training_step):
+    def step(self, *args, **kwargs):
+        assert Path(self.args.output_dir).name != phase
+        return training_step(self, *args, **kwargs)
+
+    return step
+
+
 def interrupted(directory: Path, data) -> Path:
     """The checkpoints of a block that was stopped after step 6 of 30."""
 
@@ -127,6 +193,18 @@ def test_a_damaged_checkpoint_is_passed_over(directory, data, undisturbed, name,
         newest.write_bytes(content)
     train_blocks(data, ONE, arguments(directory, **SAVES, max_steps=30))
     assert same_bits(directory, undisturbed)
+
+
+def test_every_bit_of_a_seal_counts(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    seal(tmp_path, {"seed": 11, "optim": "sgd"})
+    kept, content = read_seal(tmp_path), (tmp_path / SEAL_NAME).read_bytes()
+    assert kept is not None
+    for index in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[index // 8] ^= 1 << index % 8
+        (tmp_path / SEAL_NAME).write_bytes(flipped)
+        assert read_seal(tmp_path) in (None, kept), flipped
 
 
 def test_no_silent_restart_from_zero(directory, data):
