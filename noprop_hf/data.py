@@ -300,6 +300,28 @@ def prompt_tokenizer(tokenizer: PreTrainedTokenizerBase, args: DataArguments) ->
     Raises:
         ValueError: if no stock class can encode prompts in this way with the given tokenizer.
     """
+    for candidate in _prompt_tokenizers(tokenizer, args):
+        with TemporaryDirectory() as folder:
+            candidate.save_pretrained(folder)
+            loaded = AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer(PROBE, add_special_tokens=False, verbose=False)["input_ids"]
+        prompt = ids if loaded.bos_token_id is None else [loaded.bos_token_id, *ids]
+        trained = args.has_boundaries or loaded.bos_token is None
+        if trained and dict(loaded(PROBE, verbose=False)) == {"input_ids": prompt, "attention_mask": [1] * len(prompt)}:
+            return candidate
+    raise ValueError(
+        f"{type(tokenizer).__name__} adds special tokens to a prompt that a causal model cannot continue from, and they"
+        " cannot be switched off. Use another --tokenizer_name, or leave it out to train a tokenizer."
+    )
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the number of embeddings that a tokenizer needs: its highest id and one more, as ids may have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _prompt_tokenizers(tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> Iterator[PreTrainedTokenizerBase]:
+    """Yield candidates: the common class of fast tokenizers; for a slow tokenizer its own class, then conversions."""
     names = {name: getattr(tokenizer, name) for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
     eos = names["eos_token"] or names["sep_token"] or names["bos_token"] or END_OF_TEXT
     names["bos_token"] = (names["bos_token"] or eos) if args.has_boundaries else None
@@ -309,37 +331,26 @@ def prompt_tokenizer(tokenizer: PreTrainedTokenizerBase, args: DataArguments) ->
         "model_input_names": ["input_ids", "attention_mask"],
         "padding_side": "right",  # as training and perplexity need it; pipelines and lm-eval switch to the left
     }
-    make = _fast_prompt_tokenizer if tokenizer.is_fast or _is_bytes(tokenizer) else _slow_prompt_tokenizer
-    result = make(tokenizer, names, options)
-    with TemporaryDirectory() as folder:
-        result.save_pretrained(folder)
-        loaded = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
-    prompt = ids if loaded.bos_token_id is None else [loaded.bos_token_id, *ids]
-    untrained = loaded.bos_token is not None and not args.has_boundaries
-    if untrained or dict(loaded(PROBE)) != {"input_ids": prompt, "attention_mask": [1] * len(prompt)}:
-        raise ValueError(
-            f"{type(tokenizer).__name__} adds special tokens to a prompt that a causal model cannot continue from, and "
-            "they cannot be switched off. Use another --tokenizer_name, or leave it out to train a tokenizer."
-        )
-    return result
-
-
-def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the number of embeddings that a tokenizer needs: its highest id and one more, as ids may have gaps."""
-    return max(tokenizer.get_vocab().values()) + 1
+    if tokenizer.is_fast:
+        yield _fast_prompt_tokenizer(tokenizer.backend_tokenizer, tokenizer, names, options)
+    else:
+        yield _slow_prompt_tokenizer(tokenizer, names, options)
+        for backend in _conversions(tokenizer):
+            yield _fast_prompt_tokenizer(backend, tokenizer, names, options)
 
 
 def _fast_prompt_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, names: dict[str, str | None], options: dict[str, Any]
+    backend: Tokenizer, tokenizer: PreTrainedTokenizerBase, names: dict[str, str | None], options: dict[str, Any]
 ) -> PreTrainedTokenizerFast:
-    parts = json.loads((tokenizer.backend_tokenizer if tokenizer.is_fast else _byte_backend(tokenizer)).to_str())
-    if isinstance(parts["model"]["vocab"], dict):  # a new token gets an id after the highest, not one in a gap
-        known = tokenizer.get_vocab()
-        new = [token for token in dict.fromkeys(names.values()) if token is not None and token not in known]
-        parts["model"]["vocab"] |= {token: vocabulary_size(tokenizer) + i for i, token in enumerate(new)}
-    backend = Tokenizer.from_str(json.dumps(parts | {"padding": None, "truncation": None, "post_processor": None}))
-    backend.add_special_tokens([token for token in names.values() if token is not None])
+    parts = json.loads(backend.to_str())
+    parts |= {"padding": None, "truncation": None, "post_processor": None}
+    vocab, tokens = parts["model"]["vocab"], [token for token in names.values() if token is not None]
+    if isinstance(vocab, dict):  # whose ids may have gaps: added tokens keep their ids, new ones come after all others
+        vocab |= {token["content"]: token["id"] for token in parts["added_tokens"]}
+        for token in tokens:
+            vocab.setdefault(token, max(vocab.values()) + 1)
+    backend = Tokenizer.from_str(json.dumps(parts))
+    backend.add_special_tokens(tokens)
     bos = names["bos_token"]
     start = [] if bos is None else ["bos"]
     backend.post_processor = processors.TemplateProcessing(
@@ -357,27 +368,10 @@ def _fast_prompt_tokenizer(
     )
 
 
-def _is_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether tokens are bytes, as in ByT5 and Perceiver, whose classes always add an end."""
-    return len(tokenizer(PROBE, add_special_tokens=False)["input_ids"]) == len(PROBE.encode()) and all(
-        chr(byte) in tokenizer.get_vocab() for byte in range(256)
-    )
-
-
-def _byte_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    vocab, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
-    ids = {char: vocab[chr(byte)] for byte, char in bytes_to_unicode().items()}
-    backend = Tokenizer(models.BPE(ids | {token.content: index for index, token in added.items()}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_tokens(list(added.values()))
-    return backend
-
-
 def _slow_prompt_tokenizer(
     tokenizer: PreTrainedTokenizerBase, names: dict[str, str | None], options: dict[str, Any]
 ) -> PreTrainedTokenizerBase:
-    """Give a tokenizer of a Python class its tokens and options. The class decides what it puts before a prompt."""
+    """Give a tokenizer of a Python class other tokens and options. What it puts before a prompt is up to its class."""
     result = copy.deepcopy(tokenizer)
     first = result(PROBE)["input_ids"][:1]
     starts = first != result(PROBE, add_special_tokens=False)["input_ids"][:1]
@@ -390,6 +384,23 @@ def _slow_prompt_tokenizer(
         setattr(result, name, value)
     result.init_kwargs |= names | options
     return result
+
+
+def _conversions(tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokenizer]:
+    """Yield fast tokenizers that may cut text as a slow one does."""
+    vocab, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+    if all(chr(byte) in vocab for byte in range(256)):  # tokens are bytes, as in ByT5
+        ids = {char: vocab[chr(byte)] for byte, char in bytes_to_unicode().items()}
+        backend = Tokenizer(models.BPE(ids | {token.content: index for index, token in added.items()}, []))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_tokens(list(added.values()))
+        yield backend
+    file = str(getattr(tokenizer, "vocab_file", ""))
+    if file.endswith(".model"):  # of sentencepiece
+        yield PreTrainedTokenizerFast(
+            **PreTrainedTokenizerFast.convert_to_native_format(vocab_file=file)
+        ).backend_tokenizer
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------

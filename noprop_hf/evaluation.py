@@ -105,10 +105,10 @@ class Perplexity(evaluate.Metric):
             citation="",
             inputs_description=(
                 "predictions (list of str): the texts. model_id (str): a causal model of transformers. "
-                "batch_size (int, 16). add_start_token (bool, True): predict the first token too, after bos. "
-                "device (str): where to run; a GPU if there is one. max_length (int): the longest window, bos "
-                "included; what is longer is cut off, or with stride (int) read in windows that move on by so many "
-                "tokens, each token predicted once."
+                "batch_size (int, 16). add_start_token (bool): predict the first token, too, after bos; by default if "
+                "the model has one. device (str): where to run; a GPU if there is one. max_length (int): the "
+                "longest window, bos included; what is longer is cut off, or with stride (int) read in windows that "
+                "move on by so many tokens, each token predicted once."
             ),
             features=Features({"predictions": Value("string")}),
         )
@@ -119,7 +119,7 @@ class Perplexity(evaluate.Metric):
         predictions: list[str],
         model_id: str,
         batch_size: int = 16,
-        add_start_token: bool = True,
+        add_start_token: bool | None = None,
         device: str | None = None,
         max_length: int | None = None,
         stride: int | None = None,
@@ -130,6 +130,7 @@ class Perplexity(evaluate.Metric):
         model = AutoModelForCausalLM.from_pretrained(model_id).to(device).eval()
         tokenizer = load_tokenizer(model_id)
         bos = tokenizer.bos_token_id
+        add_start_token = bos is not None if add_start_token is None else add_start_token
         if add_start_token and bos is None:
             raise ValueError(f"{model_id} was trained without a token that begins a text: use `add_start_token=False`.")
 

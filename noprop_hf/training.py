@@ -50,7 +50,7 @@ from .data import (
     train_tokenizer,
     vocabulary_size,
 )
-from .evaluation import sample_texts
+from .evaluation import encode_prompt, sample_texts
 from .meeting_place import MeetingPlace
 from .model_directory import (
     block_is_trained,
@@ -438,6 +438,8 @@ def train_blocks(
     dataset = tokenize(load_corpus(data_args), tokenizer, data_args)
     data = data_fingerprint(dataset["train"])
     check_data(directory, data)
+    for prompt in block_args.sample_prompts:
+        encode_prompt(prompt, tokenizer)  # an error before training, not at its first evaluation
     for index in waiting:
         lock_file = directory / CHECKPOINTS_FOLDER / f"block-{index:02d}.lock"
         with claim(lock_file, training_args, partial(_is_taken, directory, index, place, block_args)) as mine:

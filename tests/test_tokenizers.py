@@ -3,7 +3,9 @@
 The reference is made by hand: the plain tokens of the original tokenizer, after the token that texts begin with.
 """
 
+import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -119,11 +121,11 @@ KINDS = {
 
 
 class Model(NamedTuple):
-    """A saved model: its directory, the tokenizer it was given, and the ids that special tokens should have."""
+    """A saved model: its directory, the tokenizer it was given, and what begins a text."""
 
     directory: str
     original: PreTrainedTokenizerBase
-    config: NoPropConfig
+    net: NoPropForCausalLM
     bos: int | None
 
     def ids(self, text: str) -> list[int]:
@@ -131,18 +133,21 @@ class Model(NamedTuple):
         plain = self.original(text, add_special_tokens=False)["input_ids"]
         return plain if self.bos is None else [self.bos, *plain]
 
-    def loaded(self) -> NoPropForCausalLM:
-        return AutoModelForCausalLM.from_pretrained(self.directory)
+    @property
+    def config(self) -> NoPropConfig:
+        return self.net.config
 
+    @torch.no_grad()
     def continuation(self, ids: list[int], count: int = 4) -> list[int]:
         """Greedy decoding, by hand."""
-        model, row = self.loaded(), list(ids)
-        while len(row) < len(ids) + count and row[-1] != self.config.eos_token_id or len(row) == len(ids):
-            row.append(model(torch.tensor([row])).logits[0, -1].argmax().item())
-        return row[len(ids) :]
+        written: list[int] = []
+        while len(written) < count and self.config.eos_token_id not in written:
+            written.append(self.net(torch.tensor([ids + written])).logits[0, -1].argmax().item())
+        return written
 
+    @torch.no_grad()
     def log_likelihood(self, ids: list[int], context: int) -> float:
-        log_probs = self.loaded()(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        log_probs = self.net(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
         return log_probs.gather(1, torch.tensor(ids)[1:, None])[context - 1 :].sum().item()
 
 
@@ -152,7 +157,7 @@ def saved(kind: str, folder: Path, **data_options) -> Model:
     KINDS[kind].make(folder / "tokenizer").save_pretrained(folder / "tokenizer")
     original = AutoTokenizer.from_pretrained(folder / "tokenizer")
     data = DataArguments(dataset_name="some/documents", max_length=40, **data_options)
-    model_args = MODEL.__class__(**vars(MODEL) | {"tokenizer_name": str(folder / "tokenizer"), "vocab_size": None})
+    model_args = dataclasses.replace(MODEL, tokenizer_name=str(folder / "tokenizer"), vocab_size=None)
     config, tokenizer, _ = begin(model_args, data, Dataset.from_dict({"text": TEXTS}))
     torch.manual_seed(0)
     model = NoPropForCausalLM(config)
@@ -163,7 +168,8 @@ def saved(kind: str, folder: Path, **data_options) -> Model:
         save_block(folder / "model", block, model.model.embed_tokens, {})
     loaded = load_tokenizer(str(folder / "model"))
     bos = KINDS[kind].bos if data.has_boundaries else None
-    return Model(str(folder / "model"), original, config, None if bos is None else loaded.convert_tokens_to_ids(bos))
+    net = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    return Model(str(folder / "model"), original, net, None if bos is None else loaded.convert_tokens_to_ids(bos))
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -260,7 +266,7 @@ def test_generate(model):
     tokenizer = AutoTokenizer.from_pretrained(model.directory)
     for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt")
-        output = model.loaded().generate(**inputs, do_sample=False, max_new_tokens=4)[0].tolist()
+        output = model.net.generate(**inputs, do_sample=False, max_new_tokens=4)[0].tolist()
         assert output == model.ids(prompt) + model.continuation(model.ids(prompt))
 
 
@@ -323,10 +329,12 @@ def test_no_token_that_was_never_trained_begins_a_text(tmp_path):
     model = saved("bert", tmp_path, append_eos=False)
     tokenizer = load_tokenizer(model.directory)
     with pytest.raises(ValueError, match="add_start_token=False"):
-        Perplexity().compute(predictions=["the cat"], model_id=model.directory)
+        Perplexity().compute(predictions=["the cat"], model_id=model.directory, add_start_token=True)
+    perplexity = Perplexity().compute(predictions=["the cat"], model_id=model.directory)["mean_perplexity"]
+    assert math.log(perplexity) == pytest.approx(-model.log_likelihood(model.ids("the cat"), 1), rel=1e-4)
     with pytest.raises(ValueError, match="must not be empty"):
         encode_prompt("", tokenizer)
-    output = model.loaded().generate(encode_prompt("the cat", tokenizer), do_sample=False, max_new_tokens=4)
+    output = model.net.generate(encode_prompt("the cat", tokenizer), do_sample=False, max_new_tokens=4)
     assert output[0].tolist() == model.ids("the cat") + model.continuation(model.ids("the cat"))
 
 
