@@ -275,6 +275,12 @@ def check(values: Namespace, given: set[str], recipe: Recipe) -> None:
         raise ValueError(
             "With --embeddings_from there is no phase 1 for blocks to start from: leave --block_initialization out."
         )
+    data = DataArguments(**{field.name: getattr(values, field.name) for field in dataclasses.fields(DataArguments)})
+    if "" in values.sample_prompts and not data.has_boundaries:
+        raise ValueError(
+            "Texts are joined without a token between them, so none can begin an empty prompt: leave it out of "
+            "--sample_prompts, or add --append_eos true."
+        )
     objective = values.pretraining_objective or config.pretraining_objective
     if "mlm_probability" in given and objective == "clm" and not from_model:
         raise ValueError(

@@ -1,6 +1,7 @@
 """Text in, windows of tokens out: corpora, tokenizers, packing."""
 
 import ast
+import copy
 import hashlib
 import json
 import sysconfig
@@ -8,6 +9,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ from datasets import (
     load_dataset,
 )
 from datasets.fingerprint import Hasher
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoTokenizer,
     DataCollatorForLanguageModeling,
@@ -32,12 +34,15 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
 
 CPYTHON_DOCS = "cpython-docs"
+END_OF_TEXT = "<|endoftext|>"
+PROBE = "A text, 2 lines\n of na\u00efve \u6f22\u5b57."  # what tokenizers are compared on
 
 
 @dataclass
@@ -105,6 +110,17 @@ class DataArguments:
         files = self.files()
         file = files.get(split, files.get("train"))  # beside a training file, what has none is held out from it
         return file is not None and _builder(file) == "text"
+
+    def ends_texts(self, split: str) -> bool:
+        """Whether the rows of a split get an end of text while packing. If those of training do not, none do."""
+        if self.append_eos is not None:
+            return self.append_eos
+        return not self.has_lines("train") and not self.has_lines(split)
+
+    @property
+    def has_boundaries(self) -> bool:
+        """Whether tokens that begin and end a text are trained."""
+        return not self.packing or self.ends_texts("train")
 
 
 # --- corpora ----------------------------------------------------------------------------------------------------------
@@ -229,7 +245,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
 
     As in GPT-2, one token ends a text and begins the next.
     """
-    end, pad, mask = "<|endoftext|>", "<|pad|>", "<|mask|>"
+    end, pad, mask = END_OF_TEXT, "<|pad|>", "<|mask|>"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -253,28 +269,138 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """A tokenizer of the Hub or a local directory.
+    """Load a tokenizer of the Hub or a local directory. Code that comes with it is not run.
 
     Raises:
-        ValueError: there is none of that name, with what to do about it.
+        ValueError: if no tokenizer can be loaded under that name.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
         raise ValueError(
             f"Cannot load the tokenizer {name_or_path!r}. Give a directory that holds one, or a name on the Hub "
             "(and a connection to it); leave --tokenizer_name out to train one on the training split."
         ) from error
-    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token  # what is padding is told by the attention mask alone
-    return tokenizer
 
 
-def boundary_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, int | None]:
-    """The ids that begin and end a text: bos and eos, or what takes their place in BERT's tokenizers."""
-    eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else eos
-    return bos, eos
+def prompt_tokenizer(tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> PreTrainedTokenizerBase:
+    """Make the tokenizer of a causal model from any other one, which cuts text into the same tokens.
+
+    The result returns `input_ids` and `attention_mask` only, and puts its bos token, if it has one, before a prompt and
+    nothing after it. It has an eos and a pad token. A token that is missing is replaced by another one (bos by eos, eos
+    by sep or bos, pad by eos, since padding is identified by the attention mask); a tokenizer with no candidate for eos
+    gets a new token. There is a bos token only if texts begin with one in the rows of [`tokenize`].
+
+    Saved with a model, the result is loaded by the stock `AutoTokenizer`, without code of its own.
+
+    Args:
+        tokenizer: a tokenizer, as [`load_tokenizer`] returns it.
+        args: the data arguments of the model's training.
+
+    Raises:
+        ValueError: if no stock class can encode prompts in this way with the given tokenizer.
+    """
+    for candidate in _prompt_tokenizers(tokenizer, args):
+        with TemporaryDirectory() as folder:
+            candidate.save_pretrained(folder)
+            loaded = AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer(PROBE, add_special_tokens=False, verbose=False)["input_ids"]
+        prompt = ids if loaded.bos_token_id is None else [loaded.bos_token_id, *ids]
+        trained = args.has_boundaries or loaded.bos_token is None
+        if trained and dict(loaded(PROBE, verbose=False)) == {"input_ids": prompt, "attention_mask": [1] * len(prompt)}:
+            return candidate
+    raise ValueError(
+        f"{type(tokenizer).__name__} adds special tokens to a prompt that a causal model cannot continue from, and they"
+        " cannot be switched off. Use another --tokenizer_name, or leave it out to train a tokenizer."
+    )
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the number of embeddings that a tokenizer needs: its highest id and one more, as ids may have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _prompt_tokenizers(tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> Iterator[PreTrainedTokenizerBase]:
+    """Yield candidates: the common class of fast tokenizers; for a slow tokenizer its own class, then conversions."""
+    names = {name: getattr(tokenizer, name) for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
+    eos = names["eos_token"] or names["sep_token"] or names["bos_token"] or END_OF_TEXT
+    names["bos_token"] = (names["bos_token"] or eos) if args.has_boundaries else None
+    names |= {"eos_token": eos, "pad_token": names["pad_token"] or eos}
+    options = {
+        "model_max_length": args.max_length,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "padding_side": "right",  # as training and perplexity need it; pipelines and lm-eval switch to the left
+    }
+    if tokenizer.is_fast:
+        yield _fast_prompt_tokenizer(tokenizer.backend_tokenizer, tokenizer, names, options)
+    else:
+        yield _slow_prompt_tokenizer(tokenizer, names, options)
+        for backend in _conversions(tokenizer):
+            yield _fast_prompt_tokenizer(backend, tokenizer, names, options)
+
+
+def _fast_prompt_tokenizer(
+    backend: Tokenizer, tokenizer: PreTrainedTokenizerBase, names: dict[str, str | None], options: dict[str, Any]
+) -> PreTrainedTokenizerFast:
+    parts = json.loads(backend.to_str())
+    parts |= {"padding": None, "truncation": None, "post_processor": None}
+    vocab, tokens = parts["model"]["vocab"], [token for token in names.values() if token is not None]
+    if isinstance(vocab, dict):  # whose ids may have gaps: added tokens keep their ids, new ones come after all others
+        vocab |= {token["content"]: token["id"] for token in parts["added_tokens"]}
+        for token in tokens:
+            vocab.setdefault(token, max(vocab.values()) + 1)
+    backend = Tokenizer.from_str(json.dumps(parts))
+    backend.add_special_tokens(tokens)
+    bos = names["bos_token"]
+    start = [] if bos is None else ["bos"]
+    backend.post_processor = processors.TemplateProcessing(
+        single=[*start, "$A"],
+        pair=[*start, "$A", "$B:1"],
+        special_tokens=[] if bos is None else [{"id": "bos", "ids": [backend.token_to_id(bos)], "tokens": [bos]}],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=tokenizer.clean_up_tokenization_spaces,
+        chat_template=tokenizer.chat_template,
+        extra_special_tokens=tokenizer.extra_special_tokens,
+        **names,
+        **options,
+    )
+
+
+def _slow_prompt_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, names: dict[str, str | None], options: dict[str, Any]
+) -> PreTrainedTokenizerBase:
+    """Give a tokenizer of a Python class other tokens and options. What it puts before a prompt is up to its class."""
+    result = copy.deepcopy(tokenizer)
+    first = result(PROBE)["input_ids"][:1]
+    starts = first != result(PROBE, add_special_tokens=False)["input_ids"][:1]
+    names = names | {"bos_token": result.convert_ids_to_tokens(first[0]) if starts else None}
+    for name, token in names.items():
+        if token is not None and token not in result.get_vocab():
+            result.added_tokens_decoder = {vocabulary_size(result): AddedToken(token, special=True)}
+        setattr(result, name, token)
+    for name, value in options.items():
+        setattr(result, name, value)
+    result.init_kwargs |= names | options
+    return result
+
+
+def _conversions(tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokenizer]:
+    """Yield fast tokenizers that may cut text as a slow one does."""
+    vocab, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+    if all(chr(byte) in vocab for byte in range(256)):  # tokens are bytes, as in ByT5
+        ids = {char: vocab[chr(byte)] for byte, char in bytes_to_unicode().items()}
+        backend = Tokenizer(models.BPE(ids | {token.content: index for index, token in added.items()}, []))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_tokens(list(added.values()))
+        yield backend
+    file = str(getattr(tokenizer, "vocab_file", ""))
+    if file.endswith(".model"):  # of sentencepiece
+        yield PreTrainedTokenizerFast(
+            **PreTrainedTokenizerFast.convert_to_native_format(vocab_file=file)
+        ).backend_tokenizer
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
@@ -293,7 +419,7 @@ def tokenize(
     Raises:
         ValueError: a split holds too little text for one window.
     """
-    bos, eos = boundary_tokens(tokenizer)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if not args.packing and tokenizer.pad_token_id is None:
         raise ValueError("One sample a row needs a tokenizer with a pad token; this one has none.")
 
@@ -306,11 +432,10 @@ def tokenize(
 
     tokens = {}
     for split, rows in splits.items():
-        append_eos = not args.has_lines(split) if args.append_eos is None else args.append_eos
         prefix, suffix = ([] if token is None else [token] for token in (bos, eos))
         if args.packing and bos == eos:
             prefix = []  # the end of a text begins the next one
-        if args.packing and not append_eos:
+        if args.packing and not args.ends_texts(split):
             prefix, suffix = [], []
         limit = None if args.packing else args.max_length - len(prefix) - len(suffix)
         encode_options = {"tokenizer": tokenizer, "prefix": prefix, "suffix": suffix, "limit": limit}
@@ -340,7 +465,7 @@ def _behaviour(tokenizer: PreTrainedTokenizerBase) -> Any:
     if not tokenizer.is_fast:
         return tokenizer
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    return {name: part for name, part in parts.items() if name not in ("truncation", "padding")}  # those of a call
+    return {name: part for name, part in parts.items() if name not in ("truncation", "padding", "post_processor")}
 
 
 def _encode(

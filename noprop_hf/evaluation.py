@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from .arguments import BlockArguments
-from .data import CausalCollator, DataArguments, boundary_tokens, load_corpus, load_tokenizer, tokenize
+from .data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize
 from .modeling_noprop import NoPropForCausalLM
 
 
@@ -105,10 +105,10 @@ class Perplexity(evaluate.Metric):
             citation="",
             inputs_description=(
                 "predictions (list of str): the texts. model_id (str): a causal model of transformers. "
-                "batch_size (int, 16). add_start_token (bool, True): predict the first token too, after bos. "
-                "device (str): where to run; a GPU if there is one. max_length (int): the longest window, bos "
-                "included; what is longer is cut off, or with stride (int) read in windows that move on by so many "
-                "tokens, each token predicted once."
+                "batch_size (int, 16). add_start_token (bool): predict the first token, too, after bos; by default if "
+                "the model has one. device (str): where to run; a GPU if there is one. max_length (int): the "
+                "longest window, bos included; what is longer is cut off, or with stride (int) read in windows that "
+                "move on by so many tokens, each token predicted once."
             ),
             features=Features({"predictions": Value("string")}),
         )
@@ -119,7 +119,7 @@ class Perplexity(evaluate.Metric):
         predictions: list[str],
         model_id: str,
         batch_size: int = 16,
-        add_start_token: bool = True,
+        add_start_token: bool | None = None,
         device: str | None = None,
         max_length: int | None = None,
         stride: int | None = None,
@@ -129,9 +129,10 @@ class Perplexity(evaluate.Metric):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = AutoModelForCausalLM.from_pretrained(model_id).to(device).eval()
         tokenizer = load_tokenizer(model_id)
-        bos, _ = boundary_tokens(tokenizer)
+        bos = tokenizer.bos_token_id
+        add_start_token = bos is not None if add_start_token is None else add_start_token
         if add_start_token and bos is None:
-            raise ValueError(f"{model_id} has no token that begins a text: use `add_start_token=False`.")
+            raise ValueError(f"{model_id} was trained without a token that begins a text: use `add_start_token=False`.")
 
         windows = []  # of each text: its number, the tokens of the window, and -100 in front of those it predicts
         for text, ids in enumerate(tokenizer(predictions, add_special_tokens=False, verbose=False)["input_ids"]):
@@ -246,10 +247,18 @@ def results_table(rows: list[tuple[str, dict[str, float]]], splits: list[str]) -
 
 
 def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """A prompt as the beginning of a text: `(1, length)` token ids, bos first and no end."""
-    bos, _ = boundary_tokens(tokenizer)
-    ids = [] if bos is None else [bos]
-    return torch.tensor([ids + tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+    """Encode a prompt as the beginning of a text: `(1, length)` token ids, after bos if the tokenizer has one.
+
+    Raises:
+        ValueError: if there is no token to continue from.
+    """
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = start + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError(
+            "The prompt must not be empty: it has no token, and the model was trained without one that begins a text."
+        )
+    return torch.tensor([ids])
 
 
 def sample_texts(
@@ -260,12 +269,11 @@ def sample_texts(
     **generate_kwargs,
 ) -> list[tuple[str, str]]:
     """Continue each prompt by sampling; returns pairs of prompt and continuation."""
-    _, eos = boundary_tokens(tokenizer)
-    options = {"do_sample": True, "top_k": 50, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": eos}
+    options = {"do_sample": True, "top_k": 50} | generate_kwargs
     texts = []
     for prompt in prompts:
         input_ids = encode_prompt(prompt, tokenizer).to(model.model.embed_tokens.weight.device)
-        output = model.generate(input_ids, max_new_tokens=max_new_tokens, **options | generate_kwargs)
+        output = model.generate(input_ids, max_new_tokens=max_new_tokens, **options)
         texts.append((prompt, tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)))
     return texts
 

@@ -48,15 +48,16 @@ from .data import (
     CausalCollator,
     DataArguments,
     MaskedCollator,
-    boundary_tokens,
     count_tokens,
     data_fingerprint,
     load_corpus,
     load_tokenizer,
+    prompt_tokenizer,
     tokenize,
     train_tokenizer,
+    vocabulary_size,
 )
-from .evaluation import sample_texts
+from .evaluation import encode_prompt, sample_texts
 from .meeting_place import MeetingPlace
 from .model_directory import (
     block_is_trained,
@@ -200,6 +201,7 @@ def begin(
     else:
         texts = (text or "" for text in rows.take(TOKENIZER_ROWS)[data_args.text_column_name])
         tokenizer = train_tokenizer(texts, model_args.vocab_size or 4096, data_args.max_length)
+    tokenizer = prompt_tokenizer(tokenizer, data_args)
     config = build_config(model_args, data_args, tokenizer, source)
     if source is None and config.pretraining_objective != "clm" and tokenizer.mask_token is None:
         raise ValueError(
@@ -289,30 +291,30 @@ def build_config(
         ValueError: sizes that do not fit together.
     """
     fields = model_args.config_fields()
-    vocab_size = len(tokenizer) if source is None else source.shape[0]
+    num_tokens = vocabulary_size(tokenizer)
+    vocab_size = num_tokens if source is None else source.shape[0]
     if model_args.vocab_size not in (None, vocab_size) and (model_args.tokenizer_name or source is not None):
         raise ValueError(
             f"`vocab_size` is {model_args.vocab_size}, but the tokenizer or table has {vocab_size} entries. "
             "Leave --vocab_size out."
         )
     if source is not None:
-        if len(tokenizer) > vocab_size:
+        if num_tokens > vocab_size:
             raise ValueError(
                 f"The table of {model_args.embeddings_from!r} is too small for the tokenizer: {vocab_size} rows for "
-                f"{len(tokenizer)} tokens. Use the model's own tokenizer."
+                f"{num_tokens} tokens. Use the model's own tokenizer."
             )
         if fields.setdefault("hidden_size", source.shape[1]) != source.shape[1]:
             raise ValueError(
                 f"The table of {model_args.embeddings_from!r} has {source.shape[1]} dimensions, but `hidden_size` is "
                 f"{fields['hidden_size']}. Leave --hidden_size out, or set it to {source.shape[1]}."
             )
-    bos, eos = boundary_tokens(tokenizer)
     fields |= {
         "vocab_size": vocab_size,
         "max_position_embeddings": data_args.max_length,
         "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": bos,
-        "eos_token_id": eos,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
     }
     return NoPropConfig(**fields)
 
@@ -463,6 +465,8 @@ def train_blocks(
     dataset = tokenize(load_corpus(data_args), tokenizer, data_args)
     data = data_fingerprint(dataset["train"])
     check_data(directory, data)
+    for prompt in block_args.sample_prompts:
+        encode_prompt(prompt, tokenizer)  # an error before training, not at its first evaluation
     for index in waiting:
         lock_file = directory / CHECKPOINTS_FOLDER / f"block-{index:02d}.lock"
         with claim(lock_file, training_args, partial(_is_taken, directory, index, place, block_args)) as mine:

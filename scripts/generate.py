@@ -18,7 +18,7 @@ from noprop_hf.evaluation import encode_prompt
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a model directory, or a repository of the Hub")
-    parser.add_argument("prompt", help="the text to continue; may be empty")
+    parser.add_argument("prompt", help="the text to continue")
     parser.add_argument("--max_new_tokens", type=int, default=100)
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
     parser.add_argument("--temperature", type=float, default=1.0)
@@ -35,11 +35,12 @@ def main() -> None:
     try:
         tokenizer = load_tokenizer(args.model)
         model = AutoModelForCausalLM.from_pretrained(args.model).to(device)
+        input_ids = encode_prompt(args.prompt, tokenizer).to(device)
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
     sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     model.generate(
-        encode_prompt(args.prompt, tokenizer).to(device),
+        input_ids,
         max_new_tokens=args.max_new_tokens,
         decoding_mode=args.decoding_mode,
         num_trajectories=args.num_trajectories,

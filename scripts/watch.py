@@ -27,7 +27,7 @@ LEGEND = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a model directory, or a repository of the Hub")
-    parser.add_argument("prompt", help="the text to continue; may be empty")
+    parser.add_argument("prompt", help="the text to continue")
     parser.add_argument("--max_new_tokens", type=int, default=8)
     parser.add_argument("--num_candidates", type=int, default=4, help="tokens shown for each block")
     parser.add_argument("--num_inference_blocks", type=int, default=None, help="run only the first blocks")

@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from noprop_hf import NoPropForCausalLM
 from noprop_hf.data import load_tokenizer
-from noprop_hf.evaluation import encode_prompt
 from noprop_hf.watching import WatchedToken, block_name, candidates, figure, probabilities, watch
 
 
@@ -85,9 +84,11 @@ def heat_map(watched: WatchedToken) -> str:
 
 def fit_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> str:
     """The longest end of a prompt that has no more than some number of tokens."""
+    if tokenizer.bos_token_id is not None:
+        max_tokens -= 1
 
     def fits(start: int) -> bool:
-        return encode_prompt(prompt[start:], tokenizer).shape[1] <= max_tokens
+        return len(tokenizer(prompt[start:], add_special_tokens=False)["input_ids"]) <= max_tokens
 
     return prompt[bisect_left(range(len(prompt)), True, key=fits) :]
 
