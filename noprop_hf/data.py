@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import (
     Dataset,
@@ -438,19 +439,21 @@ def tokenize(
     if not args.packing and tokenizer.pad_token_id is None:
         raise ValueError("One sample a row needs a tokenizer with a pad token; this one has none.")
 
+    token, row = Value("int32"), List(Value("int32"))
     options: dict[str, Any] = {"batched": True}
-    pack_options: dict[str, Any] = {
+    cut_options: dict[str, Any] = {
         "batched": True,
         "batch_size": max(1, TOKENS_AT_ONCE // args.max_length) * args.max_length,  # whole windows
         "fn_kwargs": {"length": args.max_length},
     }
     if not args.streaming:
-        token, row = Value("int32"), List(Value("int32"))
-        options |= {"num_proc": args.preprocessing_num_workers, "desc": "Tokenizing"}
-        options["features"] = Features({"input_ids": token if args.packing else row})
-        if args.packing:
-            options["writer_batch_size"] = TOKENS_AT_ONCE
-        pack_options |= {"features": Features({"input_ids": row}), "desc": "Packing"}
+        options |= {
+            "num_proc": args.preprocessing_num_workers,
+            "features": Features({"input_ids": token if args.packing else row}),
+            "writer_batch_size": TOKENS_AT_ONCE if args.packing else None,
+            "desc": "Tokenizing",
+        }
+        cut_options |= {"features": Features({"input_ids": row}), "desc": "Packing"}
 
     tokens = {}
     for split, rows in splits.items():
@@ -462,22 +465,19 @@ def tokenize(
             prefix, suffix = [], []
         limit = None if args.packing else args.max_length - len(prefix) - len(suffix)
         encode_options = {"tokenizer": tokenizer, "prefix": prefix, "suffix": suffix, "limit": limit}
-        encode_options["joined"] = args.packing
+        encode_options |= {"column": args.text_column_name, "joined": args.packing}
         if not args.streaming:
             known = encode_options | {"tokenizer": _behaviour(tokenizer)}
-            options["new_fingerprint"] = Hasher.hash((rows._fingerprint, args.text_column_name, _encode, known))
-        tokens[split] = rows.map(
+            options["new_fingerprint"] = Hasher.hash((rows._fingerprint, _encode, known))
+        tokens[split] = rows.with_format("arrow").map(
             _encode,
-            input_columns=args.text_column_name,
             remove_columns=rows.column_names or [args.text_column_name],
             fn_kwargs=encode_options,
             **options,
         )
         if args.packing:
-            numbers = tokens[split] if args.streaming else tokens[split].with_format("numpy")
-            tokens[split] = numbers.map(_cut_windows, **pack_options)
-        if not args.streaming:
-            tokens[split] = tokens[split].with_format(None)
+            tokens[split] = tokens[split].map(_cut_windows, **cut_options)
+        tokens[split] = tokens[split].with_format(None)
         if next(iter(tokens[split]), None) is None:
             what = f"one window of {args.max_length} tokens" if args.packing else "one sample"
             more = ", or hold out more with --validation_split_percentage" * (split == "validation")
@@ -497,33 +497,39 @@ def _behaviour(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def _encode(
-    texts: list[str | None],
+    table: pa.Table,
     tokenizer: PreTrainedTokenizerBase,
+    column: str,
     prefix: list[int],
     suffix: list[int],
     limit: int | None,
     joined: bool,
-) -> dict[str, list[list[int]] | list[int]]:
-    """Token ids of each text that has any, cut to `limit` and put between prefix and suffix.
+) -> pa.Table:
+    """Token ids of each text of a column that has any, cut to `limit` and put between prefix and suffix.
 
     With `joined`, every row is one token; otherwise, the tokens of one text.
     """
+    texts = table[column].to_pylist()
     for text in texts:
-        if not isinstance(text, str | None):  # a stream's type is not known before
+        if not isinstance(text, str | None):  # further on in a stream
             raise ValueError(
-                f"The text column holds {type(text).__name__} in a row ({str(text)[:40]!r}): name a column of strings "
-                "with --text_column_name."
+                f"The column {column!r} holds {type(text).__name__} in a row ({str(text)[:40]!r}): name a column of "
+                "strings with --text_column_name."
             )
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     encoded = tokenizer([text or "" for text in texts], **options)["input_ids"]
     rows = [prefix + row[:limit] + suffix for row in encoded if row]
-    return {"input_ids": list(chain.from_iterable(rows)) if joined else rows}
+    if joined:
+        return pa.table({"input_ids": pa.array(list(chain.from_iterable(rows)), pa.int32())})
+    return pa.table({"input_ids": pa.array(rows, pa.list_(pa.int32()))})
 
 
-def _cut_windows(batch: dict[str, Any], length: int) -> dict[str, list[list[int]]]:
-    """Windows of `length` tokens from a batch of tokens; what is left over, at the end of a split, is dropped."""
-    tokens = np.asarray(batch["input_ids"])
-    return {"input_ids": tokens[: len(tokens) // length * length].reshape(-1, length).tolist()}
+def _cut_windows(table: pa.Table, length: int) -> pa.Table:
+    """Windows of `length` tokens from rows of one token; what is left over, at the end of a split, is dropped."""
+    tokens = table["input_ids"].combine_chunks()
+    windows = len(tokens) // length
+    offsets = pa.array(np.arange(windows + 1) * length, pa.int32())
+    return pa.table({"input_ids": pa.ListArray.from_arrays(offsets, tokens[: windows * length])})
 
 
 def data_fingerprint(dataset: Dataset | IterableDataset) -> str:
