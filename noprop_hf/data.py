@@ -42,6 +42,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 CPYTHON_DOCS = "cpython-docs"
+SMALLEST_VOCABULARY = 256 + 3  # of a tokenizer that is trained: all bytes, and the special tokens
 TOKENS_AT_ONCE = 2**17  # read and written in one piece while windows are cut
 
 

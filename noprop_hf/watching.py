@@ -78,8 +78,6 @@ def watch(
     """
     window = model.config.max_position_embeddings
     input_ids = encode_prompt(prompt, tokenizer).to(model.device)
-    if input_ids.shape[1] == 0:
-        raise ValueError("This tokenizer has no token that begins a text: the prompt must not be empty.")
     if input_ids.shape[1] + max_new_tokens > window:
         raise ValueError(
             f"A prompt of {input_ids.shape[1]} tokens and {max_new_tokens} new ones do not fit into the {window} that "
