@@ -13,7 +13,6 @@ import traceback
 from argparse import ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -32,6 +31,7 @@ from .shards_noprop import block_shard
 
 
 CORPUS_FILE = "corpus.yaml"  # in a model directory: the data arguments it was trained with
+NO_MATPLOTLIB = "pictures are drawn with matplotlib, which is not installed: pip install matplotlib"
 PACKAGE = Path(__file__).parent
 # Errors of the operating system that its user can mend: space, permissions, a file for a directory and vice versa.
 MENDABLE = {
@@ -67,7 +67,8 @@ class ModelArguments:
         metadata={"help": "A tokenizer of the Hub or a local directory. Default: train a byte-level BPE one."},
     )
     vocab_size: int | None = field(
-        default=None, metadata={"help": "Entries of the tokenizer to train (4,096 when not given)."}
+        default=None,
+        metadata={"help": "Entries of the tokenizer to train (4,096 when not given); a small text gives fewer."},
     )
     embeddings_from: str | None = field(
         default=None,
@@ -199,8 +200,8 @@ def parse_blocks(blocks: str, num_blocks: int) -> list[int]:
             raise ValueError(f"Cannot read --blocks {blocks!r}: {part.strip()} ends before it begins.")
         if end >= num_blocks:
             raise ValueError(
-                f"There is no block {max(begin, num_blocks)} for --blocks {blocks}: the model has {num_blocks} blocks, "
-                f"0 to {num_blocks - 1}."
+                f"There is no block {max(begin, num_blocks)}: the model has {num_blocks} blocks, 0 to {num_blocks - 1}. "
+                f"Change --blocks {blocks}."
             )
         selected.update(range(begin, end + 1))
     return sorted(selected)
@@ -604,22 +605,13 @@ def picture(word: str) -> Path:
         ArgumentTypeError: matplotlib is not installed, the folder does not exist, or the ending is unknown.
     """
     path = Path(word)
-    require_matplotlib()
-    from matplotlib.backend_bases import FigureCanvasBase  # of the extra `plot`
-
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase  # of the extra `plot`
+    except ModuleNotFoundError as error:
+        raise ArgumentTypeError(NO_MATPLOTLIB) from error
     endings = FigureCanvasBase.get_supported_filetypes()
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise ArgumentTypeError(f"{word} cannot be written: it is a directory, or is to be in one that does not exist")
     if path.suffix.lstrip(".").lower() not in endings:
         raise ArgumentTypeError(f"{word} must end in one of {', '.join(endings)}")
     return path
-
-
-def require_matplotlib() -> None:
-    """Make sure that pictures can be drawn.
-
-    Raises:
-        ArgumentTypeError: matplotlib is not installed.
-    """
-    if find_spec("matplotlib") is None:
-        raise ArgumentTypeError("pictures are drawn with matplotlib, which is not installed: pip install matplotlib")

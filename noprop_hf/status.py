@@ -70,5 +70,12 @@ def remote_status(repo_id: str, token: str | None = None) -> list[BlockStatus]:
 
 def _result(metadata: Mapping[str, str]) -> str:
     names = {"context_nats": "nats on pure noise", "bound_nats": "bound"}
-    figures = [f"{words} {float(metadata[name]):.3f}" for name, words in names.items() if name in metadata]
+    figures = [f"{words} {_rounded(metadata[name])}" for name, words in names.items() if name in metadata]
     return ", ".join([*figures, f"sha256 {metadata.get(CONTENT_HASH, 'unknown')[:12]}"])
+
+
+def _rounded(figure: str) -> str:
+    try:
+        return f"{float(figure):.3f}"
+    except ValueError:
+        return "unknown"

@@ -8,7 +8,7 @@ python scripts/plot_run.py runs/demo --save curves.png
 import argparse
 from pathlib import Path
 
-from noprop_hf.arguments import entry_point, picture
+from noprop_hf.arguments import NO_MATPLOTLIB, entry_point, picture
 
 
 @entry_point
@@ -22,9 +22,9 @@ def main() -> None:
     try:
         from noprop_hf.plotting import draw_run
     except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
+        if "matplotlib" not in str(error):
             raise
-        parser.error("curves are drawn with matplotlib, which is not installed: pip install matplotlib.")
+        parser.error(NO_MATPLOTLIB)
     path = args.save or args.directory / "curves.png"
     draw_run(args.directory).savefig(path, dpi=120)
     print(f"The picture is in {path}.")
