@@ -3,20 +3,25 @@
 import copy
 import dataclasses
 import difflib
+import errno
+import functools
 import inspect
 import json
 import math
 import os
 import sys
-from argparse import Namespace, RawDescriptionHelpFormatter
+import traceback
+from argparse import ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 import yaml
 from accelerate.utils import TorchDynamoPlugin
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
@@ -27,12 +32,27 @@ from transformers.training_args import trainer_log_levels
 from transformers.utils import CONFIG_NAME, cached_file, strtobool
 
 from .configuration_noprop import NoPropConfig
-from .data import DataArguments
+from .data import SMALLEST_VOCABULARY, DataArguments
 from .parallel import GROUP_VARIABLES, arrange_processes
 from .shards_noprop import block_shard
 
 
 CORPUS_FILE = "corpus.yaml"  # in a model directory: the data arguments it was trained with
+NO_MATPLOTLIB = "pictures are drawn with matplotlib, which is not installed: pip install matplotlib"
+PACKAGE = Path(__file__).parent
+# Errors of the operating system that its user can mend: space, permissions, a file for a directory and vice versa.
+MENDABLE = {
+    getattr(errno, name) for name in "ENOSPC EDQUOT EACCES EPERM EROFS EISDIR ENOTDIR EEXIST ENAMETOOLONG".split()
+}
+
+# Arguments of model and data, by the lowest and highest value they can have.
+RANGES: dict[tuple[float, float], str] = {
+    (1, math.inf): "sample_max_new_tokens",
+    (1, 2**20): "hidden_size intermediate_size num_attention_heads max_length",
+    (1, 10_000): "num_blocks num_layers_per_block num_pretraining_layers",
+    (1, 2**31): "vocab_size",
+    (0, 1): "attention_dropout denoising_weight",
+}
 
 
 @dataclass
@@ -44,7 +64,8 @@ class ModelArguments:
         metadata={"help": "A tokenizer of the Hub or a local directory. Default: train a byte-level BPE one."},
     )
     vocab_size: int | None = field(
-        default=None, metadata={"help": "Entries of the tokenizer to train (4,096 when not given)."}
+        default=None,
+        metadata={"help": "Entries of the tokenizer to train (4,096 when not given); a small text gives fewer."},
     )
     embeddings_from: str | None = field(
         default=None,
@@ -173,15 +194,17 @@ def parse_blocks(blocks: str, num_blocks: int) -> list[int]:
     selected: set[int] = set()
     for part in blocks.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise ValueError(f"Cannot read the blocks {blocks!r}: write 'all', or a list such as '0,2-3'.")
-        selected.update(range(int(first), int(last if dash else first) + 1))
-    outside = sorted(index for index in selected if index >= num_blocks)
-    if outside or not selected:
-        raise ValueError(
-            f"There is no block {outside[0] if outside else blocks!r}: the model has {num_blocks} blocks, "
-            f"0 to {num_blocks - 1}."
-        )
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"Cannot read --blocks {blocks!r}: write 'all', or a list such as '0,2-3'.")
+        begin, end = int(first), int(last if dash else first)
+        if begin > end:
+            raise ValueError(f"Cannot read --blocks {blocks!r}: {part.strip()} ends before it begins.")
+        if end >= num_blocks:
+            raise ValueError(
+                f"There is no block {max(begin, num_blocks)}: the model has {num_blocks} blocks, 0 to "
+                f"{num_blocks - 1}. Change --blocks {blocks}."
+            )
+        selected.update(range(begin, end + 1))
     return sorted(selected)
 
 
@@ -211,6 +234,7 @@ def parse_recipe(description: str, arguments: list[str] | None = None, paralleli
 
     def arrange(values: Namespace) -> None:
         refuse_unsupported(values)  # also what `TrainingArguments` would fail on in words of their own
+        check_values(values)
         if parallelism is not None:
             values.parallelism = parallelism
         if values.dry_run:  # the first process speaks for all
@@ -231,6 +255,42 @@ def parse_recipe(description: str, arguments: list[str] | None = None, paralleli
     recipe.run.processes = processes
     recipe.blocks.parallelism = parallelism or recipe.blocks.parallelism
     return recipe
+
+
+def check_values(values: Namespace) -> None:
+    """Refuse single values that no training can have, and an `output_dir` that cannot be written.
+
+    Raises:
+        ValueError: there is one, with its argument.
+    """
+    for (low, high), names in RANGES.items():
+        for name in names.split():
+            value = getattr(values, name)
+            if value is not None and not _lies_in(value, low, high, False):
+                raise ValueError(f"--{name} must be {_words_of(low, high, False)}: got {value}.")
+    trains_tokenizer = values.tokenizer_name is None and values.embeddings_from is None
+    if trains_tokenizer and (values.vocab_size or SMALLEST_VOCABULARY) < SMALLEST_VOCABULARY:
+        raise ValueError(
+            f"--vocab_size must be at least {SMALLEST_VOCABULARY} (all bytes and the special tokens) to train a "
+            f"tokenizer: got {values.vocab_size}."
+        )
+    if values.output_dir is not None:
+        folder = Path(values.output_dir).expanduser().absolute()
+        while not folder.exists() and not folder.is_symlink():
+            folder = folder.parent
+        if not folder.is_dir():
+            raise ValueError(f"--output_dir {values.output_dir} cannot be made: {folder} is not a directory.")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ValueError(f"--output_dir {values.output_dir} cannot be written: no permission in {folder}.")
+
+
+def _lies_in(value: float, low: float, high: float, excluded: bool) -> bool:
+    return math.isfinite(value) and (low < value <= high or (value == low and not excluded))
+
+
+def _words_of(low: float, high: float, excluded: bool) -> str:
+    words = f"more than {low:g}" if excluded else f"at least {low:g}"
+    return words + (" and finite" if high == math.inf else f" and at most {high:.10g}")
 
 
 def check(values: Namespace, given: set[str], recipe: Recipe) -> None:
@@ -541,12 +601,39 @@ def _known_config(values: Namespace) -> NoPropConfig:
         ValueError: values that there are not, or sizes that do not fit together.
     """
     if Path(values.output_dir or "", CONFIG_NAME).is_file():
-        return NoPropConfig.from_pretrained(values.output_dir)
+        return read_config(values.output_dir)
     model = ModelArguments(**{field.name: getattr(values, field.name) for field in dataclasses.fields(ModelArguments)})
     fields = model.config_fields()
     if values.embeddings_from is not None:  # the width is that model's: any that fits will do
         fields.setdefault("hidden_size", 2 * fields.get("num_attention_heads", NoPropConfig.num_attention_heads))
     return NoPropConfig(**fields)
+
+
+def read_config(name_or_path: str | Path, token: str | None = None) -> NoPropConfig:
+    """The configuration in a model directory, or a repository of the Hub.
+
+    Raises:
+        ValueError: there is none, it cannot be read, or it is that of another kind of model.
+    """
+    try:
+        fields, _ = NoPropConfig.get_config_dict(name_or_path, token=token)
+        kind, num_blocks = fields.get("model_type"), fields.get("num_blocks", 1)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"There is no model {str(name_or_path)!r} with a {CONFIG_NAME} that can be read. Give a model directory, "
+            "or a repository of the Hub (and a connection to it)."
+        ) from error
+    if kind != NoPropConfig.model_type:
+        raise ValueError(
+            f"{name_or_path} holds a model of type {kind!r}, not a NoProp model. Give a directory that "
+            "scripts/train.py made, or a repository of the Hub with such a model."
+        )
+    if not isinstance(num_blocks, int) or num_blocks > 10_000:
+        raise ValueError(f"{CONFIG_NAME} of {name_or_path} is damaged: it says num_blocks={str(num_blocks)[:20]}.")
+    try:
+        return NoPropConfig.from_dict(fields)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ValueError(f"{CONFIG_NAME} of {name_or_path} is damaged: {one_line(error)}") from error
 
 
 def _in_order(values: Namespace, config: NoPropConfig) -> bool:
@@ -586,21 +673,28 @@ def parse_arguments(
     first = arguments[0] if arguments and not arguments[0].startswith("-") else None
     try:
         recipe = first if not model or first is None else find_corpus_file(first)
-        defaults = {} if recipe is None else _read_recipe(Path(recipe), parser)
+        defaults = {} if recipe is None else _read_recipe(Path(recipe), parser, types)
         parser.set_defaults(**defaults)
         values, unknown = parser.parse_known_args(arguments)
         if unknown:
             raise ValueError(_no_argument(unknown[0].partition("=")[0], _names(parser), "--"))
+        if first is None and (values.model if model else values.recipe) is not None:
+            raise ValueError(f"Give the {first_word.strip('[]')} before all options.")
         if prepare is not None:
             prepare(values)
-        *parsed, rest = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+        try:
+            *parsed, rest = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{error.doc!r} is not JSON: {error}.") from error
+        except (TypeError, ImportError, NotImplementedError) as error:  # of transformers, over values of its arguments
+            raise ValueError(one_line(error)) from error
         if check is not None:
             blank = Namespace(**dict.fromkeys(_names(parser)))
             named = vars(parser.parse_known_args(arguments, blank)[0])
             given = {name for name, value in named.items() if value is not None} | defaults.keys()
             check(values, given, Recipe(*parsed))
-    except (OSError, yaml.YAMLError, ValueError) as error:
-        parser.error(str(error))
+    except (OSError, ValueError) as error:
+        parser.error(one_line(error))
     return (rest.model, *parsed) if model else tuple(parsed)
 
 
@@ -608,23 +702,71 @@ def find_corpus_file(model: str) -> str | None:
     """Where a model says what it was trained on, if it does.
 
     Raises:
-        OSError: there is no such model.
+        ValueError: there is no such model.
     """
+    read_config(model)
     return cached_file(model, CORPUS_FILE, _raise_exceptions_for_missing_entries=False)
 
 
-def _read_recipe(path: Path, parser: HfArgumentParser) -> dict[str, Any]:
-    """The values of a recipe, as `argparse` takes defaults: words, which it converts like those of a command line."""
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML in which a name has one value, and an alias stands for a single one: those of lists can grow endlessly."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names: set[str] = set()
+        for key, _ in node.value:
+            if key.value in names:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                names.add(key.value)
+        return super().construct_mapping(node, deep)
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        is_alias = self.check_event(yaml.AliasEvent)
+        mark = self.peek_event().start_mark
+        node = super().compose_node(parent, index)
+        if is_alias and not isinstance(node, yaml.ScalarNode):
+            raise yaml.composer.ComposerError(None, None, "an alias must stand for a single value", mark)
+        return node
+
+
+def _read_recipe(path: Path, parser: HfArgumentParser, types: Sequence[type]) -> dict[str, Any]:
+    """The values of a recipe, as `argparse` takes defaults: words, which it converts like those of a command line.
+
+    Raises:
+        ValueError: the file cannot be read, or an argument is unknown, given twice or of the wrong kind.
+    """
     if not path.is_file():
-        raise ValueError(f"There is no recipe {str(path)!r}.")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raise ValueError(f"There is no recipe {str(path)!r}." + " It is a directory." * path.is_dir())
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), _RecipeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{path}{line}: {error.problem}. A recipe is a YAML file of `name: value` lines.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a recipe, a YAML file of `name: value` lines: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a recipe: it must be a YAML file of `name: value` lines.")
-    for name in values:
+    actions = {action.dest: action for action in parser._actions}
+    hints = {name: hint for kind in types for name, hint in get_type_hints(kind).items()}
+    words: dict[str, str | list[str]] = {}
+    for name, value in values.items():
         if name not in _names(parser):
             raise ValueError(f"{path}: {_no_argument(str(name), _names(parser))}")
-    words: dict[type, Callable[[Any], Any]] = {dict: json.dumps, list: list}
-    return {name: words.get(type(value), str)(value) for name, value in values.items() if value is not None}
+        if isinstance(value, list):
+            if "list" not in str(hints[name]) or any(isinstance(item, list | dict | None) for item in value):
+                raise ValueError(f"{path}: {name} must not be {value}: give " + _expected(hints[name]))
+            words[name] = [str(item) for item in value]
+        elif isinstance(value, dict):
+            if "dict" not in str(hints[name]):
+                raise ValueError(f"{path}: {name} must not be {value}: give " + _expected(hints[name]))
+            words[name] = json.dumps(value, default=str)
+        elif value is not None:
+            words[name] = [str(value)] if actions[name].nargs == "+" else str(value)
+    return words
+
+
+def _expected(hint: Any) -> str:
+    return "a list of words." if "list" in str(hint) else "a single value."
 
 
 def _names(parser: HfArgumentParser) -> list[str]:
@@ -646,3 +788,78 @@ def _group(parser: HfArgumentParser, types: Sequence[type]) -> None:
         names = {field.name for field in dataclasses.fields(dtype)}
         parser.add_argument_group(title)._group_actions += [action for action in actions if action.dest in names]
         actions[:] = [action for action in actions if action.dest not in names]
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def entry_point(main: Callable[[], None]) -> Callable[[], None]:
+    """Decorate the `main` of a script: what its user can correct ends it with one sentence and status 1, an
+    interruption (Ctrl-C) with status 130. Every other error keeps its traceback."""
+
+    @functools.wraps(main)
+    def run() -> None:
+        try:
+            main()
+        except KeyboardInterrupt:
+            raise SystemExit(128 + 2) from None  # as of a process that SIGINT ended
+        except Exception as error:
+            if not is_users(error):
+                raise
+            raise SystemExit(one_line(error)) from error
+
+    return run
+
+
+def is_users(error: Exception) -> bool:
+    """Whether the user of a script can correct an error.
+
+    These are the errors that a `raise` statement of this package reports, other than of faults in itself; what
+    `datasets` says of unreadable data; and lack of memory, of disk space or of permissions. What Python, torch or
+    another library raise of themselves, even of the same types, is taken for a fault of the program.
+    """
+    if isinstance(error, DatasetsError | MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return True
+    if os.strerror(errno.ENOSPC) in str(error) or (isinstance(error, OSError) and error.errno in MENDABLE):
+        return True
+    raised = traceback.extract_tb(error.__traceback__)[-1]
+    is_ours = Path(raised.filename).is_relative_to(PACKAGE) and (raised.line or "").startswith("raise ")
+    return is_ours and isinstance(error, ValueError | OSError | ArithmeticError | ImportError)
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error in one line."""
+    text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def number(kind: Callable[[str], Any], low: float, high: float = math.inf, excluded: bool = False) -> Callable:
+    """A type for `argparse`: a number of at least, or with `excluded` more than, `low`, and at most `high`."""
+
+    def read(word: str) -> float:
+        value = kind(word)
+        if not _lies_in(value, low, high, excluded):
+            raise ArgumentTypeError(f"must be {_words_of(low, high, excluded)}: got {word}")
+        return value
+
+    read.__name__ = getattr(kind, "__name__", "number")  # "invalid int value"
+    return read
+
+
+def picture(word: str) -> Path:
+    """A type for `argparse`: a file that matplotlib can write.
+
+    Raises:
+        ArgumentTypeError: matplotlib is not installed, the folder does not exist, or the ending is unknown.
+    """
+    path = Path(word)
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase  # of the extra `plot`
+    except ModuleNotFoundError as error:
+        raise ArgumentTypeError(NO_MATPLOTLIB) from error
+    endings = FigureCanvasBase.get_supported_filetypes()
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ArgumentTypeError(f"{word} cannot be written: it is a directory, or is to be in one that does not exist")
+    if path.suffix.lstrip(".").lower() not in endings:
+        raise ArgumentTypeError(f"{word} must end in one of {', '.join(endings)}")
+    return path

@@ -1,13 +1,16 @@
 """Text in, windows of tokens out: corpora, tokenizers, packing."""
 
 import ast
+import codecs
 import copy
 import hashlib
 import json
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,6 +28,7 @@ from datasets import (
     Value,
     load_dataset,
 )
+from datasets.exceptions import DatasetsError
 from datasets.fingerprint import Hasher
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -43,6 +47,8 @@ logger = logging.get_logger(__name__)
 CPYTHON_DOCS = "cpython-docs"
 END_OF_TEXT = "<|endoftext|>"
 PROBE = "A text, 2 lines\n of na\u00efve \u6f22\u5b57."  # what tokenizers are compared on
+SMALLEST_VOCABULARY = 256 + 3  # of a tokenizer that is trained: all bytes, and the special tokens
+TOKENS_AT_ONCE = 2**17  # read and written in one piece while windows are cut
 
 
 @dataclass
@@ -99,6 +105,10 @@ class DataArguments:
             raise ValueError("Give a `dataset_name` (try 'cpython-docs') or a `train_file`.")
         if self.max_length < 2:
             raise ValueError(f"`max_length` must be at least 2, got {self.max_length}.")
+        for name in ("preprocessing_num_workers", "max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}. Leave --{name} out for no limit.")
 
     def files(self) -> dict[str, str]:
         """The local files, by split."""
@@ -160,14 +170,14 @@ def cpython_docs() -> Iterator[dict[str, str]]:
 
 
 def load_corpus(args: DataArguments) -> DatasetDict | IterableDatasetDict:
-    """Load the raw text of every split there is.
+    """Load the raw text of every split of a corpus.
 
     Returns:
         A dictionary with `train`, `validation` and, where the corpus has one, `test`; a column
         `args.text_column_name` in each.
 
     Raises:
-        ValueError: the text column is not there, or a split is empty.
+        ValueError: the corpus cannot be read, the text column is missing or holds something else, or a split is empty.
     """
     if args.dataset_name == CPYTHON_DOCS:
         rows = list(cpython_docs())
@@ -178,7 +188,10 @@ def load_corpus(args: DataArguments) -> DatasetDict | IterableDatasetDict:
         if args.streaming:
             splits = IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in splits.items()})
     elif args.dataset_name is not None:
-        splits = load_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming)
+        if Path(args.dataset_name).is_file():
+            raise ValueError(f"{args.dataset_name!r} is a file: give it as --train_file.")
+        with _readable(f"the dataset {args.dataset_name!r} (a name on the Hub, or a directory of data files)"):
+            splits = load_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming)
     else:
         splits = (IterableDatasetDict if args.streaming else DatasetDict)()
     for split, file in args.files().items():
@@ -186,17 +199,14 @@ def load_corpus(args: DataArguments) -> DatasetDict | IterableDatasetDict:
 
     if "train" not in splits:
         raise ValueError(f"The dataset has no 'train' split, only {sorted(splits)}.")
-    if "validation" not in splits:
-        splits = _hold_out(splits, args)
     for split in [name for name in splits if name not in ("train", "validation", "test")]:
         del splits[split]
     for split, rows in splits.items():
-        columns = rows.column_names
-        if columns is not None and args.text_column_name not in columns:
-            raise ValueError(
-                f"The {split} split has no column {args.text_column_name!r}; it has {columns}. "
-                "Name the one that holds the text with --text_column_name."
-            )
+        source = args.files().get(split) or args.dataset_name
+        _check_texts(rows, args.text_column_name, f"The {split} split ({source})")
+    if "validation" not in splits:
+        splits = _hold_out(splits, args)
+    for split, rows in splits.items():
         limit = args.max_train_samples if split == "train" else args.max_eval_samples
         if limit is not None:
             splits[split] = rows.take(limit) if args.streaming else rows.select(range(min(limit, len(rows))))
@@ -205,15 +215,93 @@ def load_corpus(args: DataArguments) -> DatasetDict | IterableDatasetDict:
     return splits
 
 
+@contextmanager
+def _readable(what: str, file: str | None = None) -> Iterator[None]:
+    """Turn errors of `datasets` over the data it reads into one sentence.
+
+    Args:
+        what: the name of the data in the message.
+        file: the local file that is read, if it is one.
+
+    Raises:
+        ValueError: the data cannot be read, for the reason that the innermost error gives.
+    """
+    try:
+        yield
+    except (DatasetsError, OSError, ValueError, ImportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "Dataset scripts" not in str(error):
+            raise
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = (file and _broken_json(file)) or " ".join(str(cause).split())[:300] or type(cause).__name__
+        if "corresponds to no data" in reason:
+            reason = "it holds no rows"
+        raise ValueError(f"Cannot read {what}: {reason.rstrip('.!')}.") from error
+
+
+def _broken_json(file: str) -> str | None:
+    """Describe the first line of a file of JSON lines that is not JSON, if there is one."""
+    if _builder(file) != "json":
+        return None
+    with open(file, encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if number == 1 and line.lstrip().startswith("["):
+                return None  # one array, of any number of lines
+            try:
+                json.loads(line or "null")
+            except ValueError as error:
+                if line.strip():
+                    return f"line {number} is not JSON ({error}); it may have been cut off"
+    return None
+
+
+def _check_texts(rows: Dataset | IterableDataset, column: str, what: str) -> None:
+    """Make sure that a column of a split holds text: by its type or, in a stream, by its first rows.
+
+    Raises:
+        ValueError: the column is missing or holds something else, or the split is empty.
+    """
+    if isinstance(rows, IterableDataset):
+        with _readable(what[0].lower() + what[1:]):
+            head = list(rows.take(100))
+        columns = list(head[0]) if head else [column]
+        kinds = {type(row.get(column)).__name__ for row in head} - {"str", "NoneType"}
+        number, kind = len(head), ", ".join(sorted(kinds))
+    else:
+        columns, number = rows.column_names, len(rows)
+        feature = rows.features.get(column)
+        is_text = isinstance(feature, Value) and feature.dtype in ("string", "large_string", "null")
+        kind = "" if is_text else str(feature)
+    if number == 0:
+        raise ValueError(f"{what} is empty.")
+    if column not in columns:
+        raise ValueError(
+            f"{what} has no column {column!r}; it has {columns}. Name the one that holds the text with "
+            "--text_column_name."
+        )
+    if kind:
+        hint = " Write chat messages out as text first." if "role" in kind or kind == "list" else ""
+        raise ValueError(
+            f"{what} holds no text in its column {column!r} but {kind}. Name a column of strings with "
+            f"--text_column_name, one of {columns}, or convert this one.{hint}"
+        )
+
+
 def _load_file(file: str, args: DataArguments) -> Dataset | IterableDataset:
+    if Path(file).is_dir():
+        raise ValueError(f"{file!r} is a directory, not a file: give a directory of data as --dataset_name.")
     if not Path(file).is_file():
         raise ValueError(f"There is no file {file!r}.")
     if Path(file).stat().st_size == 0:
         raise ValueError(f"The file {file!r} is empty.")
     builder = _builder(file)
-    # Lines keep their breaks when they are joined again.
-    options = {"keep_linebreaks": args.packing} if builder == "text" else {}
-    return load_dataset(builder, data_files=file, split="train", streaming=args.streaming, **options)
+    if builder != "parquet":
+        _check_encoding(file)
+    # Lines keep their breaks when they are joined again; a byte order mark is no text.
+    options = {"keep_linebreaks": args.packing, "encoding": "utf-8-sig"} if builder == "text" else {}
+    with _readable(f"the file {file!r}", file):
+        return load_dataset(builder, data_files=file, split="train", streaming=args.streaming, **options)
 
 
 def _builder(file: str) -> str:
@@ -224,17 +312,71 @@ def _builder(file: str) -> str:
     return builders[suffix]
 
 
+def _check_encoding(file: str) -> None:
+    """Make sure that a file is text in UTF-8.
+
+    Raises:
+        ValueError: it is not, with the first line that is not.
+    """
+    advice = (
+        "Unpack it if it is compressed, or convert it to UTF-8, such as with "
+        f"`iconv -f latin1 -t utf-8 {file}` (or -f utf-16)."
+    )
+    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
+    with open(file, "rb") as stream:
+        for piece in chain(iter(lambda: stream.read(2**20), b""), [b""]):
+            try:
+                decoder.decode(piece, final=not piece)
+            except UnicodeDecodeError as error:
+                line += error.object[: error.start].count(b"\n")
+                raise ValueError(f"The file {file!r} is not UTF-8 text, first in line {line}. {advice}") from error
+            if piece.count(0) * 10 > len(piece):
+                raise ValueError(f"The file {file!r} is not UTF-8 text: it is full of zero bytes. {advice}")
+            line += piece.count(b"\n")
+
+
 def _hold_out(splits: DatasetDict | IterableDatasetDict, args: DataArguments) -> DatasetDict:
+    """Take the last part of the training split for validation: rows, or of few rows the last part of their text.
+
+    Raises:
+        ValueError: the split is a stream, or nothing would be left on one side.
+    """
     if args.streaming:
         raise ValueError("A streamed dataset without a validation split needs --validation_file or another dataset.")
-    held_out = round(len(splits["train"]) * args.validation_split_percentage / 100)
-    if not 0 < held_out < len(splits["train"]):
+    rows, share = splits["train"], args.validation_split_percentage / 100
+    if not 0 < share < 1:
         raise ValueError(
-            f"Cannot hold out {args.validation_split_percentage}% of {len(splits['train'])} training rows for "
-            "validation. Give a validation split, or another --validation_split_percentage."
+            f"Cannot hold out {args.validation_split_percentage}% of the training split for validation. Give a "
+            "validation split (--validation_file), or a --validation_split_percentage between 0 and 100."
         )
-    parts = splits["train"].train_test_split(test_size=held_out, shuffle=False, seed=0)  # the seed makes it cacheable
-    return DatasetDict({**splits, "train": parts["train"], "validation": parts["test"]})
+    held_out = round(len(rows) * share)
+    if 0 < held_out < len(rows):
+        parts = rows.train_test_split(test_size=held_out, shuffle=False, seed=0)  # the seed makes it cacheable
+        return DatasetDict({**splits, "train": parts["train"], "validation": parts["test"]})
+    texts = [text for text in rows[args.text_column_name] if text]
+    before, after = _cut_texts(texts, share)
+    parts = {"train": before, "validation": after}
+    if not before or not after:
+        raise ValueError(
+            f"Cannot hold out {args.validation_split_percentage}% of {sum(map(len, texts))} characters of text for "
+            "validation. Give more text, or a validation split (--validation_file)."
+        )
+    return DatasetDict(
+        {**splits, **{split: Dataset.from_dict({args.text_column_name: part}) for split, part in parts.items()}}
+    )
+
+
+def _cut_texts(texts: list[str], share: float) -> tuple[list[str], list[str]]:
+    """Cut a list of texts in two, between two words of a text, so that about a share of the characters comes last."""
+    left = round(sum(map(len, texts)) * (1 - share))
+    for index, text in enumerate(texts):
+        if left < len(text):
+            cut = max(text.rfind(" ", 0, left), text.rfind("\n", 0, left))
+            cut = left if cut < 0 else cut
+            parts = [*texts[:index], text[:cut]], [text[cut:], *texts[index + 1 :]]
+            return [part for part in parts[0] if part], [part for part in parts[1] if part]
+        left -= len(text)
+    return texts, []
 
 
 # --- tokenizer --------------------------------------------------------------------------------------------------------
@@ -413,8 +555,9 @@ def tokenize(
 
     What is tokenized once is taken from the cache of `datasets` by later phases, blocks and processes.
 
-    Packing joins all rows of a split (a streamed one: of every thousand rows) and drops only what is left over after
-    the last whole window.
+    Packing joins all rows of a split and drops only what is left over after the last whole window: texts become a
+    table of one token a row, of which every `max_length` rows make a window. So neither a split nor its tokens are
+    ever held in memory.
 
     Raises:
         ValueError: a split holds too little text for one window.
@@ -423,12 +566,21 @@ def tokenize(
     if not args.packing and tokenizer.pad_token_id is None:
         raise ValueError("One sample a row needs a tokenizer with a pad token; this one has none.")
 
+    token, row = Value("int32"), List(Value("int32"))
     options: dict[str, Any] = {"batched": True}
-    pack_options: dict[str, Any] = {"batched": True, "fn_kwargs": {"length": args.max_length}}
+    cut_options: dict[str, Any] = {
+        "batched": True,
+        "batch_size": max(1, TOKENS_AT_ONCE // args.max_length) * args.max_length,  # whole windows
+        "fn_kwargs": {"length": args.max_length},
+    }
     if not args.streaming:
-        features = Features({"input_ids": List(Value("int32"))})
-        options |= {"num_proc": args.preprocessing_num_workers, "features": features, "desc": "Tokenizing"}
-        pack_options |= {"batch_size": None, "features": features, "desc": "Packing"}
+        options |= {
+            "num_proc": args.preprocessing_num_workers,
+            "features": Features({"input_ids": token if args.packing else row}),
+            "writer_batch_size": TOKENS_AT_ONCE if args.packing else None,
+            "desc": "Tokenizing",
+        }
+        cut_options |= {"features": Features({"input_ids": row}), "desc": "Packing"}
 
     tokens = {}
     for split, rows in splits.items():
@@ -439,22 +591,24 @@ def tokenize(
             prefix, suffix = [], []
         limit = None if args.packing else args.max_length - len(prefix) - len(suffix)
         encode_options = {"tokenizer": tokenizer, "prefix": prefix, "suffix": suffix, "limit": limit}
+        encode_options |= {"column": args.text_column_name, "joined": args.packing}
         if not args.streaming:
             known = encode_options | {"tokenizer": _behaviour(tokenizer)}
-            options["new_fingerprint"] = Hasher.hash((rows._fingerprint, args.text_column_name, _encode, known))
-        tokens[split] = rows.map(
+            options["new_fingerprint"] = Hasher.hash((rows._fingerprint, _encode, known))
+        tokens[split] = rows.with_format("arrow").map(
             _encode,
-            input_columns=args.text_column_name,
             remove_columns=rows.column_names or [args.text_column_name],
             fn_kwargs=encode_options,
             **options,
         )
         if args.packing:
-            tokens[split] = tokens[split].with_format("arrow").map(_pack, **pack_options).with_format(None)
-        if not args.streaming and len(tokens[split]) == 0:
+            tokens[split] = tokens[split].map(_cut_windows, **cut_options)
+        tokens[split] = tokens[split].with_format(None)
+        if next(iter(tokens[split]), None) is None:
+            what = f"one window of {args.max_length} tokens" if args.packing else "one sample"
+            more = ", or hold out more with --validation_split_percentage" * (split == "validation")
             raise ValueError(
-                f"The {split} split has too little text for one window of {args.max_length} tokens. "
-                "Give more text or a smaller --max_length."
+                f"The {split} split has too little text for {what}. Give more text or a smaller --max_length{more}."
             )
     return (IterableDatasetDict if args.streaming else DatasetDict)(tokens)
 
@@ -469,25 +623,39 @@ def _behaviour(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def _encode(
-    texts: list[str | None],
+    table: pa.Table,
     tokenizer: PreTrainedTokenizerBase,
+    column: str,
     prefix: list[int],
     suffix: list[int],
     limit: int | None,
-) -> dict[str, list[list[int]]]:
-    """Token ids of each text that has any, cut to `limit` and put between prefix and suffix."""
+    joined: bool,
+) -> pa.Table:
+    """Token ids of each text of a column that has any, cut to `limit` and put between prefix and suffix.
+
+    With `joined`, every row is one token; otherwise, the tokens of one text.
+    """
+    texts = table[column].to_pylist()
+    for text in texts:
+        if not isinstance(text, str | None):  # further on in a stream
+            raise ValueError(
+                f"The column {column!r} holds {type(text).__name__} in a row ({str(text)[:40]!r}): name a column of "
+                "strings with --text_column_name."
+            )
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    rows = tokenizer([text or "" for text in texts], **options)["input_ids"]
-    return {"input_ids": [prefix + row[:limit] + suffix for row in rows if row]}
+    encoded = tokenizer([text or "" for text in texts], **options)["input_ids"]
+    rows = [prefix + row[:limit] + suffix for row in encoded if row]
+    if joined:
+        return pa.table({"input_ids": pa.array(list(chain.from_iterable(rows)), pa.int32())})
+    return pa.table({"input_ids": pa.array(rows, pa.list_(pa.int32()))})
 
 
-def _pack(table: pa.Table, length: int) -> pa.Table:
-    """Join the rows of a batch and cut them into windows of `length` tokens."""
-    rows = table["input_ids"].combine_chunks()
-    values = rows.flatten()
-    windows = len(values) // length
+def _cut_windows(table: pa.Table, length: int) -> pa.Table:
+    """Windows of `length` tokens from rows of one token; what is left over, at the end of a split, is dropped."""
+    tokens = table["input_ids"].combine_chunks()
+    windows = len(tokens) // length
     offsets = pa.array(np.arange(windows + 1) * length, pa.int32())
-    return pa.table({"input_ids": pa.ListArray.from_arrays(offsets, values[: windows * length])})
+    return pa.table({"input_ids": pa.ListArray.from_arrays(offsets, tokens[: windows * length])})
 
 
 def data_fingerprint(dataset: Dataset | IterableDataset) -> str:

@@ -12,13 +12,14 @@ import evaluate
 import numpy as np
 import torch
 from datasets import Dataset, Features, IterableDataset, Value
+from safetensors import SafetensorError
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from .arguments import BlockArguments
+from .arguments import BlockArguments, one_line, read_config
 from .data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize
 from .modeling_noprop import NoPropForCausalLM
 
@@ -244,6 +245,31 @@ def results_table(rows: list[tuple[str, dict[str, float]]], splits: list[str]) -
         cells = [cell for split in splits for cell in (f"{nats[split]:15.3f}", f"{math.exp(nats[split]):15.1f}")]
         lines.append(f"| {name:{names}} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def load_model(name_or_path: str, num_inference_blocks: int | None = None) -> NoPropForCausalLM:
+    """Load a whole NoProp model, on a GPU if there is one.
+
+    Args:
+        name_or_path: a model directory, or a repository of the Hub.
+        num_inference_blocks: how many blocks are to be run, to check that the model has them.
+
+    Raises:
+        ValueError: there is no such model, it is of another kind, not fully trained or damaged, or has fewer blocks.
+    """
+    config = read_config(name_or_path)
+    if num_inference_blocks is not None and not 0 < num_inference_blocks <= config.num_blocks:
+        raise ValueError(
+            f"{name_or_path} has {config.num_blocks} blocks: --num_inference_blocks must be between 1 and that, got "
+            f"{num_inference_blocks}."
+        )
+    try:
+        model = NoPropForCausalLM.from_pretrained(name_or_path)
+    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "mismatch" not in str(error):
+            raise
+        raise ValueError(f"Cannot load the model {name_or_path!r}: {one_line(error)}") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:

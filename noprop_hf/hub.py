@@ -3,14 +3,17 @@
 import json
 import math
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 
 import yaml
+from httpx import HTTPError
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
 from transformers.utils import CONFIG_NAME
 
-from .arguments import CORPUS_FILE
+from .arguments import CORPUS_FILE, one_line
 from .configuration_noprop import NoPropConfig
 from .evaluation import MODEL_ROW, RESULTS_FILE
 from .model_directory import read_metadata
@@ -55,6 +58,18 @@ def _shared_files(directory: Path) -> dict[str, Path]:
     return files
 
 
+def check_repo_id(repo_id: str) -> None:
+    """Make sure that a repository can have this name.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no name of a repository: write it as user/name.") from error
+
+
 def push_model(
     directory: Path,
     repo_id: str,
@@ -79,7 +94,10 @@ def push_model(
     Raises:
         FileExistsError: the repository holds a model, and `update` is not given.
         PermissionError: there is no token, or it does not allow to write there.
+        ConnectionError: the Hub cannot be reached, or refuses for another reason.
+        ValueError: `repo_id` is no name of a repository.
     """
+    check_repo_id(repo_id)
     files = files_to_push(directory)
     api = HfApi(token=token)
     try:
@@ -98,7 +116,12 @@ def push_model(
                 f"The Hub does not let you write to {repo_id}. Log in with `hf auth login`, or pass a token that may "
                 "write there with --token."
             ) from error
-        raise
+        raise ConnectionError(f"The Hub refused {repo_id}: {one_line(error)}") from error
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        raise ConnectionError(
+            f"The Hub cannot be reached ({one_line(error)}). Nothing of {repo_id} is visible there; run this again "
+            "with a connection, and without HF_HUB_OFFLINE."
+        ) from error
     return commit.commit_url
 
 
@@ -165,14 +188,36 @@ def model_card(
         block_nats=results["details"][splits[-1]]["block_nats"],
         samples=results["samples"],
         shards=shards,
-        has_plot=(directory / PLOT_NAME).is_file(),
+        has_plot=find_spec("matplotlib") is not None,
     )
 
 
-def write_card(directory: Path, repo_id: str, template: Path, license: str | None, language: str | None) -> None:
-    """Write the card of an evaluated model directory, with its picture where matplotlib is installed."""
-    if find_spec("matplotlib") is not None:
-        from .plotting import bound_figure  # matplotlib comes with the extra `plot`
+def card_files(
+    directory: Path, repo_id: str, template: Path, license: str | None, language: str | None
+) -> dict[str, bytes]:
+    """The card of an evaluated model directory, with its picture where matplotlib is installed, by file name.
 
-        bound_figure(directory).savefig(directory / PLOT_NAME, dpi=120)
-    model_card(directory, repo_id, template, license, language).save(directory / CARD_NAME)
+    Raises:
+        ValueError: what training and evaluation left there cannot be read.
+    """
+    files = {}
+    try:
+        if find_spec("matplotlib") is not None:
+            from .plotting import bound_figure  # matplotlib comes with the extra `plot`
+
+            with BytesIO() as picture:
+                bound_figure(directory).savefig(picture, format="png", dpi=120)
+                files[PLOT_NAME] = picture.getvalue()
+        card = model_card(directory, repo_id, template, license, language)
+    except (OSError, KeyError, json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{RESULTS_FILE}, {CORPUS_FILE} or the metadata of a block in {directory} are missing or damaged, so no "
+            f"card can be made ({one_line(error)}). Run scripts/train.py again, or remove {RESULTS_FILE}."
+        ) from error
+    return {CARD_NAME: str(card).encode(), **files}
+
+
+def write_card(directory: Path, repo_id: str, template: Path, license: str | None, language: str | None) -> None:
+    """Write the card of an evaluated model directory."""
+    for name, content in card_files(directory, repo_id, template, license, language).items():
+        (directory / name).write_bytes(content)

@@ -29,7 +29,7 @@ def read_history(folder: Path) -> list[dict[str, float]]:
     for path in (folder, *(checkpoint for _, checkpoint in checkpoints_of(folder))):
         try:
             return json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["log_history"]
-        except (OSError, ValueError):  # not there, or not whole: a run may be writing or removing it now
+        except (OSError, ValueError, LookupError, TypeError):  # a run may be writing or removing it now
             continue
     return []
 
@@ -91,8 +91,11 @@ def bound_figure(directory: Path) -> Figure:
 def draw_bound(axes: Axes, results: Path) -> None:
     """The bound of the chain on the last evaluated split, up to each block, with what that block adds; and beside it
     each block alone and the predictive distribution."""
-    split, nats = list(json.loads(results.read_text(encoding="utf-8"))["details"].items())[-1]
-    totals = np.cumsum(nats["block_nats"])
+    try:
+        split, nats = list(json.loads(results.read_text(encoding="utf-8"))["details"].items())[-1]
+        totals = np.cumsum(nats["block_nats"])
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        raise ValueError(f"{results} is damaged. Remove it and run scripts/train.py again, which evaluates.") from error
     blocks = range(len(totals))
     axes.errorbar(blocks, totals, yerr=nats["block_errors"], marker="o", capsize=4, label="bound of the chain so far")
     for block, (total, part) in enumerate(zip(totals, nats["block_nats"], strict=True)):

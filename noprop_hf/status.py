@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from .arguments import read_config
 from .checkpoints import CHECKPOINTS_FOLDER, checkpoints_of
-from .configuration_noprop import NoPropConfig
 from .meeting_place import MeetingPlace
 from .model_directory import read_metadata
 from .parallel import holder_of
@@ -32,7 +32,7 @@ def local_status(directory: Path) -> list[BlockStatus]:
     """
     if not (directory / EMBEDDINGS_SHARD).is_file():
         raise FileNotFoundError(f"{directory} holds no {EMBEDDINGS_SHARD}: phase 1 is not done, or this is no model.")
-    return [_local_block(directory, index) for index in range(NoPropConfig.from_pretrained(directory).num_blocks)]
+    return [_local_block(directory, index) for index in range(read_config(directory).num_blocks)]
 
 
 def _local_block(directory: Path, block_index: int) -> BlockStatus:
@@ -52,9 +52,9 @@ def remote_status(repo_id: str, token: str | None = None) -> list[BlockStatus]:
     """The blocks of a repository of the Hub.
 
     Raises:
-        OSError: there is no such repository, or it holds no model.
+        ValueError: there is no such repository, or it holds no model.
     """
-    num_blocks = NoPropConfig.from_pretrained(repo_id, token=token).num_blocks
+    num_blocks = read_config(repo_id, token).num_blocks
     place = MeetingPlace(repo_id, None, token)
     published, claims = place.blocks(), place.claims()
     blocks = []
@@ -70,5 +70,12 @@ def remote_status(repo_id: str, token: str | None = None) -> list[BlockStatus]:
 
 def _result(metadata: Mapping[str, str]) -> str:
     names = {"context_nats": "nats on pure noise", "bound_nats": "bound"}
-    figures = [f"{words} {float(metadata[name]):.3f}" for name, words in names.items() if name in metadata]
+    figures = [f"{words} {_rounded(metadata[name])}" for name, words in names.items() if name in metadata]
     return ", ".join([*figures, f"sha256 {metadata.get(CONTENT_HASH, 'unknown')[:12]}"])
+
+
+def _rounded(figure: str) -> str:
+    try:
+        return f"{float(figure):.3f}"
+    except ValueError:
+        return "unknown"

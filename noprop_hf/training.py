@@ -41,6 +41,7 @@ from .arguments import (
     PretrainingArguments,
     check_training_arguments,
     parse_blocks,
+    read_config,
 )
 from .checkpoints import CHECKPOINTS_FOLDER, DurableTrainer
 from .configuration_noprop import NoPropConfig
@@ -200,7 +201,12 @@ def begin(
         tokenizer = load_tokenizer(model_args.tokenizer_name)
     else:
         texts = (text or "" for text in rows.take(TOKENIZER_ROWS)[data_args.text_column_name])
-        tokenizer = train_tokenizer(texts, model_args.vocab_size or 4096, data_args.max_length)
+        vocab_size = model_args.vocab_size or 4096
+        tokenizer = train_tokenizer(texts, vocab_size, data_args.max_length)
+        if len(tokenizer) < vocab_size:
+            logger.warning(
+                f"The tokenizer has {len(tokenizer)} entries, not {vocab_size}: the text is too small for more."
+            )
     tokenizer = prompt_tokenizer(tokenizer, data_args)
     config = build_config(model_args, data_args, tokenizer, source)
     if source is None and config.pretraining_objective != "clm" and tokenizer.mask_token is None:
@@ -322,11 +328,16 @@ def build_config(
 def load_config(directory: Path, model_args: ModelArguments) -> NoPropConfig:
     """The configuration of a model directory.
 
+    `vocab_size` is what a tokenizer was to be trained to: on a small text, it has fewer entries.
+
     Raises:
         ValueError: it is not the one that `model_args` ask for.
     """
-    config = NoPropConfig.from_pretrained(directory)
+    config = read_config(directory)
+    trained_tokenizer = model_args.tokenizer_name is None and model_args.embeddings_from is None
     for name, value in model_args.config_fields().items():
+        if name == "vocab_size" and trained_tokenizer and config.vocab_size <= value:
+            continue
         if getattr(config, name) != value:
             raise ValueError(
                 f"{directory} holds a model with {name}={getattr(config, name)}, but {name}={value} is asked for. "

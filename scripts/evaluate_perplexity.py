@@ -11,12 +11,9 @@ of its own, and what is printed is what the `perplexity` metric of `evaluate` gi
 import math
 from dataclasses import dataclass, field
 
-import torch
-from transformers import AutoModelForCausalLM
-
-from noprop_hf.arguments import parse_arguments
+from noprop_hf.arguments import entry_point, parse_arguments
 from noprop_hf.data import DataArguments, load_corpus, load_tokenizer, tokenize
-from noprop_hf.evaluation import Perplexity, evaluate_model
+from noprop_hf.evaluation import Perplexity, evaluate_model, load_model
 
 
 @dataclass
@@ -25,24 +22,30 @@ class EvaluationArguments:
     batch_size: int = field(default=32, metadata={"help": "Windows evaluated at once."})
     seed: int = field(default=0, metadata={"help": "Seed of the noise of the bound."})
 
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"--batch_size must be at least 1, got {self.batch_size}.")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed must be at least 0, got {self.seed}.")
 
+
+@entry_point
 def main() -> None:
     name, args, data_args = parse_arguments((EvaluationArguments, DataArguments), __doc__, model=True)
+    model, tokenizer = load_model(name), load_tokenizer(name)
     corpus = load_corpus(data_args)
     if args.split not in corpus:
         raise SystemExit(f"The corpus has no {args.split!r} split, only {', '.join(corpus)}: choose one with --split.")
     corpus = {args.split: corpus[args.split]}
     if not data_args.packing:
-        texts = [row[data_args.text_column_name] for row in corpus[args.split]]
-        result = Perplexity().compute(
-            predictions=[text for text in texts if text], model_id=name, batch_size=args.batch_size
-        )
+        texts = [row[data_args.text_column_name] or "" for row in corpus[args.split]]
+        texts = [text for text in texts if tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+        if not texts:
+            raise SystemExit(f"There is no text in {args.split} that has a token.")
+        result = Perplexity().compute(predictions=texts, model_id=name, batch_size=args.batch_size)
         print(f"{len(result['perplexities'])} texts of {args.split}")
         print(f"  mean perplexity          {result['mean_perplexity']:.6f}")
         return
-    tokenizer = load_tokenizer(name)
-    model = AutoModelForCausalLM.from_pretrained(name)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
     rows = tokenize(corpus, tokenizer, data_args)[args.split]
     nats = evaluate_model(model, rows, tokenizer, args.batch_size, args.seed)
     print(f"{nats.num_tokens} tokens of {args.split}")

@@ -8,24 +8,25 @@ python scripts/plot_run.py runs/demo --save curves.png
 import argparse
 from pathlib import Path
 
-
-try:
-    from noprop_hf.plotting import draw_run
-except ModuleNotFoundError as error:
-    raise SystemExit(f"Curves are drawn with matplotlib ({error}): pip install matplotlib.") from error
+from noprop_hf.arguments import NO_MATPLOTLIB, entry_point, picture
 
 
+@entry_point
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="a model directory")
-    parser.add_argument("--save", type=Path, help="write the picture here; curves.png in the directory if not given")
+    parser.add_argument("--save", type=picture, help="write the picture here; curves.png in the directory if not given")
     args = parser.parse_args()
+    if not args.directory.is_dir():
+        parser.error(f"{args.directory} is not a directory: give the --output_dir of a run.")
     try:
-        figure = draw_run(args.directory)
-    except FileNotFoundError as error:
-        raise SystemExit(str(error)) from error
+        from noprop_hf.plotting import draw_run
+    except ModuleNotFoundError as error:
+        if "matplotlib" not in str(error):
+            raise
+        parser.error(NO_MATPLOTLIB)
     path = args.save or args.directory / "curves.png"
-    figure.savefig(path, dpi=120)
+    draw_run(args.directory).savefig(path, dpi=120)
     print(f"The picture is in {path}.")
 
 

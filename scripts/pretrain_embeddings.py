@@ -5,11 +5,12 @@ python scripts/pretrain_embeddings.py recipes/demo.yaml
 accelerate launch scripts/pretrain_embeddings.py recipes/demo.yaml --push_to_hub true --hub_model_id user/name
 """
 
-from noprop_hf.arguments import parse_recipe
+from noprop_hf.arguments import entry_point, parse_recipe
 from noprop_hf.meeting_place import meeting_place
 from noprop_hf.training import pretrain_embeddings
 
 
+@entry_point
 def main() -> None:
     recipe = parse_recipe(__doc__, parallelism="data")
     if recipe.run.dry_run:

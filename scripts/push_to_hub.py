@@ -8,13 +8,15 @@ python scripts/push_to_hub.py runs/demo user/name --dry_run
 import argparse
 from pathlib import Path
 
+from noprop_hf.arguments import entry_point
 from noprop_hf.evaluation import RESULTS_FILE
-from noprop_hf.hub import files_to_push, push_model, write_card
+from noprop_hf.hub import card_files, check_repo_id, files_to_push, push_model, write_card
 
 
 TEMPLATE = Path(__file__).parent.parent / "model_card.md"
 
 
+@entry_point
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a model directory with all blocks")
@@ -28,20 +30,22 @@ def main() -> None:
     parser.add_argument("--dry_run", action="store_true", help="say what would be uploaded, and upload nothing")
     args = parser.parse_args()
 
-    try:
-        files_to_push(args.model)  # tells what is missing
-        if (args.model / RESULTS_FILE).is_file():
-            write_card(args.model, args.repo_id, TEMPLATE, args.license, args.language)
-        else:
-            print(f"There is no {RESULTS_FILE} in {args.model}, so no card is made: scripts/train.py writes it.")
-        if args.dry_run:
-            for name, path in files_to_push(args.model).items():
-                print(f"{path.stat().st_size:12,}  {name}")
-            print(f"would go to {args.repo_id} in one commit")
-            return
-        url = push_model(args.model, args.repo_id, args.private, args.token, args.update, args.commit_message)
-    except (FileNotFoundError, FileExistsError, PermissionError) as error:
-        raise SystemExit(str(error)) from error
+    check_repo_id(args.repo_id)
+    sizes = {name: path.stat().st_size for name, path in files_to_push(args.model).items()}
+    has_card = (args.model / RESULTS_FILE).is_file()
+    if not has_card:
+        print(f"There is no {RESULTS_FILE} in {args.model}, so no card is made: scripts/train.py writes it.")
+    card = (args.model, args.repo_id, TEMPLATE, args.license, args.language)
+    if args.dry_run:
+        if has_card:
+            sizes |= {name: len(content) for name, content in card_files(*card).items()}
+        for name, size in sizes.items():
+            print(f"{size:12,}  {name}")
+        print(f"would go to {args.repo_id} in one commit")
+        return
+    if has_card:
+        write_card(*card)
+    url = push_model(args.model, args.repo_id, args.private, args.token, args.update, args.commit_message)
     print(f"Uploaded: {url}")
 
 

@@ -11,7 +11,7 @@ python scripts/train.py recipes/demo.yaml --push_to_hub true --hub_model_id user
 import time
 from pathlib import Path
 
-from noprop_hf.arguments import Recipe, parse_recipe
+from noprop_hf.arguments import Recipe, entry_point, parse_recipe
 from noprop_hf.checkpoints import CHECKPOINTS_FOLDER
 from noprop_hf.evaluation import RESULTS_FILE, report
 from noprop_hf.hub import push_model, write_card
@@ -25,6 +25,7 @@ from noprop_hf.training import pretrain_embeddings, train_blocks
 TEMPLATE = Path(__file__).parent.parent / "model_card.md"
 
 
+@entry_point
 def main() -> None:
     begin = time.time()
     recipe = parse_recipe(__doc__)

@@ -9,11 +9,12 @@ Workers that never meet share a repository of the Hub. Each takes the table from
 python scripts/train_blocks.py recipes/demo.yaml --blocks 3 --push_to_hub true --hub_model_id user/name
 """
 
-from noprop_hf.arguments import parse_recipe
+from noprop_hf.arguments import entry_point, parse_recipe
 from noprop_hf.meeting_place import meeting_place
 from noprop_hf.training import train_blocks
 
 
+@entry_point
 def main() -> None:
     recipe = parse_recipe(__doc__)
     if recipe.run.dry_run:

@@ -6,14 +6,12 @@ python scripts/watch.py runs/demo "Return the " --save chain.png
 """
 
 import argparse
-from importlib.util import find_spec
 
-import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM
 
-import noprop_hf  # noqa: F401  registers the model
+from noprop_hf.arguments import entry_point, number, picture
 from noprop_hf.data import load_tokenizer
+from noprop_hf.evaluation import load_model
 from noprop_hf.watching import figure, table, watch
 
 
@@ -24,32 +22,27 @@ LEGEND = (
 )
 
 
+@entry_point
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a model directory, or a repository of the Hub")
     parser.add_argument("prompt", help="the text to continue")
-    parser.add_argument("--max_new_tokens", type=int, default=8)
-    parser.add_argument("--num_candidates", type=int, default=4, help="tokens shown for each block")
-    parser.add_argument("--num_inference_blocks", type=int, default=None, help="run only the first blocks")
-    parser.add_argument("--num_trajectories", type=int, default=1, help="chains to average")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save", help="write the picture here, such as chain.png")
+    parser.add_argument("--max_new_tokens", type=number(int, 1), default=8)
+    parser.add_argument("--num_candidates", type=number(int, 1), default=4, help="tokens shown for each block")
+    parser.add_argument("--num_inference_blocks", type=number(int, 1), help="run only the first blocks")
+    parser.add_argument("--num_trajectories", type=number(int, 1), default=1, help="chains to average")
+    parser.add_argument("--temperature", type=number(float, 0), default=1.0, help="0 takes the likeliest token")
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
+    parser.add_argument("--save", type=picture, help="write the picture here, such as chain.png")
     args = vars(parser.parse_args())
 
     name, save = args.pop("model"), args.pop("save")
-    if save and find_spec("matplotlib") is None:
-        parser.error("--save draws with matplotlib, which is not installed: pip install matplotlib.")
     console, tokens = Console(), []
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name).to("cuda" if torch.cuda.is_available() else "cpu")
-        tokenizer = load_tokenizer(name)
-        console.print(LEGEND, markup=False)
-        for token in watch(model, tokenizer, **args):
-            tokens.append(token)
-            console.print(table(token))
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+    model, tokenizer = load_model(name, args["num_inference_blocks"]), load_tokenizer(name)
+    console.print(LEGEND, markup=False)
+    for token in watch(model, tokenizer, **args):
+        tokens.append(token)
+        console.print(table(token))
     console.print(args["prompt"] + (tokens[-1].text if tokens else ""), markup=False)
     if save and tokens:
         figure(args["prompt"], tokens).savefig(save, dpi=120)

@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import subprocess
@@ -5,10 +6,11 @@ import sys
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 from transformers import AutoTokenizer
 
 from conftest import sentences
+from noprop_hf import data
 from noprop_hf.data import (
     CausalCollator,
     DataArguments,
@@ -183,6 +185,33 @@ def test_other_tokens_are_not_taken_from_the_cache(corpus_file, tokenizer):
     assert all(one != another for i, one in enumerate(rows) for another in rows[:i])
 
 
+@pytest.mark.parametrize(("tokens_at_once", "streaming"), [(1, False), (1000, False), (100, True), (2**17, True)])
+def test_windows_are_those_of_the_joined_text(tokenizer, monkeypatch, tokens_at_once, streaming):
+    """Joining everything and cutting it is the reference, whatever is read at once; most rows are shorter than one."""
+    monkeypatch.setattr(data, "TOKENS_AT_ONCE", tokens_at_once)
+    texts = [" ".join(text.split()[: index % 5]) or None for index, text in enumerate(sentences(1500))]
+    splits = DatasetDict(train=Dataset.from_dict({"text": texts}))
+    if streaming:
+        splits = IterableDatasetDict(train=splits["train"].to_iterable_dataset(num_shards=3))
+    args = DataArguments(dataset_name="some/documents", max_length=12, streaming=streaming)
+    windows = tokenize(splits, tokenizer, args)["train"]
+    encoded = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts if text]
+    joined = [token for row in encoded for token in row]
+    expected = [joined[i : i + 12] for i in range(0, len(joined) - 11, 12)]
+    assert [row["input_ids"] for row in windows] == expected and len(expected) > 100
+    assert [row["input_ids"] for row in windows.skip(7)] == expected[7:]  # what a run that goes on reads
+
+
+def test_a_stream_of_rows_that_are_too_short_for_a_window_by_the_thousand(tokenizer):
+    rows = Dataset.from_dict({"text": ["a"] * 2500})
+    args = DataArguments(dataset_name="some/lines", max_length=1200, streaming=True, append_eos=False)
+    stream = IterableDatasetDict(train=rows.to_iterable_dataset())
+    assert [len(row["input_ids"]) for row in tokenize(stream, tokenizer, args)["train"]] == [1200, 1200]
+    args.max_length = 4000
+    with pytest.raises(ValueError, match="too little text for one window of 4000 tokens"):
+        tokenize(stream, tokenizer, args)
+
+
 def test_windows_do_not_depend_on_the_number_of_workers(corpus_file, tokenizer):
     rows = []
     for workers in (None, 2):
@@ -213,6 +242,32 @@ def test_masks_come_from_the_batch_and_the_seed(tokenizer):
     assert (first["input_ids"][masked] == tokenizer.mask_token_id).float().mean().item() == pytest.approx(0.8, abs=0.05)
 
 
+@pytest.mark.parametrize("text", ["x" * 600, "one line of words, " * 60, "two long lines\nof words " * 40])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_few_rows_are_held_out_from_by_text(tmp_path, tokenizer, text, streaming):
+    (tmp_path / "few.txt").write_text(text)
+    file = str(tmp_path / "few.txt")
+    args = DataArguments(train_file=file, max_length=4, validation_split_percentage=5)
+    if streaming:
+        args.streaming, args.validation_file = True, file
+    corpus = load_corpus(args)
+    assert all(next(iter(rows), None) for rows in tokenize(corpus, tokenizer, args).values())
+    if not streaming:
+        assert "".join([*corpus["train"]["text"], *corpus["validation"]["text"]]) == text
+        assert len("".join(corpus["validation"]["text"])) == pytest.approx(0.05 * len(text), abs=20)
+
+
+@pytest.mark.parametrize("ending", ["txt", "csv", "jsonl"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_byte_order_mark_is_no_text(tmp_path, ending, streaming):
+    lines = {"txt": sentences(40), "csv": ["text", *sentences(40)]}
+    lines["jsonl"] = [json.dumps({"text": text}) for text in sentences(40)]
+    path = tmp_path / f"data.{ending}"
+    path.write_text("\n".join(lines[ending]), encoding="utf-8-sig")
+    args = DataArguments(train_file=str(path), validation_file=str(path), streaming=streaming)
+    assert next(iter(load_corpus(args)["train"]))["text"].rstrip("\n") == sentences(1)[0]
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -237,6 +292,67 @@ def test_too_little_text(tmp_path, tokenizer):
     args = DataArguments(train_file=str(tmp_path / "short.txt"), validation_split_percentage=50, max_length=64)
     with pytest.raises(ValueError, match="too little text"):
         tokenize(load_corpus(args), tokenizer, args)
+
+
+def json_lines(values) -> bytes:
+    return "".join(json.dumps({"id": 1, "text": value}) + "\n" for value in values).encode()
+
+
+TEXTS = sentences(40)
+UNREADABLE = [
+    ("numbers.csv", "text\n1\n2\n3\n", "no text in its column 'text' but (Value\\('int64'\\)|int)"),
+    ("numbers.jsonl", json_lines(range(40)), "no text in its column 'text' but"),
+    ("lists.jsonl", json_lines([["a", "b"]] * 40), "no text in its column 'text' but"),
+    ("chat.jsonl", json_lines([[{"role": "user", "content": text}] for text in TEXTS]), "chat messages"),
+    ("mixed.jsonl", json_lines([*TEXTS, 3]), "--text_column_name"),
+    ("only_none.jsonl", json_lines([None] * 40), "too little text"),
+    ("cut.jsonl", json_lines(TEXTS)[:-9], "cut.jsonl.*(line 40 is not JSON|Missing a closing quotation)"),
+    ("array.json", json.dumps([{"text": text} for text in TEXTS])[:-9].encode(), "Cannot read .*array.json"),
+    ("scalars.jsonl", b"1\n2\n", "Cannot read .*scalars.jsonl"),
+    ("ragged.csv", "text,b\na,b\nc,d,e\n", "Cannot read .*ragged.csv.* line 3"),
+    ("header.csv", "text\n", "header.csv.*(no rows|is empty)"),
+    ("latin1.txt", "\n".join([*TEXTS, "caf\u00e9"]).encode("latin-1"), "latin1.txt.* not UTF-8 text, first in line 41"),
+    ("utf16.txt", "\n".join(TEXTS).encode("utf-16"), "not UTF-8 text.* utf-16"),
+    ("utf16.jsonl", "\n".join(TEXTS).encode("utf-16-le"), "not UTF-8 text.* utf-16"),
+    ("cut.txt", "\n".join([*TEXTS, "caf\u00e9"]).encode()[:-1], "not UTF-8 text, first in line 41"),
+    ("packed.txt", gzip.compress(b"the cat " * 90), "not UTF-8 text.* compressed"),
+    ("no.parquet", b"PAR1 and nothing more", "Cannot read .*no.parquet"),
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("name", "content", "message"), UNREADABLE, ids=[case[0] for case in UNREADABLE])
+def test_files_that_hold_no_text(tmp_path, tokenizer, name, content, message, streaming):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    args = DataArguments(train_file=str(path), validation_file=str(path), streaming=streaming, max_length=16)
+    with pytest.raises(ValueError, match=message):
+        for rows in tokenize(load_corpus(args), tokenizer, args).values():
+            list(rows)
+
+
+def test_none_is_skipped(tmp_path, tokenizer):
+    (tmp_path / "some.jsonl").write_bytes(json_lines([None, *TEXTS, None]))
+    args = DataArguments(train_file=str(tmp_path / "some.jsonl"), packing=False, max_length=64)
+    assert sum(map(len, tokenize(load_corpus(args), tokenizer, args).values())) == 40
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [("no/such", "Cannot read the dataset 'no/such'"), ("a.txt", "--train_file"), ("empty", "any data files")],
+)
+def test_unknown_datasets(tmp_path, monkeypatch, dataset, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=message):
+        load_corpus(DataArguments(dataset_name=dataset))
+
+
+@pytest.mark.parametrize("name", ["max_train_samples", "max_eval_samples", "preprocessing_num_workers"])
+def test_numbers_of_nothing(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be at least 1"):
+        DataArguments(dataset_name="x", **{name: 0})
 
 
 def test_missing_column(corpus_file):

@@ -330,7 +330,9 @@ def test_scales_at_the_start_do_not_depend_on_the_width():
         block = DenoisingBlock(NoPropConfig(vocab_size=4096, hidden_size=width, num_blocks=2, num_layers_per_block=1))
         rows = standardize(torch.randn(4096, width))
         entering = []
-        block.encoder.input_projection.register_forward_hook(lambda module, args, output: entering.append(output))
+        block.encoder.input_projection.register_forward_hook(
+            lambda module, args, output, entering=entering: entering.append(output)
+        )
         block.encoder(rows[None, :64], **block.encoder.attention_inputs(rows[None, :64]))
         assert torch.allclose(entering[0].norm(dim=-1), torch.ones(1, 64), atol=1e-4)
         answers = block.head(rows[:64])[0]  # states have a root mean square of 1, as rows have
