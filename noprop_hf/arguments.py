@@ -460,8 +460,11 @@ def _check_training(args: TrainingArguments, pretraining: Collection[str] = ()) 
     for name in ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"):
         if not 0 <= getattr(args, name) < math.inf:
             raise ValueError(f"{flag(name)} must be a number of at least 0, got {getattr(args, name)}.")
-    if args.max_steps == 0 or (args.max_steps < 0 and not 0 < args.num_train_epochs < math.inf):
-        raise ValueError(f"{flag('max_steps')} or {flag('num_train_epochs')} must be positive, or nothing is trained.")
+    if args.max_steps == 0 or args.max_steps < -1 or not 0 < args.num_train_epochs < math.inf:
+        raise ValueError(
+            f"{flag('max_steps')} must be positive, or -1 to train for {flag('num_train_epochs')}, a positive number: "
+            f"got {args.max_steps} and {args.num_train_epochs}."
+        )
     for name in ("seed", "data_seed"):
         if not 0 <= (getattr(args, name) or 0) < 2**32:
             raise ValueError(f"--{name} must be between 0 and 2^32 - 1, got {getattr(args, name)}.")

@@ -1,6 +1,7 @@
 """A key-value cache in the layout of every model of transformers, whose memory suits blocks that run side by side."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -154,7 +155,7 @@ class BlockCache(DynamicCache):
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config=config)
-        self.layers = [GrowingLayer() for _ in self.layers]
+        self.layers: list[Any] = [GrowingLayer() for _ in range(config.num_hidden_layers)]
 
 
 __all__ = ["BlockCache"]

@@ -119,7 +119,7 @@ class NoPropGenerationMixin(GenerationMixin):
         is_given = "cache" in model_kwargs
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         made = None if is_given else model_kwargs.get("cache")
-        if type(made) is DynamicCache and not made.offloading:
+        if made is not None and type(made) is DynamicCache and not made.offloading:
             model_kwargs["cache"] = BlockCache(self.config)
 
     @torch.no_grad()

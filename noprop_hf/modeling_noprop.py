@@ -13,7 +13,7 @@ Method: NoProp (Li, Teh, Pascanu 2025, arXiv 2503.24322), with the noise enterin
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -219,6 +219,7 @@ class ContextEncoder(nn.Module):
         scale = math.sqrt(inputs_embeds.shape[-1])
         hidden_states = self.input_projection(inputs_embeds / scale)
         if self.state_projection is not None:
+            assert previous_states is not None
             hidden_states = hidden_states + self.state_projection(previous_states / scale)
         for layer in self.layers:
             hidden_states = layer(hidden_states, **attention_inputs)
@@ -234,6 +235,7 @@ class DenoisingHead(nn.Module):
 
     def __init__(self, config: NoPropConfig, level: float):
         super().__init__()
+        assert config.correction_size is not None
         self.evidence_scale = math.sqrt(level**2 + level)  # root mean square of the evidence at this level
         self.readout = linear(config.hidden_size, config.hidden_size, init.orthogonal_)
         self.correction = nn.Sequential(
@@ -545,7 +547,7 @@ class NoPropModel(NoPropPreTrainedModel):
     `context_source="previous_block"`, each reads the states of the one before as well)."""
 
     # The forward passes that are bypassed where blocks run side by side.
-    _forwards = {
+    _forwards: Mapping[type, Callable] = {
         **LLAMA_FORWARDS,
         DenoisingBlock: DenoisingBlock.forward,
         ContextEncoder: ContextEncoder.forward,

@@ -39,9 +39,11 @@ def main() -> None:
     corpus = {args.split: corpus[args.split]}
     if not data_args.packing:
         texts = [row[data_args.text_column_name] or "" for row in corpus[args.split]]
-        texts = [text for text in texts if tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+        lengths = map(len, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+        shortest = 2 if tokenizer.bos_token_id is None else 1  # without a start, the first token is not predicted
+        texts = [text for text, length in zip(texts, lengths, strict=True) if length >= shortest]
         if not texts:
-            raise SystemExit(f"There is no text in {args.split} that has a token.")
+            raise SystemExit(f"No text of the {args.split} split has a token to predict: choose another --split.")
         result = Perplexity().compute(predictions=texts, model_id=name, batch_size=args.batch_size)
         print(f"{len(result['perplexities'])} texts of {args.split}")
         print(f"  mean perplexity          {result['mean_perplexity']:.6f}")

@@ -1,22 +1,34 @@
-"""Blocks side by side say what they say one by one."""
+"""Blocks side by side compute what they compute one by one, in every cache and whatever was done to their modules."""
 
 import copy
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from conftest import tokens
-from noprop_hf import NoPropConfig, NoPropForCausalLM
-from noprop_hf.stacked_noprop import ROWS_AT_ONCE, GrowingLayer, can_be_stacked
+from noprop_hf import NoPropConfig, NoPropForCausalLM, modeling_noprop
+from noprop_hf.cache_noprop import BlockCache, GrowingLayer, write
+from noprop_hf.side_by_side_noprop import ROWS_AT_ONCE
 
 
 @pytest.fixture
-def one_by_one(model):
-    """The same model, which cannot run its blocks side by side."""
-    other = copy.deepcopy(model)
-    other.model.stacked_blocks = lambda **kwargs: None
-    return other
+def counted(monkeypatch):
+    """How often blocks ran side by side."""
+    calls = []
+    encode = modeling_noprop.encode_side_by_side
+    monkeypatch.setattr(modeling_noprop, "encode_side_by_side", lambda *a, **k: calls.append(1) or encode(*a, **k))
+    return calls
+
+
+def close(ours, theirs) -> None:
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def with_gradients(model, *args, **kwargs) -> torch.Tensor:
+    """The log-probabilities by the modules of the blocks, one by one."""
+    with torch.enable_grad():
+        return model(*args, **kwargs).logits.detach()
 
 
 @pytest.fixture(autouse=True)
@@ -25,80 +37,176 @@ def inference():
         yield
 
 
-def close(ours, theirs) -> None:
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize("num_inference_blocks", [None, 1, 2])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_padded_and_shortened(model, one_by_one, num_inference_blocks, attention):
+def test_padded_and_shortened(model, counted, num_inference_blocks, attention):
     input_ids, mask = tokens(3, 9), torch.ones(3, 9, dtype=torch.long)
     mask[0, :4] = 0
-    outputs = []
-    for either in (model, one_by_one):
-        either.set_attn_implementation(attention)
-        outputs.append(either.model(input_ids, attention_mask=mask, num_inference_blocks=num_inference_blocks))
-    assert model.model.stacked_blocks() is not None
+    model.set_attn_implementation(attention)
+    options = {"attention_mask": mask, "num_inference_blocks": num_inference_blocks}
+    ours = model.model(input_ids, **options)
+    assert counted
+    with torch.enable_grad():
+        theirs = model.model(input_ids, **options)
+    assert len(counted) == 1
     seen = mask.bool()
-    close(outputs[0].last_hidden_state[seen], outputs[1].last_hidden_state[seen])
-    for ours, theirs in zip(outputs[0].context_states, outputs[1].context_states, strict=True):
-        close(ours[seen], theirs[seen])
+    close(ours.last_hidden_state[seen], theirs.last_hidden_state[seen].detach())
+    close(ours.bias, theirs.bias.detach())
+    for one, other in zip(ours.context_states, theirs.context_states, strict=True):
+        close(one[seen], other[seen].detach())
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("rows_at_once", [1, 27, 2**20])
-def test_a_prompt_in_groups_of_blocks_and_with_one_answer(model, one_by_one, attention, rows_at_once, monkeypatch):
+def test_a_prompt_in_groups_of_blocks_and_with_one_answer(model, counted, attention, rows_at_once, monkeypatch):
     monkeypatch.setitem(ROWS_AT_ONCE, "cpu", rows_at_once)  # 3 rows of 9 tokens: one block, one block, all blocks
     input_ids, mask = tokens(3, 9), torch.ones(3, 9, dtype=torch.long)
+    model.set_attn_implementation(attention)
     for padding in (0, 4):
         mask[0, :padding] = 0
-        for either in (model, one_by_one):
-            either.set_attn_implementation(attention)
-        cache = DynamicCache()
+        cache = BlockCache(model.config)
         last = model(input_ids, attention_mask=mask, cache=cache, use_cache=True, logits_to_keep=1).logits
-        expected = one_by_one(input_ids, attention_mask=mask).logits
+        expected = with_gradients(model, input_ids, attention_mask=mask)
         close(last, expected[:, -1:])
         close(model(input_ids, attention_mask=mask).logits[mask.bool()], expected[mask.bool()])
         more, longer = tokens(3, 2), torch.cat([mask, mask.new_ones(3, 2)], dim=1)
         after = model(more, attention_mask=longer, cache=cache).logits
-        whole = one_by_one(torch.cat([input_ids, more], dim=1), attention_mask=longer).logits
-        close(after, whole[:, -2:])
+        close(after, with_gradients(model, torch.cat([input_ids, more], dim=1), attention_mask=longer)[:, -2:])
+    assert len(counted) == 6
 
 
-def test_shared_key_heads(monkeypatch):
+def test_shared_key_heads(monkeypatch, counted):
     sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_blocks": 3, "num_layers_per_block": 2}
     model = NoPropForCausalLM(NoPropConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
     for parameter in model.parameters():
         parameter += 0.1 * torch.randn_like(parameter)
     input_ids = tokens(2, 7)
-    with torch.enable_grad():
-        expected = model(input_ids).logits.detach()  # gradients run through the blocks one by one
+    expected = with_gradients(model, input_ids)
     close(model(input_ids).logits, expected)
     monkeypatch.setitem(ROWS_AT_ONCE, "cpu", 1)  # block by block into one cache
-    cache = DynamicCache()
+    cache = BlockCache(model.config)
     pieces = [model(piece, cache=cache, use_cache=True).logits for piece in input_ids.split([5, 2], dim=1)]
     close(torch.cat(pieces, dim=1), expected)
+    assert len(counted) == 3
 
 
-def test_the_cache_holds_the_heads_of_all_blocks(model, one_by_one):
-    input_ids, cache = tokens(2, 8), DynamicCache()
-    pieces = [model(piece, cache=cache, use_cache=True).logits for piece in input_ids.split([5, 2, 1], dim=1)]
-    close(torch.cat(pieces, dim=1), one_by_one(input_ids).logits)
-    config = model.config
-    assert len(cache.layers) == config.num_layers_per_block
-    assert cache.layers[0].keys.shape[1] == config.num_blocks * config.num_key_value_heads
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_and_in_half_precision(model, counted, dtype):
+    """As evaluation in mixed precision runs them; to the rounding of the dtype."""
+    input_ids = tokens(2, 7)
+    for half, autocast in ((model, True), (copy.deepcopy(model).to(torch.bfloat16), False)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            ours, theirs = half(input_ids).logits, with_gradients(half, input_ids)
+            assert torch.allclose(ours, theirs, atol=0.1)
+            expected = with_gradients(model.float(), input_ids)
+            assert (ours - expected).abs().mean() < 0.1
+    assert len(counted) == 2
 
 
-def test_a_cache_that_grows_is_the_stock_one(model):
-    """Through growth, cropping, and what beam search does with a cache."""
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+PREFIX, REST = tokens(2, 5), tokens(2, 8)[:, 5:]
+WAYS = {
+    "side by side": lambda: (torch.no_grad(), {}),
+    "in inference mode": lambda: (torch.inference_mode(), {}),
+    "with gradients": lambda: (torch.enable_grad(), {}),
+    "with hidden states": lambda: (torch.no_grad(), {"output_hidden_states": True}),
+    "with two blocks": lambda: (torch.no_grad(), {"num_inference_blocks": 2}),
+}
+CACHES = {
+    "made by the model": lambda config: None,
+    "ours": BlockCache,
+    "stock": lambda config: DynamicCache(config=config),
+    "stock without configuration": lambda config: DynamicCache(),
+    "static": lambda config: StaticCache(config=config, max_cache_len=20),
+}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("first", WAYS)
+@pytest.mark.parametrize("then", WAYS)
+def test_every_way_continues_from_the_cache_of_every_other(model, kind, first, then):
+    if kind == "static" and {first, then} & {"with gradients", "in inference mode"}:
+        pytest.skip("a static cache is written in place")
+    blocks = 2 if "with two blocks" in (first, then) else 3
+    context, options = WAYS[first]()
+    with context:
+        cache = model(PREFIX, cache=CACHES[kind](model.config), use_cache=True, **options).cache
+    context, options = WAYS[then]()
+    with context:
+        if first == "with two blocks" != then:
+            with pytest.raises(ValueError, match="num_inference_blocks=2"):
+                model(REST[:, :1], cache=cache)
+            options = {**options, "num_inference_blocks": 2}
+        pieces = [model(piece, cache=cache, use_cache=True, **options).logits for piece in REST.split([1, 2], 1)]
+    expected = with_gradients(model, torch.cat([PREFIX, REST], 1), num_inference_blocks=blocks)[:, 5:]
+    close(torch.cat(pieces, 1).detach().clone(), expected)
+
+
+@pytest.mark.parametrize("implementation", ["static", "dynamic", None])
+def test_the_first_token_in_every_cache_of_generate(model, implementation):
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    output = model.generate(PREFIX, cache_implementation=implementation, **options)
+    for step, logits in enumerate(output.logits):
+        close(logits.log_softmax(-1), with_gradients(model, output.sequences[:, : 5 + step])[:, -1])
+
+
+@pytest.mark.slow
+def test_continuous_batching(model):
+    prompts = [[3, 7, 11, 4], [9, 2]]
+    config = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1)
+    expected = [model.generate(torch.tensor([row]), config)[0, len(row) :].tolist() for row in prompts]
+    outputs = model.generate_batch(prompts, generation_config=config)
+    assert [output.generated_tokens for output in outputs.values()] == expected
+
+
+def test_shallow_copies_of_a_cache_go_their_own_ways(model):
+    cache = model(PREFIX, use_cache=True).cache
+    copies = []
+    for _ in range(2):
+        copies.append(copy.copy(cache))
+        copies[-1].layers = [copy.copy(layer) for layer in cache.layers]
+    rests = REST, 49 - REST
+    for step in range(3):
+        for other, rest in zip(copies, rests, strict=True):
+            logits = model(rest[:, step : step + 1], cache=other).logits
+            close(logits[:, 0], with_gradients(model, torch.cat([PREFIX, rest[:, : step + 1]], 1))[:, -1])
+    close(model(REST, cache=cache).logits, with_gradients(model, torch.cat([PREFIX, REST], 1))[:, 5:])
+
+
+def test_the_cache_has_the_layout_of_every_model(model):
+    ours, stock = BlockCache(model.config), DynamicCache(config=model.config)
+    for cache in (ours, stock):
+        for piece in torch.cat([PREFIX, REST], 1).split([5, 1, 2], 1):
+            model(piece, cache=cache)
+    assert len(ours.layers) == len(stock.layers) == model.config.num_hidden_layers
+    for mine, theirs in zip(ours.layers, stock.layers, strict=True):
+        close(mine.keys, theirs.keys)
+        close(mine.values, theirs.values)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_cache_that_grows_is_the_stock_one(together):
+    """Through growth, cropping, and what beam search does with a cache; for layers that share memory and for one."""
     torch.manual_seed(0)
     stock, ours = DynamicCache(), DynamicCache()
-    ours.layers = [GrowingLayer()]
+    ours.layers = [GrowingLayer() for _ in range(3)]
 
     def grow(length: int, batch: int) -> None:
-        keys, values = torch.randn(batch, 3, length, 4), torch.randn(batch, 3, length, 4)
-        for mine, theirs in zip(ours.update(keys, values, 0), stock.update(keys, values, 0), strict=True):
-            assert torch.equal(mine, theirs)
+        keys, values = torch.randn(batch, 6, length, 4), torch.randn(batch, 6, length, 4)
+        parts = [(keys[:, i : i + 2], values[:, i : i + 2]) for i in (0, 2, 4)]
+        expected = [stock.update(*part, index) for index, part in enumerate(parts)]
+        if together:
+            found = write(ours.layers, keys, values)
+            expected = [torch.cat(states, 1) for states in zip(*expected, strict=True)]
+            assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+        else:
+            for index, part in enumerate(parts):
+                for mine, theirs in zip(ours.update(*part, index), expected[index], strict=True):
+                    assert torch.equal(mine, theirs)
+        for mine, theirs in zip(ours.layers, stock.layers, strict=True):
+            assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
+            assert mine.get_seq_length() == theirs.get_seq_length()
 
     for length in (7, 1, 1, 30, 1):
         grow(length, 2)
@@ -121,47 +229,24 @@ def test_a_cache_that_grows_is_the_stock_one(model):
     assert copied.get_seq_length() == ours.get_seq_length() - 1
 
 
-def test_inner_states_on_request(model, one_by_one):
+def test_a_cache_of_another_batch_size_is_refused(model):
+    cache = model(PREFIX[:1], use_cache=True).cache
+    with pytest.raises(ValueError, match="batch_repeat_interleave"):
+        model(REST, cache=cache)
+
+
+def test_inner_states_on_request(model):
     input_ids = tokens(2, 6)
-    ours = model(input_ids, output_hidden_states=True, output_attentions=False)
-    theirs = one_by_one(input_ids, output_hidden_states=True)
-    assert len(ours.hidden_states) == len(theirs.hidden_states) == model.config.num_hidden_layers + 1
-    close(ours.hidden_states, theirs.hidden_states)
+    ours = model(input_ids, output_hidden_states=True)
+    assert len(ours.hidden_states) == model.config.num_hidden_layers + 1
+    close(ours.logits, with_gradients(model, input_ids))
+    model.set_attn_implementation("eager")
+    assert len(model(input_ids, output_attentions=True).attentions) == model.config.num_hidden_layers
 
 
-def test_nothing_is_held_twice_and_changes_are_seen(model, one_by_one):
-    input_ids = tokens(2, 6)
-    model(input_ids)
-    stacked, parameters = model.model.stacked_blocks(), dict(model.named_parameters())
-    storages = {weights.untyped_storage().data_ptr() for layer in stacked.layers for weights in layer}
-    layers = [parameter for name, parameter in parameters.items() if ".layers." in name]
-    assert {parameter.untyped_storage().data_ptr() for parameter in layers} == storages
-    for name, parameter in one_by_one.named_parameters():  # in place, as optimizers and `load_state_dict` do
-        parameter *= 1.1
-        parameters[name] *= 1.1
-    close(model(input_ids).logits, one_by_one(input_ids).logits)
-    assert model.model.stacked_blocks() is stacked
-    model.double(), one_by_one.double()  # with new memory
-    close(model(input_ids).logits, one_by_one(input_ids).logits)
-    assert model.model.stacked_blocks() is not stacked
-
-
-def test_saving_and_copying_a_stacked_model(model, tmp_path):
-    input_ids = tokens(2, 6)
-    expected = model(input_ids).logits
-    model.save_pretrained(tmp_path)
-    size = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
-    assert size < 1.2 * sum(tensor.nbytes for tensor in model.state_dict().values()) + 50_000
-    assert torch.equal(NoPropForCausalLM.from_pretrained(tmp_path).eval()(input_ids).logits, expected)
-    assert torch.equal(copy.deepcopy(model)(input_ids).logits, expected)
-
-
-def test_what_cannot_be_stacked(model):
-    assert can_be_stacked(model.model.blocks)
-    hierarchical = copy.deepcopy(model.config)
-    hierarchical.context_source = "previous_block"
-    assert not can_be_stacked(NoPropForCausalLM(hierarchical).model.blocks)
-    with torch.enable_grad():
-        assert model.model.stacked_blocks() is None
-    with torch.device("meta"):
-        assert not can_be_stacked(NoPropForCausalLM(model.config).model.blocks)
+def test_blocks_that_read_one_another_run_in_order(model, counted):
+    config = copy.deepcopy(model.config)
+    config.context_source = "previous_block"
+    hierarchical = NoPropForCausalLM(config).eval()
+    close(hierarchical(PREFIX).logits, with_gradients(hierarchical, PREFIX))
+    assert not counted
