@@ -68,7 +68,7 @@ class ModelArguments:
     )
     vocab_size: int | None = field(
         default=None,
-        metadata={"help": "Entries of the tokenizer to train (4,096 when not given); a small text gives fewer."},
+        metadata={"help": "Most entries of the tokenizer to train (4,096 when not given)."},
     )
     embeddings_from: str | None = field(
         default=None,
@@ -200,8 +200,8 @@ def parse_blocks(blocks: str, num_blocks: int) -> list[int]:
             raise ValueError(f"Cannot read --blocks {blocks!r}: {part.strip()} ends before it begins.")
         if end >= num_blocks:
             raise ValueError(
-                f"There is no block {max(begin, num_blocks)}: the model has {num_blocks} blocks, 0 to {num_blocks - 1}. "
-                f"Change --blocks {blocks}."
+                f"There is no block {max(begin, num_blocks)}: the model has {num_blocks} blocks, 0 to "
+                f"{num_blocks - 1}. Change --blocks {blocks}."
             )
         selected.update(range(begin, end + 1))
     return sorted(selected)
