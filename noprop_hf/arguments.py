@@ -65,7 +65,7 @@ class ModelArguments:
     )
     vocab_size: int | None = field(
         default=None,
-        metadata={"help": "Entries of the tokenizer to train (4,096 when not given); a small text gives fewer."},
+        metadata={"help": "Most entries of the tokenizer to train (4,096 when not given)."},
     )
     embeddings_from: str | None = field(
         default=None,
