@@ -58,7 +58,7 @@ from .shards_noprop import (
     shard_of,
     without_progress_bar,
 )
-from .side_by_side_noprop import LLAMA_FORWARDS, encode_side_by_side, find_layers
+from .side_by_side_noprop import LLAMA_FORWARDS, encode_side_by_side, find_layers, product
 
 
 def vocabulary_nats(
@@ -149,7 +149,7 @@ class TokenTable(nn.Module):
         if targets is not None:
             return vocabulary_nats(inputs, self.weight, bias, targets)
         weight = self.weight.to(inputs.dtype)
-        return F.linear(inputs, weight, None if bias is None else bias.to(inputs.dtype))
+        return product(inputs, weight, None if bias is None else bias.to(inputs.dtype))
 
 
 def linear(in_features: int, out_features: int, initialize: Callable[[torch.Tensor], torch.Tensor]) -> nn.Linear:

@@ -2,14 +2,16 @@
 
 Independent blocks read the same context and do not depend on one another. So everything between the linear layers of a
 decoder layer (norms, rotary positions, the cache, attention, activation, residual sums) is computed for all blocks at
-once. The linear layers themselves are called as the modules they are, one by one: adapters, hooks, quantization and
-changed weights act on them as they do elsewhere, and no weight is copied or moved.
+once. The linear layers themselves are called as the modules they are, one by one (or, if they are no more than their
+weight, computed from it as it is then): adapters, hooks, quantization and changed weights act on them as they do
+elsewhere, and no weight is copied or moved.
 
 What is bypassed are the forward passes of the modules around them. They are those of `modeling_llama.py` and
 [`ContextEncoder`], to which [`find_layers`] holds them: with a hook, a patch or another class, blocks run one
 by one. `tests/test_side_by_side.py` compares both ways.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,12 +32,17 @@ from .cache_noprop import BlockCache, write
 LLAMA_FORWARDS: Mapping[type, Callable] = {
     cls: cls.forward for cls in (LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, SiLUActivation)
 }
+PLAIN_LINEAR: Mapping[type, Callable] = {nn.Linear: nn.Linear.forward}
 ATTENTION_FUNCTIONS = (sdpa_attention_forward, modeling_llama.eager_attention_forward)
 
 # Maximum tokens times blocks at once. On a CPU, larger activations fall out of the processor's cache; on other devices
 # the limit bounds memory.
 ROWS_AT_ONCE = {"cpu": 2**9}
 ROWS_AT_ONCE_ELSEWHERE = 2**15
+
+# Rows and weights for which a product is spread over the threads of a CPU (see `product`).
+FEW_ROWS = 2**6
+LARGE_WEIGHT = 2**17
 
 
 def is_unchanged(module: nn.Module, forwards: Mapping[type, Callable]) -> bool:
@@ -195,8 +202,7 @@ def encode_side_by_side(
 def _takes_tokens_one_by_one(layer: LayerModules) -> bool:
     """Whether what a layer makes of a token after its attention does not depend on which others it is called with, for
     the modules and for any hook on them."""
-    linear = {nn.Linear: nn.Linear.forward}
-    return all(is_unchanged(module, linear) for module in (layer.output, layer.gate, layer.up, layer.down))
+    return all(is_unchanged(module, PLAIN_LINEAR) for module in (layer.output, layer.gate, layer.up, layer.down))
 
 
 def _encode(
@@ -214,14 +220,14 @@ def _encode(
     batch, length, width = inputs_embeds.shape
     attention_function = _attention_function(encoders[0].config)
     scaled = inputs_embeds / width**0.5
-    states = _stack([encoder.input_projection(scaled) for encoder in encoders[group]])
+    states = _stack([_apply(encoder.input_projection, scaled) for encoder in encoders[group]])
     count = len(states)
     for all_layers in layers:
         own = all_layers[group]
         first = own[0].attention
         normed = _norm(states, [layer.input_norm for layer in own])
         query, key, value = (
-            _stack([projection(rows) for projection, rows in zip(projections, normed, strict=True)])
+            _stack([_apply(projection, rows) for projection, rows in zip(projections, normed, strict=True)])
             .view(count, batch, length, -1, first.head_dim)
             .permute(1, 0, 3, 2, 4)
             .flatten(1, 2)  # the heads of all blocks
@@ -236,13 +242,38 @@ def _encode(
             attention_mask = None if attention_mask is None else attention_mask[:, :, -1:]
         mixed, _ = attention_function(first, query, key, value, attention_mask, dropout=0.0, scaling=first.scaling)
         mixed = mixed.reshape(batch, length, count, -1).permute(2, 0, 1, 3).contiguous()
-        states = states + _stack([layer.output(rows) for layer, rows in zip(own, mixed, strict=True)])
+        states = states + _stack([_apply(layer.output, rows) for layer, rows in zip(own, mixed, strict=True)])
         normed = _norm(states, [layer.output_norm for layer in own])
-        gate = _stack([layer.gate(rows) for layer, rows in zip(own, normed, strict=True)])
-        up = _stack([layer.up(rows) for layer, rows in zip(own, normed, strict=True)])
+        gate = _stack([_apply(layer.gate, rows) for layer, rows in zip(own, normed, strict=True)])
+        up = _stack([_apply(layer.up, rows) for layer, rows in zip(own, normed, strict=True)])
         hidden = own[0].activation(gate).mul_(up)
-        states = states + _stack([layer.down(rows) for layer, rows in zip(own, hidden, strict=True)])
+        states = states + _stack([_apply(layer.down, rows) for layer, rows in zip(own, hidden, strict=True)])
     return _norm(states, [encoder.norm for encoder in encoders[group]])
+
+
+def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`F.linear`, which uses one thread of a CPU for few rows: the rows of a large weight are shared out.
+
+    Measured with two threads: 1.3 to 1.8 times as fast for 1 to 32 rows and weights of 384 x 384 and more.
+    """
+    num_rows = rows.numel() // rows.shape[-1]
+    is_spread = rows.device.type == "cpu" and num_rows <= FEW_ROWS and weight.numel() >= LARGE_WEIGHT
+    if not is_spread or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.linear(rows, weight, bias)
+    parts = math.gcd(weight.shape[0], torch.get_num_threads())
+    if parts == 1 or rows.dtype != weight.dtype or torch.is_autocast_enabled("cpu") or not weight.is_contiguous():
+        return F.linear(rows, weight, bias)
+    shares = weight.view(parts, -1, weight.shape[1]).transpose(1, 2)
+    outputs = torch.bmm(rows.reshape(num_rows, -1).expand(parts, -1, -1), shares)
+    outputs = outputs.transpose(0, 1).reshape(*rows.shape[:-1], -1)
+    return outputs if bias is None else outputs + bias
+
+
+def _apply(linear: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """Call a linear layer, or compute the same where nothing but its weight is there."""
+    if is_unchanged(linear, PLAIN_LINEAR) and linear.bias is None and type(linear.weight) is nn.Parameter:
+        return product(rows, linear.weight)
+    return linear(rows)
 
 
 def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
