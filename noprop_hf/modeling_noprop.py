@@ -58,7 +58,14 @@ from .shards_noprop import (
     shard_of,
     without_progress_bar,
 )
-from .side_by_side_noprop import LLAMA_FORWARDS, encode_side_by_side, find_layers, product
+from .side_by_side_noprop import (
+    LLAMA_FORWARDS,
+    encode_side_by_side,
+    find_layers,
+    is_plain_linear,
+    is_unchanged,
+    product,
+)
 
 
 def vocabulary_nats(
@@ -254,17 +261,30 @@ class DenoisingHead(nn.Module):
         Returns:
             The point `u`, `(..., hidden_size)`, in float32 when there is evidence, and the bias, `(vocab_size,)`.
         """
-        width = context.shape[-1]
-        if evidence is None or self.evidence_scale == 0:
-            inputs = F.pad(context, (0, width))
+        if self.evidence_scale == 0:
+            evidence = None
+        if evidence is None:
+            correction = self._correct_alone(context)
         else:
-            inputs = torch.cat([context, (evidence / self.evidence_scale).to(context.dtype)], dim=-1)
+            seen = (evidence / self.evidence_scale).to(context.dtype)
+            correction = self.correction(torch.cat([context, seen], dim=-1))
         # Answers of norm 1, so that a step of the optimizer changes logits as with an ordinary tied table. Without the
         # factor it changes them sqrt(d) times as much: 0.1 nats worse on held-out text after eight epochs.
-        learned = (self.readout(context) + self.correction(inputs)) / math.sqrt(width)
-        if evidence is None or self.evidence_scale == 0:
+        learned = (self.readout(context) + correction) / math.sqrt(context.shape[-1])
+        if evidence is None:
             return learned, self.bias
         return learned + evidence, self.bias  # float32 evidence keeps the sum in float32
+
+    def _correct_alone(self, context: torch.Tensor) -> torch.Tensor:
+        """The correction on pure noise, where evidence is zero: in inference, a plain first layer leaves it out."""
+        first, *others = self.correction
+        is_plain = is_unchanged(self.correction, {nn.Sequential: nn.Sequential.forward}) and is_plain_linear(first)
+        if not is_plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.correction(F.pad(context, (0, context.shape[-1])))
+        hidden = F.linear(context, first.weight[:, : context.shape[-1]], first.bias)
+        for module in others:
+            hidden = module(hidden)
+        return hidden
 
 
 class NoPropPreTrainedModel(PreTrainedModel):

@@ -51,6 +51,8 @@ def is_unchanged(module: nn.Module, forwards: Mapping[type, Callable]) -> bool:
     return (
         forward is not None
         and type(module).forward is forward
+        and not torch_module._global_forward_hooks
+        and not torch_module._global_forward_pre_hooks
         and "forward" not in state  # as accelerate and peft replace it
         and not state["_forward_hooks"]
         and not state["_forward_pre_hooks"]
@@ -87,8 +89,6 @@ def find_layers(
         For every layer of a block, the modules of that layer in each block; None where blocks must run one by one.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return None
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return None
     if any(value is not None and value is not False for value in kwargs.values()):
         return None
@@ -202,7 +202,7 @@ def encode_side_by_side(
 def _takes_tokens_one_by_one(layer: LayerModules) -> bool:
     """Whether what a layer makes of a token after its attention does not depend on which others it is called with, for
     the modules and for any hook on them."""
-    return all(is_unchanged(module, PLAIN_LINEAR) for module in (layer.output, layer.gate, layer.up, layer.down))
+    return all(is_plain_linear(module) for module in (layer.output, layer.gate, layer.up, layer.down))
 
 
 def _encode(
@@ -219,19 +219,24 @@ def _encode(
     what is computed."""
     batch, length, width = inputs_embeds.shape
     attention_function = _attention_function(encoders[0].config)
+    is_small = batch * length > FEW_ROWS or width * encoders[0].config.intermediate_size < LARGE_WEIGHT
+    call = _call if is_small else _call_plain
     scaled = inputs_embeds / width**0.5
-    states = _stack([_apply(encoder.input_projection, scaled) for encoder in encoders[group]])
+    states = _stack([call(encoder.input_projection, scaled) for encoder in encoders[group]])
     count = len(states)
     for all_layers in layers:
         own = all_layers[group]
         first = own[0].attention
         normed = _norm(states, [layer.input_norm for layer in own])
-        query, key, value = (
-            _stack([_apply(projection, rows) for projection, rows in zip(projections, normed, strict=True)])
-            .view(count, batch, length, -1, first.head_dim)
-            .permute(1, 0, 3, 2, 4)
-            .flatten(1, 2)  # the heads of all blocks
+        projected = [
+            [call(projection, rows) for projection, rows in zip(projections, normed, strict=True)]
             for projections in zip(*(layer.projections for layer in own), strict=True)
+        ]
+        query, key, value = (
+            (torch.cat(parts, -1) if count > 1 else parts[0])  # the heads of all blocks
+            .view(batch, length, -1, first.head_dim)
+            .transpose(1, 2)
+            for parts in projected
         )
         query, key = modeling_llama.apply_rotary_pos_emb(query, key, *position_embeddings)
         if cache is not None:
@@ -242,13 +247,18 @@ def _encode(
             attention_mask = None if attention_mask is None else attention_mask[:, :, -1:]
         mixed, _ = attention_function(first, query, key, value, attention_mask, dropout=0.0, scaling=first.scaling)
         mixed = mixed.reshape(batch, length, count, -1).permute(2, 0, 1, 3).contiguous()
-        states = states + _stack([_apply(layer.output, rows) for layer, rows in zip(own, mixed, strict=True)])
+        states = states + _stack([call(layer.output, rows) for layer, rows in zip(own, mixed, strict=True)])
         normed = _norm(states, [layer.output_norm for layer in own])
-        gate = _stack([_apply(layer.gate, rows) for layer, rows in zip(own, normed, strict=True)])
-        up = _stack([_apply(layer.up, rows) for layer, rows in zip(own, normed, strict=True)])
+        gate = _stack([call(layer.gate, rows) for layer, rows in zip(own, normed, strict=True)])
+        up = _stack([call(layer.up, rows) for layer, rows in zip(own, normed, strict=True)])
         hidden = own[0].activation(gate).mul_(up)
-        states = states + _stack([_apply(layer.down, rows) for layer, rows in zip(own, hidden, strict=True)])
+        states = states + _stack([call(layer.down, rows) for layer, rows in zip(own, hidden, strict=True)])
     return _norm(states, [encoder.norm for encoder in encoders[group]])
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer and nothing more, so that its weight may be used directly."""
+    return is_unchanged(module, PLAIN_LINEAR) and type(module.weight) is nn.Parameter
 
 
 def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -269,10 +279,14 @@ def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
     return outputs if bias is None else outputs + bias
 
 
-def _apply(linear: nn.Module, rows: torch.Tensor) -> torch.Tensor:
-    """Call a linear layer, or compute the same where nothing but its weight is there."""
-    if is_unchanged(linear, PLAIN_LINEAR) and linear.bias is None and type(linear.weight) is nn.Parameter:
+def _call_plain(linear: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """Call a linear layer, or compute the same by [`product`] where nothing but its weight is there."""
+    if is_plain_linear(linear) and linear.bias is None:
         return product(rows, linear.weight)
+    return linear(rows)
+
+
+def _call(linear: nn.Module, rows: torch.Tensor) -> torch.Tensor:
     return linear(rows)
 
 
