@@ -2,6 +2,9 @@
 # make test   lint, types and all tests
 # Both create .venv and install the tested versions of constraints.txt when they are missing.
 
+# Threads that wait give the processor back. Where other processes are busy, too, they slow training down otherwise.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 

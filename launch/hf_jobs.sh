@@ -6,12 +6,13 @@ set -euo pipefail
 repository=$1 recipe=$2 num_blocks=$3 flavor=$4
 source=${SOURCE:?the address of this repository, for git clone}
 setup="git clone --depth 1 $source noprop && cd noprop && pip install -c constraints.txt -e ."
+jobs="--secrets HF_TOKEN --env OMP_WAIT_POLICY=PASSIVE"
 share="--push_to_hub true --hub_model_id $repository"
 
-hf jobs run --flavor "$flavor" --secrets HF_TOKEN --timeout 12h python:3.11 \
+hf jobs run --flavor "$flavor" $jobs --timeout 12h python:3.11 \
   bash -c "$setup && accelerate launch scripts/pretrain_embeddings.py $recipe $share"
 for ((block = 0; block < num_blocks; block++)); do
-  hf jobs run --detach --flavor "$flavor" --secrets HF_TOKEN --timeout 24h python:3.11 \
+  hf jobs run --detach --flavor "$flavor" $jobs --timeout 24h python:3.11 \
     bash -c "$setup && accelerate launch scripts/train_blocks.py $recipe $share --blocks $block"
 done
 echo "Watch them arrive: python scripts/status.py $repository"

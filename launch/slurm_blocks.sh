@@ -11,5 +11,6 @@
 #SBATCH --signal=TERM@120
 #SBATCH --output=runs/slurm-%A-block-%a.log
 set -euo pipefail
+export OMP_WAIT_POLICY=PASSIVE
 exec srun accelerate launch --config_file launch/t4_fp16.yaml \
   scripts/train_blocks.py "$@" --blocks "$SLURM_ARRAY_TASK_ID"

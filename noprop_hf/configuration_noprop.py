@@ -46,6 +46,8 @@ class NoPropConfig(PreTrainedConfig):
         denoising_weight (`float`, defaults to 0.5): weight of the loss at the block's own noise level; the rest goes
             to the loss on pure noise, which makes every block a language model as well.
         initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
+        mask_token_id (`int`, *optional*): id of the tokenizer's mask, which a model of phase 1 that was trained on next
+            tokens refuses to fill.
 
     The remaining arguments are those of [`LlamaConfig`], whose layers the blocks are made of.
     """
@@ -83,6 +85,7 @@ class NoPropConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    mask_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:

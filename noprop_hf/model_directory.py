@@ -85,7 +85,7 @@ def read_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
 def fingerprint(config: NoPropConfig, table: torch.Tensor) -> str:
     """A hash of what a block depends on besides data and seed: architecture, objective and frozen table."""
     # All that the configuration declares, but token ids and switches that no weight depends on.
-    ignored = {"pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "max_position_embeddings"}
+    ignored = {"use_cache", "max_position_embeddings"} | {f"{name}_token_id" for name in ("pad", "bos", "eos", "mask")}
     fields = {name: getattr(config, name) for name in NoPropConfig.__annotations__ if name not in ignored}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     digest.update(table.detach().float().cpu().contiguous().numpy().tobytes())

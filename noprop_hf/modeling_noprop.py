@@ -905,6 +905,13 @@ class NoPropForMaskedLM(NoPropPreTrainedModel):
                 which has no masks, all tokens. With them the loss is that of `config.pretraining_objective`; while
                 training, only the positions it needs go through the vocabulary and no logits are returned.
         """
+        mask = self.config.mask_token_id
+        never_masked = labels is None and self.config.pretraining_objective == "clm"
+        if never_masked and mask is not None and (input_ids == mask).any():
+            raise ValueError(
+                "This model of phase 1 learnt to predict next tokens and has never seen a mask: generate text with "
+                "AutoModelForCausalLM, or pretrain with `pretraining_objective='mlm'` to fill masks."
+            )
         table = self.token_table()
         if labels is None or not self.training:
             prediction = self._encode(input_ids, table, attention_mask, position_ids, **kwargs)

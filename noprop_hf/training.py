@@ -321,6 +321,7 @@ def build_config(
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
+        "mask_token_id": tokenizer.mask_token_id,
     }
     return NoPropConfig(**fields)
 

@@ -13,10 +13,10 @@ from accelerate import Accelerator, cpu_offload, disk_offload
 from safetensors.torch import load_file, load_model, save_model
 from torch import nn
 from torch.nn.utils import parametrize, prune
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, pipeline
 
 from conftest import ROOT, tokens
-from noprop_hf import NoPropForCausalLM, NoPropForMaskedLM
+from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM
 
 
 INPUT = tokens(2, 7)
@@ -430,6 +430,24 @@ def test_early_exit_drafts_for_the_whole_model(model):
     assert "_num_hidden_layers" not in model.config.to_dict()
     with pytest.raises(ValueError, match="multiple of 2"):
         model.config.num_hidden_layers = 3
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_masks_are_filled_by_a_model_that_learnt_to(config, tokenizer, tmp_path, objective):
+    fields = {
+        "vocab_size": len(tokenizer),
+        "pretraining_objective": objective,
+        "mask_token_id": tokenizer.mask_token_id,
+    }
+    NoPropForMaskedLM(NoPropConfig(**config.to_dict() | fields)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    fill = pipeline("fill-mask", model=str(tmp_path), tokenizer=str(tmp_path))
+    text = f"the cat {tokenizer.mask_token} on a mat"
+    if objective == "mlm":
+        assert len(fill(text)) == 5
+    else:
+        with pytest.raises(ValueError, match="pretraining_objective='mlm'"):
+            fill(text)
 
 
 # --- weights from before ----------------------------------------------------------------------------------------------
