@@ -200,7 +200,7 @@ class ContextEncoder(nn.Module):
         """
         if position_ids is None:
             seen = cache.get_seq_length() if cache is not None else 0
-            position_ids = torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
         mask_arguments = {
             "config": self.config,
             "inputs_embeds": inputs_embeds,
@@ -604,7 +604,8 @@ class NoPropModel(NoPropPreTrainedModel):
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if num_inference_blocks is None:
-            num_inference_blocks = self.config.num_hidden_layers // self.config.num_layers_per_block
+            num_blocks = self.config.num_hidden_layers // self.config.num_layers_per_block
+            num_inference_blocks = min(num_blocks, len(self.blocks))
         if not 1 <= num_inference_blocks <= len(self.blocks):
             raise ValueError(
                 f"`num_inference_blocks` must be between 1 and {len(self.blocks)}, got {num_inference_blocks}."
@@ -653,7 +654,7 @@ class NoPropModel(NoPropPreTrainedModel):
         Raises:
             ValueError: if it was filled by fewer blocks.
         """
-        if not isinstance(cache, Cache):  # none, or a paged one, which counts for itself
+        if not isinstance(cache, Cache) or torch.compiler.is_compiling():  # a paged one counts for itself
             return
         layers = range(0, num_inference_blocks * self.config.num_layers_per_block, self.config.num_layers_per_block)
         lengths = [cache.get_seq_length(layer) for layer in layers]
