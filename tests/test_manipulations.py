@@ -13,7 +13,7 @@ from accelerate import Accelerator, cpu_offload, disk_offload
 from safetensors.torch import load_file, load_model, save_model
 from torch import nn
 from torch.nn.utils import parametrize, prune
-from transformers import AutoModelForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, StaticCache, pipeline
 
 from conftest import ROOT, tokens
 from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM
@@ -364,7 +364,12 @@ def test_export_and_compile_after_a_forward_pass(model):
 @pytest.mark.slow
 def test_compiled(model):
     expected = agree(model)
-    compiled = torch.compile(model)
+    compiled = torch.compile(model, fullgraph=True)
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    with torch.no_grad():
+        model(INPUT[:, :4], cache=cache)
+        rest = compiled(INPUT[:, 4:], cache=cache).logits
+    assert torch.allclose(rest, expected[:, 4:], atol=1e-4)
     assert torch.allclose(off(compiled), expected, atol=1e-4) and torch.allclose(on(compiled), expected, atol=1e-4)
 
 
