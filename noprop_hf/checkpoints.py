@@ -209,7 +209,9 @@ class DurableTrainer(Trainer):
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         # Batches without padding have no mask.
-        super()._track_num_input_tokens({"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs})
+        if "input_ids" in inputs and "attention_mask" not in inputs:
+            inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+        super()._track_num_input_tokens(inputs)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         is_best = super()._determine_best_metric(metrics, trial)
