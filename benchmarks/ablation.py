@@ -228,7 +228,7 @@ def predictive_variants(bench: Bench, name: str) -> dict[str, float]:
         some_states = []
         for batch in half.split(64):
             states = [states[:, :-1].flatten(0, 1) for states in model.model(batch).context_states]
-            answers.append(torch.stack([block.head(h) for block, h in zip(model.model.blocks, states, strict=True)]))
+            answers.append(torch.stack([block.head(h)[0] for block, h in zip(model.model.blocks, states, strict=True)]))
             if len(chains) < 2:  # trajectories cost a chain each: a sample of the tokens will do
                 chains.append(model.denoise(states, 8, torch.Generator().manual_seed(0)))
                 some_states.append(states)

@@ -127,12 +127,12 @@ def counted(kind: str, args: MemoryArguments, num_blocks: int) -> dict[str, int]
     activations = saved_bytes(lambda: model(tokens), [model])
     optimizer = train(model, tokens, 1)
     states = [value for state in optimizer.state.values() for value in state.values()]
-    parameters = sum(parameter.nbytes for parameter in model.parameters())
+    parameters = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     return {
         "parameters": parameters,
         "gradients": parameters,
         "optimizer": sum(tensor.nbytes for tensor in states),
-        "table": sum(buffer.nbytes for name, buffer in model.named_buffers() if name == "table.weight"),
+        "table": sum(parameter.nbytes for parameter in model.parameters() if not parameter.requires_grad),
         "activations": activations,
     }
 
@@ -230,7 +230,7 @@ def largest_batches(args: MemoryArguments, budget: float = 0.9 * 16e9) -> str:
     with torch.autocast("cpu", torch.bfloat16):  # as large as float16, which a CPU lacks products for
         saved = saved_bytes(lambda: model(many), [model]) - saved_bytes(lambda: model(few), [model])
     per_token = saved / (many.numel() - few.numel())
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     fixed = 16 * parameters + model.table.weight.nbytes + 3 * 2**25  # and chunks of logits, of 32 MB each
     lines = [
         f"A block of {parameters:,} parameters: {fixed / 1e6:,.0f} MB, and {per_token / 1e3:.0f} kB per token in half "
