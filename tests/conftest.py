@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 
@@ -20,6 +21,7 @@ from noprop_hf import NoPropConfig, NoPropForCausalLM
 from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments
 from noprop_hf.data import DataArguments, load_corpus, train_tokenizer
 from noprop_hf.training import pretrain_embeddings, train_blocks
+from warm_python import WarmPython
 
 
 ROOT = Path(__file__).parent.parent
@@ -157,19 +159,38 @@ def trained(phase1, data, tmp_path_factory) -> Path:
     return train_blocks(data, BLOCKS, arguments(directory), MODEL)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def warm_python():
+    yield
+    if warm.cache_info().currsize:
+        warm().close()
+
+
+@cache
+def warm() -> WarmPython:
+    return WarmPython()
+
+
 def run_python(*command: str, cwd: Path = ROOT, env: dict[str, str] | None = None, fails: bool = False) -> str:
-    """Run a script in a process of its own; returns all it prints, and insists on its success or failure."""
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=cwd,
-        env=os.environ if env is None else env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=540,
-    )
-    assert (done.returncode != 0) == fails, done.stdout
-    return done.stdout
+    """Run a script or a module in a process of its own; returns all it prints, and insists on its success or failure.
+
+    With another environment, or as a module (`-m`), it is a fresh interpreter, which takes seconds to begin.
+    """
+    if env is None and command[0] != "-m":
+        status, output = warm().run(*command, cwd=cwd)
+    else:
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=cwd,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=540,
+        )
+        status, output = done.returncode, done.stdout
+    assert (status != 0) == fails, output
+    return output
 
 
 def tokens(*shape: int, vocab_size: int = 50) -> torch.Tensor:

@@ -36,10 +36,6 @@ sample_max_new_tokens: 5
 """
 
 
-def run(*command: str, fails: bool = False) -> str:
-    return run_python(*command, env={**os.environ, "PYTHONWARNINGS": "ignore"}, fails=fails)
-
-
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
@@ -54,7 +50,7 @@ def recipe(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(recipe) -> tuple[Path, str]:
     """The directory of a run of `scripts/train.py`, and what it printed."""
-    output = run("scripts/train.py", str(recipe))
+    output = run_python("scripts/train.py", str(recipe))
     return recipe.parent / "model", output
 
 
@@ -75,26 +71,25 @@ def test_the_commands_that_come_next_work(trained, tmp_path):
     commands = [shlex.split(line) for line in trained[1].split("What comes next:\n")[1].splitlines()[:3]]
     assert [words[1] for words in commands] == [f"scripts/{n}.py" for n in ("generate", "evaluate_perplexity", "watch")]
     for _, *words in commands:
-        run(*[str(tmp_path / word) if word == "chain.png" else word for word in words])
+        run_python(*[str(tmp_path / word) if word == "chain.png" else word for word in words])
     assert (tmp_path / "chain.png").is_file()
 
 
 def test_a_second_run_trains_nothing(trained, recipe):
-    output = run("scripts/train.py", str(recipe))
+    output = run_python("scripts/train.py", str(recipe))
     assert "phase 1 is skipped" in output
     assert "Block 0 is trained already" in output and "Block 1 is trained already" in output
     assert "step 15" not in output
 
 
-def test_push_to_hub_after_training(trained, recipe, monkeypatch, tmp_path):
+def test_push_to_hub_after_training(trained, recipe, tmp_path):
     with hub_server() as server:
         options = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-        for name, value in (options | {"HF_HOME": str(tmp_path)}).items():
-            monkeypatch.setenv(name, value)
-        message = run("scripts/train.py", str(recipe), "--push_to_hub", "true", fails=True)
+        env = {**os.environ, **options, "HF_HOME": str(tmp_path)}
+        message = run_python("scripts/train.py", str(recipe), "--push_to_hub", "true", fails=True)
         assert "--hub_model_id user/name" in message
         share = ["--push_to_hub", "true", "--hub_model_id", "user/tiny", "--license", "mit", "--language", "en"]
-        output = run("scripts/train.py", str(recipe), *share)
+        output = run_python("scripts/train.py", str(recipe), *share, env=env)
         assert "Uploaded: " in output
         files = server.repositories["user/tiny"].files("main")
         assert b"license: mit" in files["README.md"] and "block-01.safetensors" in files
@@ -104,11 +99,11 @@ def test_push_to_hub_after_training(trained, recipe, monkeypatch, tmp_path):
 
 def test_evaluate_perplexity(trained):
     directory, _ = trained
-    output = run("scripts/evaluate_perplexity.py", str(directory))
+    output = run_python("scripts/evaluate_perplexity.py", str(directory))
     value = float(re.search(r"predictive distribution +([\d.]+) nats", output)[1])
     results = json.loads((directory / "results.json").read_text())["nats_per_token"]
     assert value == pytest.approx(results["NoProp, all blocks"]["test"], abs=1e-3)
-    other = run("scripts/evaluate_perplexity.py", str(directory), "--split", "validation", "--batch_size", "4")
+    other = run_python("scripts/evaluate_perplexity.py", str(directory), "--split", "validation", "--batch_size", "4")
     assert float(re.search(r"predictive distribution +([\d.]+) nats", other)[1]) == pytest.approx(
         results["NoProp, all blocks"]["validation"], abs=1e-3
     )
@@ -119,7 +114,9 @@ def test_evaluate_perplexity(trained):
 )
 def test_generate(trained, options):
     directory, _ = trained
-    outputs = [run("scripts/generate.py", str(directory), "the cat", "--max_new_tokens", "6", *options) for _ in "ab"]
+    outputs = [
+        run_python("scripts/generate.py", str(directory), "the cat", "--max_new_tokens", "6", *options) for _ in "ab"
+    ]
     assert "the cat" in outputs[0]
     assert outputs[0].splitlines()[-1] == outputs[1].splitlines()[-1]
 
@@ -127,13 +124,13 @@ def test_generate(trained, options):
 def test_phases_apart_and_accelerate(recipe, tmp_path):
     """Phase 1, then the blocks by two launches that know nothing of one another, as on two machines."""
     target = ["--output_dir", str(tmp_path / "model")]
-    run("scripts/pretrain_embeddings.py", str(recipe), *target)
+    run_python("scripts/pretrain_embeddings.py", str(recipe), *target)
     launch = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
-    run(*launch, "scripts/train_blocks.py", str(recipe), *target, "--blocks", "1")
+    run_python(*launch, "scripts/train_blocks.py", str(recipe), *target, "--blocks", "1")
     assert not (tmp_path / "model" / "block-00.safetensors").exists()
-    message = run("scripts/evaluate_perplexity.py", str(tmp_path / "model"), fails=True)
+    message = run_python("scripts/evaluate_perplexity.py", str(tmp_path / "model"), fails=True)
     assert "not fully trained: block-00.safetensors missing" in message
-    run("scripts/train_blocks.py", str(recipe), *target, "--blocks", "0")
+    run_python("scripts/train_blocks.py", str(recipe), *target, "--blocks", "0")
     reference = recipe.parent / "model"
     if reference.exists():
         from safetensors.torch import load_file
@@ -144,7 +141,7 @@ def test_phases_apart_and_accelerate(recipe, tmp_path):
 
 
 def test_streaming(recipe, tmp_path):
-    output = run("scripts/train.py", str(recipe), "--streaming", "true", "--output_dir", str(tmp_path / "model"))
+    output = run_python("scripts/train.py", str(recipe), "--streaming", "true", "--output_dir", str(tmp_path / "model"))
     assert "NoProp, all blocks" in output
 
 
@@ -156,7 +153,7 @@ def test_bert_tokenizer_and_embeddings(recipe, tmp_path):
     common += ["--max_eval_samples", "20"]
     text = recipe.read_text().replace("vocab_size: 300\n", "")
     (tmp_path / "bert.yaml").write_text(text)
-    output = run(
+    output = run_python(
         "scripts/train.py",
         str(tmp_path / "bert.yaml"),
         *common,
@@ -164,7 +161,7 @@ def test_bert_tokenizer_and_embeddings(recipe, tmp_path):
     )
     assert "NoProp, all blocks" in output
     (tmp_path / "encoder.yaml").write_text(text.replace("hidden_size: 16\n", ""))
-    output = run(
+    output = run_python(
         "scripts/train.py",
         str(tmp_path / "encoder.yaml"),
         *common,
@@ -186,5 +183,5 @@ def test_bert_tokenizer_and_embeddings(recipe, tmp_path):
     ],
 )
 def test_bad_input_is_told(recipe, tmp_path, options, message):
-    output = run("scripts/train.py", str(recipe), "--output_dir", str(tmp_path / "model"), *options, fails=True)
+    output = run_python("scripts/train.py", str(recipe), "--output_dir", str(tmp_path / "model"), *options, fails=True)
     assert message in output

@@ -1,7 +1,6 @@
 """What is shown of the chain is what the chain does."""
 
 import io
-import os
 
 import pytest
 import torch
@@ -90,10 +89,12 @@ def test_the_table_and_the_picture_show_every_block(writer, tokenizer):
 
 @pytest.mark.slow
 def test_script_without_matplotlib_and_with_bad_input(trained, tmp_path):
-    (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError('No module named matplotlib')")
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    assert "likeliest" in run_python("scripts/watch.py", str(trained), "a", "--max_new_tokens", "1", env=env)
-    shown = run_python("scripts/plot_run.py", str(trained), env=env, fails=True)
+    def run(script: str, *options: str, fails: bool = False) -> str:
+        begin = f"import runpy, sys; sys.modules['matplotlib'] = None; sys.argv = {[script, str(trained), *options]}"
+        return run_python("-c", f"{begin}; runpy.run_path(sys.argv[0], run_name='__main__')", fails=fails)
+
+    assert "likeliest" in run("scripts/watch.py", "a", "--max_new_tokens", "1")
+    shown = run("scripts/plot_run.py", fails=True)
     assert "pip install matplotlib" in shown and "Traceback" not in shown
     for script in ("watch", "generate"):
         shown = run_python(f"scripts/{script}.py", str(tmp_path / "absent"), "a", fails=True)

@@ -1,0 +1,87 @@
+"""Python programs in forks of a process that has loaded the libraries, which takes seconds each time otherwise.
+
+As a program, this file is that process: it reads requests from standard input and answers with exit statuses.
+"""
+
+import json
+import os
+import runpy
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class WarmPython:
+    """Runs `python script.py ...` and `python -c code ...` one after the other. Libraries see the environment that
+    this object was made with (what they read from it when imported stays), programs also what they are given."""
+
+    def __init__(self, environment: Mapping[str, str] | None = None):
+        self.environment = dict(os.environ if environment is None else environment)
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *command: str, cwd: Path, timeout: float = 540) -> tuple[int, str]:
+        """The exit status of a program and all it prints.
+
+        Raises:
+            TimeoutError: it takes more than `timeout` seconds. Nothing can be run after that.
+        """
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with tempfile.TemporaryFile("w+") as output:
+            path = f"/proc/{os.getpid()}/fd/{output.fileno()}"
+            request = {"command": command, "cwd": str(cwd), "output": path}
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            if not select.select([self.process.stdout], [], [], timeout)[0]:
+                self.close()
+                raise TimeoutError(f"{command} takes more than {timeout} seconds")
+            status = int(self.process.stdout.readline())
+            output.seek(0)
+            return status, output.read()
+
+    def close(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def run(command: list[str]) -> None:
+    """What the interpreter does with its arguments."""
+    if command[0] == "-c":
+        sys.argv, sys.path[0] = ["-c", *command[2:]], ""
+        exec(compile(command[1], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv, sys.path[0] = command, str(Path(command[0]).absolute().parent)
+        runpy.run_path(command[0], run_name="__main__")
+
+
+def serve() -> None:
+    import noprop_hf.planning
+    import noprop_hf.watching  # noqa: F401
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            os.chdir(request["cwd"])
+            output = os.open(request["output"], os.O_WRONLY | os.O_APPEND)
+            for stream in (sys.stdout, sys.stderr):
+                os.dup2(output, stream.fileno())
+            os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
+            run(request["command"])
+            return
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(status, flush=True)
+
+
+if __name__ == "__main__":
+    serve()
