@@ -29,8 +29,8 @@ from transformers.utils import logging
 
 from .checkpoints import CHECKPOINTS_FOLDER
 from .hub import files_of_phase_1
-from .model_directory import read_metadata, write_atomically
-from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, block_shard
+from .model_directory import flush_files, read_metadata, write_atomically
+from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, Shard, block_shard
 
 
 logger = logging.get_logger(__name__)
@@ -119,8 +119,10 @@ class MeetingPlace:
         others = [name for name in names if not name.startswith(("block-", f"{CLAIMS_FOLDER}/", EMBEDDINGS_SHARD))]
         # One by one: `snapshot_download` takes an unfinished folder for a whole one when the Hub cannot be reached. The
         # embeddings come last, since they say that the directory is complete.
-        for name in (*others, EMBEDDINGS_SHARD):
+        for name in others:
             self.fetch(name, sha)
+        flush_files(self.directory)
+        self.fetch(EMBEDDINGS_SHARD, sha)
 
     def check_table(self) -> None:
         """Make sure that the table in the directory is the one of the repository.
@@ -160,13 +162,13 @@ class MeetingPlace:
 
     # --- blocks ---------------------------------------------------------------------------------------------------
 
-    def blocks(self) -> dict[str, Mapping[str, str]]:
-        """The metadata of every block that is published, by the name of its shard."""
+    def blocks(self) -> dict[str, Shard]:
+        """The header of every block that is published, by the name of its shard."""
 
-        def look() -> dict[str, Mapping[str, str]]:
+        def look() -> dict[str, Shard]:
             head = self.api.repo_info(self.repo_id)
             names = sorted(s.rfilename for s in head.siblings or [] if s.rfilename.startswith("block-"))
-            return {name: self._metadata(name, head.sha) for name in names}
+            return {name: self._header(name, head.sha) for name in names}
 
         return self._insist(look)
 
@@ -247,7 +249,11 @@ class MeetingPlace:
         return CommitOperationAdd(_claim_name(block_index), json.dumps(asdict(claim)).encode())
 
     def _metadata(self, shard: str, revision: str) -> Mapping[str, str]:
-        return self.api.parse_safetensors_file_metadata(self.repo_id, shard, revision=revision).metadata
+        return self._header(shard, revision).metadata
+
+    def _header(self, shard: str, revision: str) -> Shard:
+        header = self.api.parse_safetensors_file_metadata(self.repo_id, shard, revision=revision)
+        return Shard(header.metadata, {name: (info.dtype, tuple(info.shape)) for name, info in header.tensors.items()})
 
     def _insist(self, attempt: Callable[[], Any]) -> Any:
         """Try until it works, ever more patiently, as long as what went wrong may pass.
