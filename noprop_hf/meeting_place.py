@@ -163,11 +163,13 @@ class MeetingPlace:
     # --- blocks ---------------------------------------------------------------------------------------------------
 
     def blocks(self) -> dict[str, Shard]:
-        """The header of every block that is published, by the name of its shard."""
+        """The headers of the table and of every block that is published, by the names of their shards."""
 
         def look() -> dict[str, Shard]:
             head = self.api.repo_info(self.repo_id)
-            names = sorted(s.rfilename for s in head.siblings or [] if s.rfilename.startswith("block-"))
+            names = sorted(
+                s.rfilename for s in head.siblings or [] if s.rfilename.startswith(("block-", EMBEDDINGS_SHARD))
+            )
             return {name: self._header(name, head.sha) for name in names}
 
         return self._insist(look)

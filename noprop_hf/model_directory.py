@@ -27,11 +27,13 @@ from .shards_noprop import (
     CONTENT_HASH,
     EMBEDDINGS_SHARD,
     MASKED_LM_FOLDER,
+    TABLE_WEIGHT,
     Shard,
     block_shard,
     content_hash,
     fingerprint,
     index_fault,
+    plain_name,
     read_shard,
     shard_fault,
     shard_index,
@@ -110,9 +112,17 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, their names without `prefix`."""
+    """The tensors of a safetensors file, their plain names without that of `prefix`."""
     with safe_open(path, framework="pt") as file:
-        return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        names = {plain_name(name).removeprefix(plain_name(prefix)): name for name in file.keys()}  # noqa: SIM118
+        return {short: file.get_tensor(name) for short, name in names.items()}
+
+
+def stored_type(directory: Path) -> str | None:
+    """The type of the weights in a model directory, as safetensors calls it."""
+    with safe_open(directory / EMBEDDINGS_SHARD, framework="pt") as file:
+        names = [name for name in file.keys() if plain_name(name) == TABLE_WEIGHT]  # noqa: SIM118
+        return file.get_slice(names[0]).get_dtype() if names else None
 
 
 def create_model_directory(
@@ -260,7 +270,7 @@ def block_fault(
     about the shard: damage, other tensors, weights that are not finite, another origin, or no training. None if nothing
     does."""
     mark = {"block": str(block_index), **block_mark(directory, config, table, block_index)}
-    return shard_fault(shard, shapes_in(block_shard(block_index), config), mark)
+    return shard_fault(shard, shapes_in(block_shard(block_index), config), mark, stored_type(directory))
 
 
 def block_is_trained(directory: Path, config: NoPropConfig, table: TokenTable, block_index: int) -> bool:

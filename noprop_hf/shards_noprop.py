@@ -34,8 +34,11 @@ FLOATING_TYPES = {  # as safetensors calls them
     "F8_E5M2": torch.float8_e5m2,
 }
 TABLE_WEIGHT = "embed_tokens.weight"  # its plain name
+HIDDEN_SHARDS = (
+    f"holds {SAFE_WEIGHTS_NAME}, which hides the files that {SAFE_WEIGHTS_INDEX_NAME} names: remove one of the two"
+)
 BAD_INDEX = f"holds no {SAFE_WEIGHTS_INDEX_NAME} that can be read: restore it"
-CHANGED_CONFIG = "holds a table that was made for another configuration: restore the config.json of its training"
+CHANGED_CONFIG = "holds a table and a config.json that do not belong together: restore those of its training"
 NO_MODEL = "Give the directory of a whole model, such as the --output_dir of scripts/train.py"
 MASKED_LM_FOLDER = "masked_lm"  # in a model directory: the model of phase 1, which its table comes from
 
@@ -162,6 +165,11 @@ def _read_tensor(file: BufferedReader, begin: int, length: int, name: str, shard
     return data
 
 
+def weight_type(table: Shard) -> str | None:
+    """The type of a model's weights: that of its table, if a file holds it."""
+    return next((kind for name, (kind, _) in table.tensors.items() if plain_name(name) == TABLE_WEIGHT), None)
+
+
 def placement_fault(
     shard: Shard,
     shapes: Mapping[str, tuple[int, ...] | None],
@@ -226,9 +234,13 @@ def index_fault(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> str | No
     weight_map = read_index(folder)
     if weight_map is None:
         return BAD_INDEX
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return HIDDEN_SHARDS
     names = {plain_name(name) for name in weight_map}
     lacking = [name for name in shapes if name not in names]
     foreign = sorted(name for name in names if is_part(name) and name not in shapes)
+    if EMBEDDINGS_SHARD in weight_map.values():  # in the layout of this package
+        foreign += sorted(name for name, file in weight_map.items() if file != shard_of(name))
     if lacking or foreign:
         fault = f"lacks {listed(lacking)}" if lacking else f"names {listed(foreign)}"
         return f"is not a whole model: {SAFE_WEIGHTS_INDEX_NAME} {fault}, unlike its configuration. Restore both files"
@@ -248,7 +260,7 @@ def model_fault(folder: Path, config: NoPropConfig, shapes: Mapping[str, tuple[i
     """
     single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
     if single.is_file() and index.is_file():
-        return f"holds {single.name}, which hides the files that {index.name} names: remove one of the two"
+        return HIDDEN_SHARDS
     if index.is_file():
         weight_map = read_index(folder)
         if weight_map is None:
@@ -278,7 +290,7 @@ def model_fault(folder: Path, config: NoPropConfig, shapes: Mapping[str, tuple[i
     table = next((shard for shard in shards.values() if shard.table is not None), None)
     mark, kind = {}, None
     if table is not None and table.table is not None:
-        kind = next(found for name, (found, _) in table.tensors.items() if plain_name(name) == TABLE_WEIGHT)
+        kind = weight_type(table)
         if any("fingerprint" in shard.metadata for shard in shards.values()):
             mark["fingerprint"] = fingerprint(config, table.table)
         if table.metadata.get("fingerprint", mark.get("fingerprint")) != mark.get("fingerprint"):
