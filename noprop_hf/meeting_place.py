@@ -30,7 +30,7 @@ from transformers.utils import logging
 from .checkpoints import CHECKPOINTS_FOLDER
 from .hub import files_of_phase_1
 from .model_directory import flush_files, read_metadata, write_atomically
-from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, Shard, block_shard
+from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, block_shard
 
 
 logger = logging.get_logger(__name__)
@@ -162,15 +162,13 @@ class MeetingPlace:
 
     # --- blocks ---------------------------------------------------------------------------------------------------
 
-    def blocks(self) -> dict[str, Shard]:
-        """The headers of the table and of every block that is published, by the names of their shards."""
+    def blocks(self) -> dict[str, Mapping[str, str]]:
+        """The metadata of every block that is published, by the name of its shard."""
 
-        def look() -> dict[str, Shard]:
+        def look() -> dict[str, Mapping[str, str]]:
             head = self.api.repo_info(self.repo_id)
-            names = sorted(
-                s.rfilename for s in head.siblings or [] if s.rfilename.startswith(("block-", EMBEDDINGS_SHARD))
-            )
-            return {name: self._header(name, head.sha) for name in names}
+            names = sorted(s.rfilename for s in head.siblings or [] if s.rfilename.startswith("block-"))
+            return {name: self._metadata(name, head.sha) for name in names}
 
         return self._insist(look)
 
@@ -251,11 +249,7 @@ class MeetingPlace:
         return CommitOperationAdd(_claim_name(block_index), json.dumps(asdict(claim)).encode())
 
     def _metadata(self, shard: str, revision: str) -> Mapping[str, str]:
-        return self._header(shard, revision).metadata
-
-    def _header(self, shard: str, revision: str) -> Shard:
-        header = self.api.parse_safetensors_file_metadata(self.repo_id, shard, revision=revision)
-        return Shard(header.metadata, {name: (info.dtype, tuple(info.shape)) for name, info in header.tensors.items()})
+        return self.api.parse_safetensors_file_metadata(self.repo_id, shard, revision=revision).metadata
 
     def _insist(self, attempt: Callable[[], Any]) -> Any:
         """Try until it works, ever more patiently, as long as what went wrong may pass.

@@ -8,10 +8,10 @@ from .arguments import one_line, read_config
 from .checkpoints import CHECKPOINTS_FOLDER, checkpoints_of
 from .configuration_noprop import NoPropConfig
 from .meeting_place import MeetingPlace
-from .model_directory import block_fault, load_table, shapes_in
+from .model_directory import block_fault, load_table
 from .modeling_noprop import TokenTable
 from .parallel import holder_of
-from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, block_shard, placement_fault, read_shard, weight_type
+from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, block_shard, read_shard
 
 
 @dataclass
@@ -67,26 +67,13 @@ def remote_status(repo_id: str, token: str | None = None) -> list[BlockStatus]:
     Raises:
         ValueError: there is no such repository, or it holds no model.
     """
-    config = read_config(repo_id, token)
+    num_blocks = read_config(repo_id, token).num_blocks
     place = MeetingPlace(repo_id, None, token)
     published, claims = place.blocks(), place.claims()
-    table = published.get(EMBEDDINGS_SHARD)
-    if table is None:
-        raise ValueError(f"{repo_id} holds no {EMBEDDINGS_SHARD}: phase 1 is not published, or this is no model.")
-    fault = placement_fault(table, shapes_in(EMBEDDINGS_SHARD, config), {})
-    if fault is not None:
-        raise ValueError(f"{EMBEDDINGS_SHARD} in {repo_id} {fault}.")
     blocks = []
-    for index in range(config.num_blocks):
-        shard, previous = (published.get(block_shard(at)) for at in (index, index - 1))
-        if shard is not None:
-            mark = {"block": str(index)}
-            if "fingerprint" in table.metadata:
-                mark["fingerprint"] = table.metadata["fingerprint"]
-            if previous is not None and CONTENT_HASH in previous.metadata:
-                mark["previous_block"] = previous.metadata[CONTENT_HASH]
-            fault = placement_fault(shard, shapes_in(block_shard(index), config), mark, weight_type(table))
-            blocks.append(BlockStatus("unusable", fault) if fault else BlockStatus("done", _result(shard.metadata)))
+    for index in range(num_blocks):
+        if block_shard(index) in published:
+            blocks.append(BlockStatus("done", _result(published[block_shard(index)])))
         elif index in claims:
             blocks.append(BlockStatus("stopped" if claims[index].is_stale else "training", str(claims[index])))
         else:

@@ -65,16 +65,16 @@ from .model_directory import (
     block_is_trained,
     block_mark,
     check_data,
+    check_mark,
     create_model_directory,
     load_block,
     load_table,
     save_block,
-    shapes_in,
 )
 from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForMaskedLM, TokenTable
 from .noise_noprop import information_levels, standardize
 from .parallel import claim, first_says, once
-from .shards_noprop import EMBEDDINGS_SHARD, MASKED_LM_FOLDER, block_shard, placement_fault, without_progress_bar
+from .shards_noprop import EMBEDDINGS_SHARD, MASKED_LM_FOLDER, block_shard, without_progress_bar
 from .tracking import TrackingCallback, track
 
 
@@ -467,10 +467,8 @@ def train_blocks(
                 place.publish_block(index)
         for index in set(selected) - trained:
             if block_shard(index) in published:
-                mark = {"block": str(index), **block_mark(directory, config, table, index)}
-                fault = placement_fault(published[block_shard(index)], shapes_in(block_shard(index), config), mark)
-                if fault is not None:
-                    raise ValueError(f"{block_shard(index)} in {place.repo_id} {fault}. Remove it from there.")
+                mark = block_mark(directory, config, table, index)
+                check_mark(f"{block_shard(index)} in {place.repo_id}", published[block_shard(index)], mark)
                 trained.add(index)
     for index in sorted(trained):
         logger.warning(f"Block {index} is trained already: skipped.")
