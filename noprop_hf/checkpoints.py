@@ -113,6 +113,8 @@ class DurableTrainer(Trainer):
         """
         directory = Path(self.args.output_dir)
         checkpoint = newest_checkpoint(directory, self.run_identity())
+        if self.args.should_save:
+            shutil.rmtree(directory / STAGING_FOLDER, ignore_errors=True)  # of a run that was killed
         with self._preemption:
             output = self.train() if checkpoint is None else self._resume(checkpoint)
             self._check_loss()
@@ -129,6 +131,7 @@ class DurableTrainer(Trainer):
             )
         if self.kept_step != step:
             self._load_from_checkpoint(self._intact_checkpoint(self.kept_step))
+        self._check_weights()
         return output
 
     def _resume(self, checkpoint: str) -> TrainOutput:
@@ -207,6 +210,13 @@ class DurableTrainer(Trainer):
                 "was saved. Lower --learning_rate, or train with --bf16 or without --fp16."
             )
 
+    def _check_weights(self) -> None:
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise FloatingPointError(
+                f"The weights are not finite numbers any more, at step {self.state.global_step} at the latest, and are "
+                "not saved. Lower --learning_rate, or train with --bf16 or without --fp16."
+            )
+
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         # Batches without padding have no mask.
         if "input_ids" in inputs and "attention_mask" not in inputs:
@@ -224,6 +234,7 @@ class DurableTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self._check_loss()
+        self._check_weights()
         directory = Path(self.args.output_dir)
         staging = directory / STAGING_FOLDER
         name = checkpoint_at(directory, self.state.global_step).name
@@ -247,6 +258,7 @@ class DurableTrainer(Trainer):
             if (directory / name).exists():  # damaged, or saved before the evaluation at the end of an epoch
                 os.replace(directory / name, staging / "replaced")
             os.replace(staging / name, directory / name)
+            flush(directory)
             if self.args.save_total_limit:
                 # Keep at least two: if the newest cannot be read, there is one to fall back to. Others are moved aside
                 # first, since a run may be killed while it deletes.
@@ -325,6 +337,21 @@ def seal(checkpoint: Path, identity: Mapping[str, Any]) -> None:
         json.dump({**record, "hash": _hash(record)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+    for folder in {path.parent for path in files.values()} | {checkpoint}:
+        flush(folder)
+
+
+def flush(path: Path) -> None:
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:  # a folder may be one that cannot be read, or of a file system that cannot flush it
+        if not path.is_dir() or error.errno not in (errno.EACCES, errno.EINVAL, errno.EROFS):
+            raise
 
 
 def read_seal(checkpoint: Path) -> dict[str, Any] | None:

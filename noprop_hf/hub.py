@@ -13,11 +13,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import CONFIG_NAME
 
-from .arguments import CORPUS_FILE, one_line
+from .arguments import CORPUS_FILE, one_line, read_config
 from .configuration_noprop import NoPropConfig
 from .evaluation import MODEL_ROW, RESULTS_FILE
 from .model_directory import read_metadata
-from .shards_noprop import EMBEDDINGS_SHARD, MASKED_LM_FOLDER, block_shard, damaged_shards, missing_shards
+from .modeling_noprop import weight_shapes
+from .shards_noprop import EMBEDDINGS_SHARD, MASKED_LM_FOLDER, block_shard, index_fault, model_fault
 
 
 CARD_NAME = "README.md"
@@ -33,14 +34,11 @@ def files_to_push(directory: Path) -> dict[str, Path]:
     """
     if not (directory / EMBEDDINGS_SHARD).is_file():
         raise FileNotFoundError(f"{directory} holds no model: there is no {EMBEDDINGS_SHARD}.")
-    missing = missing_shards(directory)
-    if missing:
-        raise FileNotFoundError(f"{directory} is not fully trained: {', '.join(missing)} missing.")
-    damaged = damaged_shards(directory)
-    if damaged:
-        raise FileNotFoundError(
-            f"Weights in {directory} are corrupted: {', '.join(damaged)}. Train these blocks again."
-        )
+    config = read_config(directory)
+    shapes = weight_shapes(config)
+    fault = model_fault(directory, config, shapes) or index_fault(directory, shapes)
+    if fault is not None:
+        raise FileNotFoundError(f"{directory} {fault}.")
     return _shared_files(directory)
 
 

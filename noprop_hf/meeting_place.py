@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from .checkpoints import CHECKPOINTS_FOLDER
 from .hub import files_of_phase_1
-from .model_directory import read_metadata, write_atomically
+from .model_directory import flush_files, read_metadata, write_atomically
 from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, block_shard
 
 
@@ -119,8 +119,10 @@ class MeetingPlace:
         others = [name for name in names if not name.startswith(("block-", f"{CLAIMS_FOLDER}/", EMBEDDINGS_SHARD))]
         # One by one: `snapshot_download` takes an unfinished folder for a whole one when the Hub cannot be reached. The
         # embeddings come last, since they say that the directory is complete.
-        for name in (*others, EMBEDDINGS_SHARD):
+        for name in others:
             self.fetch(name, sha)
+        flush_files(self.directory)
+        self.fetch(EMBEDDINGS_SHARD, sha)
 
     def check_table(self) -> None:
         """Make sure that the table in the directory is the one of the repository.

@@ -4,31 +4,40 @@ Phase 1 writes everything but the blocks. Whoever trains block 3 then reads the 
 touches nothing else, and once all files are there the directory is a model like any other: no merge step.
 """
 
-import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from .arguments import CORPUS_FILE
-from .checkpoints import raise_if_disk_is_full
+from .arguments import CORPUS_FILE, read_config
+from .checkpoints import flush, raise_if_disk_is_full
 from .configuration_noprop import NoPropConfig
-from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, TokenTable
+from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, TokenTable, weight_shapes
 from .shards_noprop import (
     AUTO_MAP,
+    CHANGED_CONFIG,
     CONTENT_HASH,
     EMBEDDINGS_SHARD,
+    MASKED_LM_FOLDER,
+    TABLE_WEIGHT,
+    Shard,
     block_shard,
     content_hash,
-    is_damaged,
+    fingerprint,
+    index_fault,
+    plain_name,
+    read_shard,
+    shard_fault,
     shard_index,
+    shard_of,
 )
 
 
@@ -42,20 +51,31 @@ def block_prefix(block_index: int) -> str:
 
 def write_atomically(path: Path, write) -> None:
     """Call `write(temporary_path)`, then give the file its name: it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # safetensors writes a temporary file of its own in it
+    temporary = folder / path.name
     try:
+        folder.mkdir(exist_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode  # of any new file here; safetensors would keep others from reading it
         write(temporary)
         temporary.chmod(mode)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        flush(temporary)
         os.replace(temporary, path)
+        flush(path.parent)
     except Exception as error:
         raise_if_disk_is_full(path.parent, error)
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what killed runs left of writing a file. Only for who holds the lock that allows to write it."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -63,33 +83,46 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def save_shard(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors and string metadata to a safetensors file, atomically, with a hash of the content."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """Write tensors and string metadata to a safetensors file, atomically, with a hash of the content.
+
+    Raises:
+        FloatingPointError: a tensor holds numbers that are not finite. The file is not written.
+    """
+    tensors = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise FloatingPointError(f"{path} is not written, since {name} holds numbers that are not finite.")
     contents = ((name, tensor.reshape(-1).view(torch.uint8).numpy().tobytes()) for name, tensor in tensors.items())
+    remove_unfinished(path)
     metadata = {"format": "pt", CONTENT_HASH: content_hash(contents), **metadata}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The string metadata of a safetensors file."""
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
+    """The string metadata of a safetensors file.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(damaged(path)) from error
 
 
 def read_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, their names without `prefix`."""
+    """The tensors of a safetensors file, their plain names without that of `prefix`."""
     with safe_open(path, framework="pt") as file:
-        return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        names = {plain_name(name).removeprefix(plain_name(prefix)): name for name in file.keys()}  # noqa: SIM118
+        return {short: file.get_tensor(name) for short, name in names.items()}
 
 
-def fingerprint(config: NoPropConfig, table: torch.Tensor) -> str:
-    """A hash of what a block depends on besides data and seed: architecture, objective and frozen table."""
-    # All that the configuration declares, but token ids and switches that no weight depends on.
-    ignored = {"use_cache", "max_position_embeddings"} | {f"{name}_token_id" for name in ("pad", "bos", "eos", "mask")}
-    fields = {name: getattr(config, name) for name in NoPropConfig.__annotations__ if name not in ignored}
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-    digest.update(table.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def stored_type(directory: Path) -> str | None:
+    """The type of the weights in a model directory, as safetensors calls it."""
+    with safe_open(directory / EMBEDDINGS_SHARD, framework="pt") as file:
+        names = [name for name in file.keys() if plain_name(name) == TABLE_WEIGHT]  # noqa: SIM118
+        return file.get_slice(names[0]).get_dtype() if names else None
 
 
 def create_model_directory(
@@ -114,23 +147,46 @@ def create_model_directory(
     GenerationConfig.from_model_config(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
+    remove_unfinished(directory / SAFE_WEIGHTS_INDEX_NAME)
     _write_text(directory / SAFE_WEIGHTS_INDEX_NAME, json.dumps(shard_index(model.state_dict()), indent=2) + "\n")
     tensors = {TABLE_PREFIX + name: tensor for name, tensor in table.state_dict().items()}
     mark = {"fingerprint": fingerprint(config, table.weight)}
+    flush_files(directory)
     save_shard(directory / EMBEDDINGS_SHARD, tensors, {**mark, **(metadata or {})})
 
 
-def check_whole(shard: Path) -> None:
-    """Make sure that a weight file is what was written.
+def flush_files(directory: Path) -> None:
+    """Flush to disk all that the embedding shard stands for: the files and folders of phase 1, and their names."""
+    folders = [folder for folder in (directory / MASKED_LM_FOLDER, directory) if folder.is_dir()]
+    for path in (*(path for folder in folders for path in folder.iterdir() if path.is_file()), *folders):
+        flush(path)
+    for parent in directory.resolve().parents:  # some of which may be new
+        flush(parent)
+
+
+def damaged(shard: Path) -> str:
+    """What to say of a weight file that is damaged."""
+    return (
+        f"{shard} is damaged. Remove it and run the same command again: what it holds is made anew, from the last "
+        "checkpoint on."
+    )
+
+
+def check_whole(shard: Path) -> Shard:
+    """Read a weight file.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is not what was written.
     """
-    if is_damaged(shard):
-        raise ValueError(
-            f"{shard} is damaged. Remove it and run the same command again: what it holds is made anew, from the last "
-            "checkpoint on."
-        )
+    found = read_shard(shard)
+    if found is None:
+        raise ValueError(damaged(shard))
+    return found
+
+
+def shapes_in(shard: str, config: NoPropConfig) -> dict[str, torch.Size]:
+    """The shapes of the weights that belong into a shard, by their names in [`NoPropModel`]."""
+    return {name: shape for name, shape in weight_shapes(config).items() if shard_of(name) == shard}
 
 
 def load_table(directory: Path, config: NoPropConfig) -> TokenTable:
@@ -138,22 +194,28 @@ def load_table(directory: Path, config: NoPropConfig) -> TokenTable:
 
     Raises:
         FileNotFoundError: phase 1 has not been run.
-        ValueError: the table is damaged, or not of the size that the configuration says.
+        ValueError: the table is damaged, not of the size that the configuration says, or was made for another
+            configuration than the directory now has; or the index of the directory is not that of its configuration.
     """
     path = directory / EMBEDDINGS_SHARD
     if not path.is_file():
         raise FileNotFoundError(
             f"{directory} holds no {EMBEDDINGS_SHARD}. Pretrain the embeddings first: scripts/pretrain_embeddings.py."
         )
-    check_whole(path)
-    table, tensors = TokenTable(config), read_tensors(path, TABLE_PREFIX)
-    if tensors["weight"].shape != table.weight.shape:
-        raise ValueError(
-            f"The table in {path} is of size {tuple(tensors['weight'].shape)}, but the configuration asks for "
-            f"{tuple(table.weight.shape)} (vocab_size, hidden_size). Use another output directory, or the settings "
-            "the table was made with."
-        )
-    table.load_state_dict(tensors)
+    shard = check_whole(path)
+    fault = shard_fault(shard, shapes_in(EMBEDDINGS_SHARD, config), {})
+    if fault:
+        raise ValueError(f"{path} {fault}. Use another output directory, or the settings the table was made with.")
+    assert shard.table is not None
+    saved = read_config(directory)  # also where `config` is another one
+    own = fingerprint(saved, shard.table)
+    if shard.metadata.get("fingerprint", own) != own:
+        raise ValueError(f"{directory} {CHANGED_CONFIG}.")
+    fault = index_fault(directory, weight_shapes(saved))
+    if fault:
+        raise ValueError(f"{directory} {fault}.")
+    table = TokenTable(config)
+    table.load_state_dict(read_tensors(path, TABLE_PREFIX))
     return table
 
 
@@ -162,7 +224,8 @@ def save_block(directory: Path, block: DenoisingBlock, table: TokenTable, metada
     prefix = block_prefix(block.block_index)
     tensors = {prefix + name: tensor for name, tensor in block.state_dict().items()}
     mark = block_mark(directory, block.config, table, block.block_index)
-    save_shard(directory / block_shard(block.block_index), tensors, {**mark, **metadata})
+    own = {"block": str(block.block_index)}
+    save_shard(directory / block_shard(block.block_index), tensors, {**own, **mark, **metadata})
 
 
 def load_block(directory: Path, config: NoPropConfig, block_index: int) -> DenoisingBlock:
@@ -177,7 +240,6 @@ def trained_shard(directory: Path, block_index: int) -> Path:
 
     Raises:
         FileNotFoundError: it is not there.
-        ValueError: it is damaged.
     """
     path = directory / block_shard(block_index)
     if not path.is_file():
@@ -185,7 +247,6 @@ def trained_shard(directory: Path, block_index: int) -> Path:
             f"Block {block_index + 1} reads block {block_index}, which is not in {directory}: with "
             "`context_source='previous_block'`, train the blocks in order."
         )
-    check_whole(path)
     return path
 
 
@@ -194,25 +255,43 @@ def block_mark(directory: Path, config: NoPropConfig, table: TokenTable, block_i
 
     Raises:
         FileNotFoundError: it reads the block before it, which is not there.
+        ValueError: that block is damaged.
     """
     mark = {"fingerprint": fingerprint(config, table.weight)}
     if config.context_source == "previous_block" and block_index > 0:
-        mark["previous_block"] = read_metadata(trained_shard(directory, block_index - 1))[CONTENT_HASH]
+        mark["previous_block"] = check_whole(trained_shard(directory, block_index - 1)).content_hash
     return mark
+
+
+def block_fault(
+    directory: Path, config: NoPropConfig, table: TokenTable, block_index: int, shard: Shard | None
+) -> str | None:
+    """What keeps the content of a block's shard from its place in a model directory, as the predicate of a sentence
+    about the shard: damage, other tensors, weights that are not finite, another origin, or no training. None if nothing
+    does."""
+    mark = {"block": str(block_index), **block_mark(directory, config, table, block_index)}
+    return shard_fault(shard, shapes_in(block_shard(block_index), config), mark, stored_type(directory))
 
 
 def block_is_trained(directory: Path, config: NoPropConfig, table: TokenTable, block_index: int) -> bool:
     """Whether a block's shard is there.
 
     Raises:
-        ValueError: it is, but damaged, or trained with another table or configuration, or on another block before it.
+        ValueError: it is, but damaged, or does not belong there (see [`block_fault`]).
     """
     path = directory / block_shard(block_index)
     if not path.is_file():
         return False
-    check_whole(path)
-    check_mark(str(path), read_metadata(path), block_mark(directory, config, table, block_index))
+    fault = block_fault(directory, config, table, block_index, check_whole(path))
+    if fault is not None:
+        raise ValueError(f"{path} {fault}. Remove it to train that block again, or use another output directory.")
     return True
+
+
+def missing_blocks(directory: Path) -> list[str]:
+    """The shards of blocks that are not in a model directory."""
+    shards = map(block_shard, range(read_config(directory).num_blocks))
+    return [shard for shard in shards if not (directory / shard).is_file()]
 
 
 def check_mark(shard: str, metadata: Mapping[str, str], mark: Mapping[str, str]) -> None:
@@ -242,9 +321,17 @@ def check_data(directory: Path, data: str) -> None:
     Raises:
         ValueError: they are not.
     """
-    for path in (directory / EMBEDDINGS_SHARD, *sorted(directory.glob("block-*.safetensors"))):
-        if read_metadata(path).get("data", data) != data:
+    shards = (EMBEDDINGS_SHARD, *map(block_shard, range(read_config(directory).num_blocks)))
+    for path in (directory / shard for shard in shards):
+        if path.is_file() and _data_of(path) not in (None, data):
             raise ValueError(
                 f"{path.name} in {directory} was trained on other data, or on the same data cut in another way. Give "
                 f"the data arguments that {CORPUS_FILE} beside it holds, or use another output directory."
             )
+
+
+def _data_of(shard: Path) -> str | None:
+    try:
+        return read_metadata(shard).get("data")
+    except ValueError:
+        return None  # damaged: for whoever needs that block to say

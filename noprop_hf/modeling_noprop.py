@@ -52,8 +52,9 @@ from .noise_noprop import sample_evidence, standardize
 from .shards_noprop import (
     AUTO_MAP,
     MASKED_LM_FOLDER,
-    damaged_shards,
-    missing_shards,
+    listed,
+    model_fault,
+    plain_name,
     shard_index,
     shard_of,
     without_progress_bar,
@@ -355,26 +356,64 @@ class NoPropPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """Load a model as every model of transformers; a directory whose blocks are not all trained is refused."""
-        if pretrained_model_name_or_path is None:  # weights handed in as `state_dict`
-            return super().from_pretrained(None, *model_args, **kwargs)
-        missing = missing_shards(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        if missing:
-            raise OSError(
-                f"{pretrained_model_name_or_path} is not fully trained: {', '.join(missing)} missing. Train what is "
-                "missing with scripts/train_blocks.py, whose --blocks selects blocks by number."
-            )
+        """Load a model as every model of transformers, and refuse files that are not a whole model.
+
+        Raises:
+            OSError: the files are not those of the configuration that is saved with them, blocks are missing or not
+                trained, or weights are corrupted.
+        """
+        name = pretrained_model_name_or_path
+        if name is None or kwargs.get("state_dict") is not None:  # weights handed in
+            return super().from_pretrained(name, *model_args, **kwargs)
+        with_info = kwargs.pop("output_loading_info", False)
+        folder = Path(str(name), kwargs.get("subfolder") or "")
+        is_local = folder.is_dir()
+        shapes = cls._check_files(name, folder, kwargs) if is_local else {}
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            model, info = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
         finally:
-            # Also when loading failed, since what it then says does not name the file.
-            config = find_config(pretrained_model_name_or_path, kwargs.get("subfolder") or "", kwargs)
-            damaged = damaged_shards(Path(config).parent) if config is not None else []
-            if damaged:
-                raise OSError(
-                    f"Weights of {pretrained_model_name_or_path} are corrupted: {', '.join(damaged)}. Restore the "
-                    "file, train its block again, or download it anew with `force_download=True`."
-                )
+            # Files that are downloaded are there only now. Also when loading failed: the error does not name the file.
+            if not is_local:
+                config = find_config(name, kwargs.get("subfolder") or "", kwargs)
+                shapes = {} if config is None else cls._check_files(name, Path(config).parent, kwargs)
+        lacking = sorted(weight for weight in info["missing_keys"] if plain_name(weight) in shapes)
+        if lacking:  # in files of other formats
+            raise OSError(f"{name} is not a whole model: it lacks {listed(lacking)}.")
+        return (model, info) if with_info else model
+
+    @classmethod
+    def _check_files(cls, name: str | Path, folder: Path, options: dict) -> dict[str, torch.Size]:
+        """Refuse a folder that does not hold a whole model; returns the shapes of the weights that it must hold."""
+        if not (folder / CONFIG_NAME).is_file():
+            return {}
+        fields, _ = NoPropConfig.get_config_dict(folder)
+        kind, expected = fields.get("model_type"), cls.config_class.model_type
+        if kind != expected:
+            raise OSError(f"{name} holds a model of type {kind!r}, not of type {expected!r}.")
+        config = NoPropConfig.from_dict(fields)
+        shapes = cls._weight_shapes(config)
+        # A variant and weights of another format are in other files.
+        if not options.get("variant") and not options.get("gguf_file") and options.get("use_safetensors") is not False:
+            fault = model_fault(folder, config, shapes)
+            if fault is not None:
+                raise OSError(f"{name} {fault}.")
+        return {} if getattr(config, "quantization_config", None) is not None else shapes
+
+    @classmethod
+    def _weight_shapes(cls, config: NoPropConfig) -> dict[str, torch.Size]:
+        return weight_shapes(config)
+
+
+def weight_shapes(config: NoPropConfig) -> dict[str, torch.Size]:
+    """The shapes of the weights of table and blocks, by their names in [`NoPropModel`]."""
+    with torch.device("meta"):
+        table = TokenTable(config)
+        blocks = [DenoisingBlock(config, index) for index in range(min(2, config.num_blocks))]  # the others are alike
+    shapes = {f"embed_tokens.{name}": tensor.shape for name, tensor in table.state_dict().items()}
+    for index in range(config.num_blocks):
+        weights = blocks[min(index, 1)].state_dict()
+        shapes |= {f"blocks.{index}.{name}": tensor.shape for name, tensor in weights.items()}
+    return shapes
 
 
 def find_config(name_or_path: str | Path, subfolder: str, options: dict) -> str | None:
@@ -433,6 +472,11 @@ class DenoisingBlock(NoPropPreTrainedModel):
         self.post_init()
         # `Trainer` counts predicted tokens as for any causal model: position 0 predicts, but is not predicted.
         self.loss_type = "ForCausalLM"
+
+    @classmethod
+    def _weight_shapes(cls, config: NoPropConfig) -> dict[str, torch.Size]:
+        with torch.device("meta"):
+            return {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
 
     def forward(
         self,
@@ -883,6 +927,11 @@ class NoPropForMaskedLM(NoPropPreTrainedModel):
         if nested and find_config(pretrained_model_name_or_path, MASKED_LM_FOLDER, kwargs) is not None:
             kwargs["subfolder"] = MASKED_LM_FOLDER
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
+    @classmethod
+    def _weight_shapes(cls, config: NoPropConfig) -> dict[str, torch.Size]:
+        with torch.device("meta"):
+            return {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
 
     def token_table(self) -> torch.Tensor:
         """The standardized table, `(vocab_size, hidden_size)`."""

@@ -2,13 +2,19 @@
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 
 import torch
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+
+from .configuration_noprop import NoPropConfig
 
 
 AUTO_MAP = {  # what `trust_remote_code` loads from a directory with these files
@@ -19,6 +25,21 @@ AUTO_MAP = {  # what `trust_remote_code` loads from a directory with these files
 }
 CONTENT_HASH = "content_sha256"  # in the metadata of a shard, where training wrote it
 EMBEDDINGS_SHARD = "embeddings.safetensors"
+FLOATING_TYPES = {  # as safetensors calls them
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+TABLE_WEIGHT = "embed_tokens.weight"  # its plain name
+HIDDEN_SHARDS = (
+    f"holds {SAFE_WEIGHTS_NAME}, which hides the files that {SAFE_WEIGHTS_INDEX_NAME} names: remove one of the two"
+)
+BAD_INDEX = f"holds no {SAFE_WEIGHTS_INDEX_NAME} that can be read: restore it"
+CHANGED_CONFIG = "holds a table and a config.json that do not belong together: restore those of its training"
+NO_MODEL = "Give the directory of a whole model, such as the --output_dir of scripts/train.py"
 MASKED_LM_FOLDER = "masked_lm"  # in a model directory: the model of phase 1, which its table comes from
 
 
@@ -53,47 +74,274 @@ def shard_index(state_dict: dict[str, torch.Tensor]) -> dict:
     }
 
 
-def content_hash(tensors: Iterable[tuple[str, bytes]]) -> str:
-    """A hash of names and bytes of tensors, in the order of the names."""
+def plain_name(weight_name: str) -> str:
+    """The name of a weight in [`NoPropModel`], whether that or [`NoPropForCausalLM`] was saved."""
+    return weight_name.removeprefix("model.")
+
+
+def content_hash(tensors: Iterable[tuple[str, bytes | bytearray]]) -> str:
+    """A hash of names and bytes of tensors, which come in the order of their names."""
     digest = hashlib.sha256()
-    for name, data in sorted(tensors):
+    for name, data in tensors:
         digest.update(name.encode() + b"\0")
         digest.update(data)
     return digest.hexdigest()
 
 
-def is_damaged(shard: Path) -> bool:
-    """Whether a safetensors file is not as long as its header says, or its content not that of the hash kept there.
+def fingerprint(config: NoPropConfig, table: torch.Tensor) -> str:
+    """A hash of what a block depends on besides data and seed: architecture, objective and frozen table."""
+    # All that the configuration declares, but token ids and switches that no weight depends on.
+    ignored = {"use_cache", "max_position_embeddings"} | {f"{name}_token_id" for name in ("pad", "bos", "eos", "mask")}
+    fields = {name: getattr(config, name) for name in NoPropConfig.__annotations__ if name not in ignored}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    digest.update(table.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
-    Read without the safetensors package, since a model needs torch and transformers alone.
+
+@dataclass
+class Shard:
+    """The content of a safetensors file.
+
+    Attributes:
+        metadata: the strings that its writer noted.
+        tensors: the type, as safetensors calls it, and the shape of every tensor, by name.
+        content_hash: the hash of the tensors.
+        is_finite: whether all floating-point numbers are finite.
+        table (`(vocab_size, hidden_size)`): the embedding table, if the file holds one.
+    """
+
+    metadata: dict[str, str]
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    content_hash: str = ""
+    is_finite: bool = True
+    table: torch.Tensor | None = None
+
+
+def read_shard(path: Path) -> Shard | None:
+    """Read a safetensors file, one tensor at a time.
+
+    It is read without the safetensors package, since a model needs torch and transformers alone.
+
+    Returns:
+        The content; None if the file is damaged: if its header cannot be read, or notes another length or hash.
     """
     try:
-        with open(shard, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-            kept_hash = header.pop("__metadata__", {}).get(CONTENT_HASH)
-            end = max(entry["data_offsets"][1] for entry in header.values())
-            if shard.stat().st_size != 8 + length + end:
-                return True
-            if kept_hash is None:
-                return False
-            data = file.read()
-        spans = {name: entry["data_offsets"] for name, entry in header.items()}
-        return content_hash((name, data[begin:end]) for name, (begin, end) in spans.items()) != kept_hash
-    except (ValueError, KeyError, AttributeError, TypeError, MemoryError):
-        return True
+        with open(path, "rb") as file:
+            size = path.stat().st_size
+            start = 8 + int.from_bytes(file.read(8), "little")
+            if start > size:
+                return None
+            entries = json.loads(file.read(start - 8))
+            metadata = {name: str(value) for name, value in entries.pop("__metadata__", {}).items()}
+            shard = Shard(metadata, {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()})
+            end = 0
+            for begin, stop in sorted(entry["data_offsets"] for entry in entries.values()):
+                if begin != end or stop < begin:
+                    return None
+                end = stop
+            if start + end != size:
+                return None
+            spans = {name: entries[name]["data_offsets"] for name in sorted(entries)}
+            shard.content_hash = content_hash(
+                (name, _read_tensor(file, start + begin, stop - begin, name, shard))
+                for name, (begin, stop) in spans.items()
+            )
+    except (ValueError, KeyError, AttributeError, TypeError, RuntimeError, RecursionError):
+        return None
+    return shard if metadata.get(CONTENT_HASH, shard.content_hash) == shard.content_hash else None
 
 
-def damaged_shards(folder: Path) -> list[str]:
-    """The weight files in a folder that are damaged."""
-    return [path.name for path in sorted(folder.glob("*.safetensors")) if is_damaged(path)]
+def _read_tensor(file: BufferedReader, begin: int, length: int, name: str, shard: Shard) -> bytearray:
+    """The bytes of a tensor; what it is worth is noted in the shard."""
+    data = bytearray(length)
+    file.seek(begin)
+    file.readinto(data)
+    kind, shape = shard.tensors[name]
+    if kind in FLOATING_TYPES and math.prod(shape) > 0:
+        tensor = torch.frombuffer(data, dtype=FLOATING_TYPES[kind]).view(shape)
+        shard.is_finite &= bool((tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all())
+        if plain_name(name) == TABLE_WEIGHT:
+            shard.table = tensor
+    return data
 
 
-def missing_shards(directory: str | Path, subfolder: str = "") -> list[str]:
-    """The weight files that a local model directory's index names and that are not there."""
-    folder = Path(str(directory), subfolder)
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if not index.is_file():
-        return []
-    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return sorted(shard for shard in shards if not (folder / shard).is_file())
+def weight_type(table: Shard) -> str | None:
+    """The type of a model's weights: that of its table, if a file holds it."""
+    return next((kind for name, (kind, _) in table.tensors.items() if plain_name(name) == TABLE_WEIGHT), None)
+
+
+def placement_fault(
+    shard: Shard,
+    shapes: Mapping[str, tuple[int, ...] | None],
+    mark: Mapping[str, str],
+    kind: str | None = None,
+) -> str | None:
+    """What keeps a weight file from its place in a model, by its header alone.
+
+    Args:
+        shard: the file. Of its content, the header is enough.
+        shapes: of the tensors that belong there, by their plain names; None allows any shape.
+        mark: the metadata that belong there. Files of other savers lack them, which is no fault.
+        kind: the type of the model's weights; when not given, any floating-point type that is the same for all.
+
+    Returns:
+        The fault, as the predicate of a sentence about the file, or None.
+    """
+    counts = Counter(plain_name(name) for name in shard.tensors)
+    lacking = [name for name in shapes if name not in counts]
+    if lacking:
+        return f"lacks {listed(lacking)}"
+    foreign = [name for name, count in counts.items() if name not in shapes or count > 1]  # twice: with either name
+    if foreign:
+        return f"holds what does not belong there: {listed(foreign)}"
+    stored = {plain_name(name): entry for name, entry in shard.tensors.items()}
+    for name, expected in shapes.items():
+        found, shape = stored[name]
+        if expected is not None and shape != tuple(expected):
+            return f"holds {name}, which is of size {shape}, but the configuration asks for {tuple(expected)}"
+        kind = kind or found
+        if found != kind or found not in FLOATING_TYPES:
+            return f"holds {name} of type {found}, not of the floating-point type of the other weights"
+    metadata = shard.metadata
+    if "block" in mark and metadata.get("block", mark["block"]) != mark["block"]:
+        return f"was trained as block {metadata['block']}"
+    if any(metadata.get(name, value) != value for name, value in mark.items()):
+        return "was trained with another table or configuration than the model now has, or on another block before it"
+    if "steps" in metadata and not _number(metadata["steps"]) > 0:
+        return "was trained for no step"
+    for name, figure in metadata.items():
+        if name.endswith("_nats") and not math.isfinite(_number(figure)):
+            return f"is of a training that diverged: {name} is {figure[:20]}"
+    return None
+
+
+def shard_fault(
+    shard: Shard | None,
+    shapes: Mapping[str, tuple[int, ...] | None],
+    mark: Mapping[str, str],
+    kind: str | None = None,
+) -> str | None:
+    """The same by the content: also that the file is damaged (None stands for it), or holds no finite numbers."""
+    if shard is None:
+        return "is damaged"
+    fault = placement_fault(shard, shapes, mark, kind)
+    return fault if fault or shard.is_finite else "holds weights that are not finite numbers"
+
+
+def index_fault(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """What keeps the index in a folder from naming the weights of a whole model, as the predicate of a sentence about
+    the model, or None."""
+    weight_map = read_index(folder)
+    if weight_map is None:
+        return BAD_INDEX
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return HIDDEN_SHARDS
+    names = {plain_name(name) for name in weight_map}
+    lacking = [name for name in shapes if name not in names]
+    foreign = sorted(name for name in names if is_part(name) and name not in shapes)
+    if EMBEDDINGS_SHARD in weight_map.values():  # in the layout of this package
+        foreign += sorted(name for name, file in weight_map.items() if file != shard_of(name))
+    if lacking or foreign:
+        fault = f"lacks {listed(lacking)}" if lacking else f"names {listed(foreign)}"
+        return f"is not a whole model: {SAFE_WEIGHTS_INDEX_NAME} {fault}, unlike its configuration. Restore both files"
+    return None
+
+
+def model_fault(folder: Path, config: NoPropConfig, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """What keeps the safetensors files in a folder, of those that loading takes, from being a whole model.
+
+    Args:
+        config: the configuration that is saved with the files.
+        shapes: of the model's weights, by their plain names. Weights of other names, such as those of a head that
+            somebody added, may be saved with them.
+
+    Returns:
+        The fault, as the predicate of a sentence about the model; None if there is none, or no such file.
+    """
+    single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if single.is_file() and index.is_file():
+        return HIDDEN_SHARDS
+    if index.is_file():
+        weight_map = read_index(folder)
+        if weight_map is None:
+            return BAD_INDEX
+        files = sorted(set(weight_map.values()))
+    elif single.is_file():
+        weight_map, files = {}, [single.name]
+    else:
+        return None
+    missing = [name for name in files if not (folder / name).is_file()]
+    if missing:
+        return (
+            f"is not fully trained: {', '.join(missing)} missing. Train what is missing with scripts/train_blocks.py, "
+            "whose --blocks selects blocks by number"
+        )
+    read = {name: read_shard(folder / name) for name in files}
+    shards = {name: shard for name, shard in read.items() if shard is not None}
+    damaged = [name for name in files if name not in shards]
+    if damaged:
+        return (
+            f"holds weights that are corrupted: {', '.join(damaged)}. Restore the file, train its block again, or "
+            "download it anew with `force_download=True`"
+        )
+    if getattr(config, "quantization_config", None) is not None:  # whose weights have other names and types
+        return None
+
+    table = next((shard for shard in shards.values() if shard.table is not None), None)
+    mark, kind = {}, None
+    if table is not None and table.table is not None:
+        kind = weight_type(table)
+        if any("fingerprint" in shard.metadata for shard in shards.values()):
+            mark["fingerprint"] = fingerprint(config, table.table)
+        if table.metadata.get("fingerprint", mark.get("fingerprint")) != mark.get("fingerprint"):
+            return CHANGED_CONFIG
+    if weight_map and (fault := index_fault(folder, shapes)):
+        return fault
+    blocks = {block_shard(index): index for index in range(config.num_blocks)}
+    for name, shard in shards.items():
+        expected = {
+            plain_name(weight): shapes.get(plain_name(weight)) for weight in weight_map if weight_map[weight] == name
+        }
+        if not weight_map:
+            others = (plain_name(weight) for weight in shard.tensors)
+            expected = {**shapes, **{weight: None for weight in others if weight not in shapes and not is_part(weight)}}
+        own = dict(mark)
+        if name in blocks:
+            own["block"] = str(blocks[name])
+            previous = shards.get(block_shard(blocks[name] - 1))
+            if previous is not None:
+                own["previous_block"] = previous.content_hash
+        fault = shard_fault(shard, expected, own, kind)
+        if fault:
+            remedy = "Restore that file, or remove it and train it again" if weight_map else NO_MODEL
+            return f"is not a whole model: {name} {fault}. {remedy}"
+    return None
+
+
+def read_index(folder: Path) -> dict[str, str] | None:
+    """The file of every weight, from the index in a folder; None if the index is damaged."""
+    try:
+        weight_map = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
+        is_good = bool(weight_map) and all(
+            isinstance(file, str) and Path(file).name == file for file in weight_map.values()
+        )
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        return None
+    return weight_map if is_good else None
+
+
+def is_part(name: str) -> bool:
+    """Whether a weight of this plain name is one of the table or of a block."""
+    return name.startswith(("embed_tokens.", "blocks."))
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -4,19 +4,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .arguments import read_config
+from .arguments import one_line, read_config
 from .checkpoints import CHECKPOINTS_FOLDER, checkpoints_of
+from .configuration_noprop import NoPropConfig
 from .meeting_place import MeetingPlace
-from .model_directory import read_metadata
+from .model_directory import block_fault, load_table
+from .modeling_noprop import TokenTable
 from .parallel import holder_of
-from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, block_shard, is_damaged
+from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, block_shard, read_shard
 
 
 @dataclass
 class BlockStatus:
     """
     Attributes:
-        state: `"missing"`, `"training"`, `"stopped"` (begun, and nobody is at it), `"done"` or `"damaged"`.
+        state: `"missing"`, `"training"`, `"stopped"` (begun, and nobody is at it), `"done"`, `"damaged"`, or
+            `"unusable"` (it does not belong there, or was not trained).
         details: how far, by whom, and with what result.
     """
 
@@ -29,16 +32,26 @@ def local_status(directory: Path) -> list[BlockStatus]:
 
     Raises:
         FileNotFoundError: it is none.
+        ValueError: its table, index or configuration are damaged, or do not fit together.
     """
     if not (directory / EMBEDDINGS_SHARD).is_file():
         raise FileNotFoundError(f"{directory} holds no {EMBEDDINGS_SHARD}: phase 1 is not done, or this is no model.")
-    return [_local_block(directory, index) for index in range(read_config(directory).num_blocks)]
+    config = read_config(directory)
+    table = load_table(directory, config)
+    return [_local_block(directory, config, table, index) for index in range(config.num_blocks)]
 
 
-def _local_block(directory: Path, block_index: int) -> BlockStatus:
-    shard = directory / block_shard(block_index)
-    if shard.is_file():
-        return BlockStatus("damaged") if is_damaged(shard) else BlockStatus("done", _result(read_metadata(shard)))
+def _local_block(directory: Path, config: NoPropConfig, table: TokenTable, block_index: int) -> BlockStatus:
+    path = directory / block_shard(block_index)
+    if path.is_file():
+        shard = read_shard(path)
+        if shard is None:
+            return BlockStatus("damaged")
+        try:
+            fault = block_fault(directory, config, table, block_index, shard)
+        except (FileNotFoundError, ValueError) as error:  # the block that it reads is missing or damaged
+            fault = f"cannot be checked: {one_line(error)}"
+        return BlockStatus("done", _result(shard.metadata)) if fault is None else BlockStatus("unusable", fault)
     checkpoints = directory / CHECKPOINTS_FOLDER
     saved = checkpoints_of(checkpoints / f"block-{block_index:02d}")
     step = f"step {saved[0][0]}" if saved else "step 0"

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import gc
 import math
+import shutil
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -164,6 +165,7 @@ def _make_table(
         model = _pretrain_masked_lm(config, tokenizer, dataset, data, pretraining_args, training_args)
         table.weight.copy_(model.token_table())
         if training_args.should_save:
+            shutil.rmtree(directory / MASKED_LM_FOLDER, ignore_errors=True)  # of a run that was killed
             with without_progress_bar():
                 model.save_pretrained(directory / MASKED_LM_FOLDER)
     table.log_prior.copy_(log_prior(dataset["train"], config.vocab_size))
@@ -531,7 +533,9 @@ def train_block(
     args = trainer_arguments(training_args, f"block-{block_index:02d}", seed=seed)
     previous = []
     if config.context_source == "previous_block" and block_index > 0:
-        previous = [load_block(directory, config, index) for index in range(block_index)]
+        for index in range(block_index):
+            previous.append(load_block(directory, config, index))
+            block_is_trained(directory, config, table, index)  # raises where it does not belong there
     set_seed(seed)
     block = new_block(directory, config, table, block_index)
     trainer = BlockTrainer(
@@ -555,6 +559,11 @@ def train_block(
         evaluated = [entry for entry in history if entry["step"] == trainer.kept_step]
         metrics = evaluated[-1] if evaluated else trainer.evaluate()
     trainer.save_state()
+    if not all(math.isfinite(value) for name, value in metrics.items() if name.endswith("_nats")):
+        raise FloatingPointError(
+            f"The training of block {block_index} diverged: its bound is {metrics['eval_bound_nats']} nats. It is not "
+            "written. Lower --learning_rate, and remove its folder of checkpoints to start anew."
+        )
     kept = {name: f"{metrics[f'eval_{name}']:.6f}" for name in ("context_nats", "denoising_nats", "bound_nats")}
     cost = {"steps": str(trainer.state.global_step), "seconds": f"{summary['train_runtime']:.1f}"}
     if args.should_save:

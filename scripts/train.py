@@ -15,9 +15,9 @@ from noprop_hf.arguments import Recipe, entry_point, parse_recipe
 from noprop_hf.checkpoints import CHECKPOINTS_FOLDER
 from noprop_hf.evaluation import RESULTS_FILE, report
 from noprop_hf.hub import push_model, write_card
+from noprop_hf.model_directory import missing_blocks
 from noprop_hf.parallel import claim
 from noprop_hf.planning import plan
-from noprop_hf.shards_noprop import missing_shards
 from noprop_hf.tracking import track_results
 from noprop_hf.training import pretrain_embeddings, train_blocks
 
@@ -35,7 +35,7 @@ def main() -> None:
         return
     pretrain_embeddings(recipe.model, recipe.data, recipe.pretraining, training)
     directory = train_blocks(recipe.data, recipe.blocks, training, recipe.model)
-    missing = missing_shards(directory)
+    missing = missing_blocks(directory)
     if missing:
         print(f"The model in {directory} still misses {', '.join(missing)}, so it is not evaluated by this process.")
         return

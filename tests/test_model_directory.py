@@ -1,24 +1,31 @@
+import hashlib
 import json
 import os
+import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from conftest import run_python
-from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM, NoPropModel
+from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM, NoPropModel
+from noprop_hf.arguments import read_config
+from noprop_hf.hub import files_to_push
 from noprop_hf.model_directory import (
     block_is_trained,
     create_model_directory,
-    fingerprint,
     load_table,
     save_block,
+    save_shard,
     write_atomically,
 )
-from noprop_hf.shards_noprop import block_shard
+from noprop_hf.shards_noprop import block_shard, fingerprint
+from noprop_hf.status import local_status
 
 
 @pytest.fixture
@@ -190,6 +197,218 @@ def test_blocks_of_another_table_are_told(model, directory):
     table.weight[0, 0] += 1e-3
     with pytest.raises(ValueError, match="another table"):
         block_is_trained(directory, model.config, table, 1)
+
+
+def reshard(path: Path, change) -> None:
+    """Write a shard anew with what `change` makes of its tensors and metadata, and with a hash that is right."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors, metadata)
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + b"\0" + tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    save_file(tensors, path, metadata={**metadata, "content_sha256": digest.hexdigest()})
+
+
+def rewrite(path: Path, change) -> None:
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+
+
+BIAS = "model.blocks.1.head.bias"
+SHARD = "block-01.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def rename_block(tensors: dict, metadata: dict) -> None:
+    for name in list(tensors):
+        tensors[name.replace("blocks.0.", "blocks.1.")] = tensors.pop(name)
+
+
+def forget_block(fields: dict) -> None:
+    fields["weight_map"] = {name: file for name, file in fields["weight_map"].items() if file != SHARD}
+
+
+IN_SHARD = {  # of block 1
+    "a tensor less": (lambda t, m: t.pop(BIAS), "lacks blocks.1.head.bias"),
+    "a tensor of block 0": (lambda t, m: t.update({"model.blocks.0.head.bias": t[BIAS].clone()}), "not belong there"),
+    "a tensor twice": (lambda t, m: t.update({"blocks.1.head.bias": t[BIAS].clone()}), "not belong there"),
+    "shape": (lambda t, m: t.update({BIAS: torch.zeros(51)}), r"of size \(51,\), but the configuration asks for \(50,"),
+    "integers": (lambda t, m: t.update({BIAS: t[BIAS].int()}), "type I32"),
+    "one in half precision": (lambda t, m: t.update({BIAS: t[BIAS].half()}), "type F16"),
+    "all in half precision": (lambda t, m: t.update({n: x.half() for n, x in t.items()}), "type F16"),
+    "not a number": (lambda t, m: t[BIAS].fill_(float("nan")), "not finite"),
+    "of another table": (lambda t, m: m.update(fingerprint="0" * 64), "another table or configuration"),
+    "no step": (lambda t, m: m.update(steps="0"), "no step"),
+    "diverged": (lambda t, m: m.update(bound_nats="nan"), "diverged"),
+    "no figure": (lambda t, m: m.update(bound_nats="evil"), "evil"),
+}
+IN_DIRECTORY = {
+    "index without a block": (lambda d: rewrite(d / INDEX, forget_block), "lacks blocks.1"),
+    "index without a tensor": (
+        lambda d: rewrite(d / INDEX, lambda f: f["weight_map"].pop(BIAS)),
+        "lacks blocks.1.head",
+    ),
+    "index of other files": (
+        lambda d: rewrite(d / INDEX, lambda f: f["weight_map"].update({BIAS: block_shard(0)})),
+        "names model.blocks.1.head.bias",
+    ),
+    "index that is none": (lambda d: (d / INDEX).write_text("[]"), f"holds no {INDEX}"),
+    "one more block": (
+        lambda d: rewrite(d / "config.json", lambda f: f.update(num_blocks=4, noise_levels=[*f["noise_levels"], 9.0])),
+        "do not belong together",
+    ),
+    "levels": (lambda d: rewrite(d / "config.json", lambda f: f.update(noise_levels=[0, 1, 5])), "do not belong"),
+    "epsilon": (lambda d: rewrite(d / "config.json", lambda f: f.update(rms_norm_eps=0.1)), "do not belong together"),
+    "other table": (
+        lambda d: reshard(d / "embeddings.safetensors", lambda t, m: t["model.embed_tokens.weight"].mul_(2)),
+        "do not belong together",
+    ),
+    "a file that hides the shards": (
+        lambda d: save_file(load_file(d / SHARD), d / "model.safetensors", metadata={"format": "pt"}),
+        "hides",
+    ),
+}
+
+
+def uses(directory: Path) -> dict:
+    """All that looks at the weights of a directory."""
+
+    def train() -> None:
+        config = read_config(directory)
+        table = load_table(directory, config)
+        for index in range(config.num_blocks):
+            block_is_trained(directory, config, table, index)
+
+    return {
+        "load": lambda: AutoModelForCausalLM.from_pretrained(directory),
+        "load base": lambda: AutoModel.from_pretrained(directory),
+        "push": lambda: files_to_push(directory),
+        "train": train,
+    }
+
+
+@pytest.mark.parametrize("fault", [*IN_SHARD, "another block", "another block under its names"])
+def test_a_shard_that_does_not_belong_there_is_refused_everywhere(directory, fault):
+    change, said = IN_SHARD.get(fault, (None, "lacks blocks.1" if fault == "another block" else "as block 0"))
+    if change is None:
+        shutil.copy(directory / block_shard(0), directory / SHARD)
+        change = rename_block if fault != "another block" else None
+    if change is not None:
+        reshard(directory / SHARD, change)
+    for use in uses(directory).values():
+        with pytest.raises((OSError, ValueError), match=rf"{SHARD} .*{said}"):
+            use()
+    blocks = local_status(directory)
+    assert [block.state for block in blocks] == ["done", "unusable", "done"]
+    assert re.search(said, blocks[1].details)
+
+
+@pytest.mark.parametrize("fault", list(IN_DIRECTORY))
+def test_a_directory_that_is_no_whole_model_is_refused_everywhere(directory, fault):
+    change, said = IN_DIRECTORY[fault]
+    change(directory)
+    for use in (*uses(directory).values(), lambda: local_status(directory)):
+        with pytest.raises((OSError, ValueError), match=said):
+            use()
+
+
+def test_a_block_alone_is_no_model(model, tmp_path):
+    """Such as a checkpoint of its training."""
+    DenoisingBlock(model.config, 1).save_pretrained(tmp_path)
+    for auto in (AutoModelForCausalLM, AutoModel, AutoModelForMaskedLM):
+        with pytest.raises(OSError, match="not a whole model: model.safetensors lacks"):
+            auto.from_pretrained(tmp_path)
+    assert same(DenoisingBlock.from_pretrained(tmp_path), DenoisingBlock.from_pretrained(tmp_path))
+
+
+def test_a_causal_model_is_no_model_of_phase_1(directory):
+    with pytest.raises(OSError, match="not a whole model"):
+        AutoModelForMaskedLM.from_pretrained(directory)
+
+
+def test_weights_in_another_format_must_be_whole_as_well(model, tmp_path):
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+    torch.save({n: w for n, w in model.state_dict().items() if n != BIAS}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="lacks model.blocks.1.head.bias"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_shards_of_other_savers_load(model, tmp_path):
+    """Numbered shards, one file, and other weights beside those of the model; none of them notes where it is from."""
+    PreTrainedModel.save_pretrained(model, tmp_path / "numbered", max_shard_size="20KB")
+    assert len(list((tmp_path / "numbered").glob("model-*.safetensors"))) > 1
+    PreTrainedModel.save_pretrained(model, tmp_path / "one")
+    headed = load_file(tmp_path / "one" / "model.safetensors") | {"score.weight": torch.ones(2, 16)}
+    save_file(headed, tmp_path / "one" / "model.safetensors", metadata={"format": "pt"})
+    for folder in ("numbered", "one"):
+        assert same(AutoModelForCausalLM.from_pretrained(tmp_path / folder), model)
+    last = sorted((tmp_path / "numbered").glob("model-*.safetensors"))[-1]
+    tensors = load_file(last)
+    save_file({name: tensor[:1] for name, tensor in tensors.items()}, last, metadata={"format": "pt"})
+    with pytest.raises(OSError, match=f"{last.name} holds"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "numbered")
+
+
+def test_only_the_configuration_of_the_files_is_checked(model, directory):
+    """What a caller changes while loading is the caller's own."""
+    config = AutoConfig.from_pretrained(directory, rms_norm_eps=0.1, attn_implementation="eager")
+    assert AutoModelForCausalLM.from_pretrained(directory, config=config).config.rms_norm_eps == 0.1
+    early = AutoModelForCausalLM.from_pretrained(directory, num_hidden_layers=2, dtype=torch.bfloat16)
+    assert early.dtype == torch.bfloat16 and early.config.num_hidden_layers == 2
+    loaded, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert same(loaded, model) and not info["missing_keys"]
+
+
+def test_blocks_read_the_block_that_they_were_trained_on(model, tokenizer, tmp_path):
+    config = NoPropConfig(**model.config.to_dict() | {"context_source": "previous_block"})
+    ordered = NoPropForCausalLM(config)
+    create_model_directory(tmp_path, config, tokenizer, ordered.model.embed_tokens)
+    for block in ordered.model.blocks:
+        save_block(tmp_path, block, ordered.model.embed_tokens, {})
+    assert [block.state for block in local_status(tmp_path)] == ["done"] * 3
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path), ordered)
+    reshard(tmp_path / block_shard(0), lambda t, m: t["model.blocks.0.head.bias"].add_(1))
+    assert [block.state for block in local_status(tmp_path)] == ["done", "unusable", "done"]
+    for use in uses(tmp_path).values():
+        with pytest.raises((OSError, ValueError), match=f"{SHARD} .*another block before it"):
+            use()
+
+
+def test_weights_that_are_not_finite_are_not_written(directory, tmp_path):
+    with pytest.raises(FloatingPointError, match="not finite"):
+        save_shard(tmp_path / "shard", {"x": torch.tensor([1.0, float("inf")])}, {})
+    assert not (tmp_path / "shard").exists()
+
+
+def test_what_the_embedding_shard_stands_for_is_on_disk_first(model, tokenizer, tmp_path, monkeypatch):
+    """Everything in the directory is flushed before the shard gets its name, and the name after that."""
+    path, events = tmp_path / "new" / "model", []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (events.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (events.append(("named", str(new))), replace(old, new)))
+    NoPropForMaskedLM(model.config).save_pretrained(path / "masked_lm")
+    create_model_directory(path, model.config, tokenizer, model.model.embed_tokens)
+    named = events.index(("named", str(path / "embeddings.safetensors")))
+    flushed = set(events[:named])
+    files = {file for folder in (path, path / "masked_lm") for file in folder.iterdir() if file.is_file()}
+    assert {str(file) for file in files - {path / "embeddings.safetensors"}} <= flushed
+    assert {str(folder) for folder in (path, path / "masked_lm", path.parent, tmp_path)} <= flushed
+    assert any("embeddings.safetensors" in str(event) for event in events[:named])
+    assert str(path) in events[named:]
+
+
+def test_what_killed_runs_left_is_removed(model, directory):
+    left = directory / f".{block_shard(1)}.123.tmp"
+    left.mkdir()
+    (left / ".tmpabc").write_bytes(b"half")
+    (directory / f".{block_shard(1)}.7.tmp").write_bytes(b"of an earlier version")
+    save_block(directory, model.model.blocks[1], model.model.embed_tokens, {})
+    assert not list(directory.glob(".*"))
 
 
 def test_shards_are_as_readable_as_any_file(directory):

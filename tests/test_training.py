@@ -19,6 +19,7 @@ from noprop_hf.data import CausalCollator, DataArguments, load_corpus, load_toke
 from noprop_hf.model_directory import load_block, load_table, read_metadata
 from noprop_hf.noise_noprop import information_levels, standardize
 from noprop_hf.shards_noprop import EMBEDDINGS_SHARD, block_shard
+from noprop_hf.status import local_status
 from noprop_hf.training import (
     BlockTrainer,
     block_seed,
@@ -316,6 +317,19 @@ def test_a_block_of_another_configuration(directory, data):
     config.save_pretrained(directory)
     with pytest.raises(ValueError, match="another table or configuration"):
         train_blocks(data, BLOCKS, arguments(directory))
+
+
+def test_a_block_that_diverges_is_not_written(directory, data):
+    """Its loss is still a number in the last step, which makes the weights infinite."""
+    unfinished = directory / "checkpoints" / "block-01" / "unfinished"
+    (unfinished / "checkpoint-1").mkdir(parents=True)  # of a run that was killed
+    options = {"max_steps": 1, "learning_rate": 1e38, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+    for _ in range(2):  # and no checkpoint says that it is done
+        with pytest.raises(FloatingPointError, match="not finite numbers any more, at step 1"):
+            train_blocks(data, BlockArguments(blocks="1"), arguments(directory, **options, eval_strategy="no"), MODEL)
+    assert not (directory / block_shard(1)).exists()
+    assert not list(unfinished.parent.glob("checkpoint-*")) and not unfinished.exists()
+    assert local_status(directory)[1].state == "missing"
 
 
 @pytest.mark.parametrize("name", [EMBEDDINGS_SHARD, block_shard(0)])
