@@ -372,8 +372,10 @@ class MeetingPlace(Repository):
         return Path(path)
 
     def _fetch(self, name: str, head: ModelInfo) -> None:
-        """Download a file into the directory, where it appears when it is whole."""
-        target = self.directory / name
+        """Download a file into the directory, where it appears when it is whole; nothing happens if it is there."""
+        target, sibling = self.directory / name, file_names(head)[name]
+        if target.is_file() and sibling.blob_id is not None and arrived_whole(target, sibling):
+            return
         folder = self.directory / CHECKPOINTS_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix="download-", dir=folder) as arriving:

@@ -162,6 +162,8 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.read(length // 2)
             return self.hang_up()
         body = self.rfile.read(length)
+        if len(body) < length:  # the client was killed
+            return self.hang_up()
         if fault == "delay":
             sleep(chaos.random.uniform(0, 1))
         elif fault == "silence":
