@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 """A fleet of workers that never talk trains one model, while they are killed and their network fails.
 
-python benchmarks/fleet.py           # 24 workers, 12 blocks, at least 200 kills: some minutes on two cores
-python benchmarks/fleet.py --small   # 4 workers, 3 blocks, at least 10 kills
+python benchmarks/fleet.py           # 24 workers, 12 blocks, 200 kills: some minutes on two cores
+python benchmarks/fleet.py --small   # 4 workers, 3 blocks, 10 kills
 
 The workers are processes with a directory each. They meet in a repository of a local server that speaks the Hub's
-protocol, through the real client. Afterwards every block must be there, once, and be the one that a single process
-makes in order, bit for bit.
+protocol, through the real client. Requests fail, are cut, get wrong content or no answer; clocks of workers are wrong;
+and in the repository lie files that are no claims and no blocks, and checkpoints with other weights. Afterwards every
+block must be there, once, trained by one worker, and be the one that a single process makes in order, bit for bit.
 """
 
 import json
@@ -37,10 +38,13 @@ class FleetArguments:
     results: str = field(default="benchmarks/results/fleet.json", metadata={"help": "Where the figures are kept."})
     num_workers: int = field(default=24, metadata={"help": "Workers."})
     num_blocks: int = field(default=12, metadata={"help": "Blocks."})
-    num_kills: int = field(default=200, metadata={"help": "Kills, at the least; the last blocks wait for them."})
+    num_kills: int = field(default=200, metadata={"help": "Kills."})
+    life: float = field(default=8.0, metadata={"help": "Seconds a worker lives, on average, while there are kills."})
     steps: int = field(default=40, metadata={"help": "Steps of training per block; every other is saved."})
     fault_rate: float = field(default=0.1, metadata={"help": "Share of the requests that go wrong."})
-    seed: int = field(default=0, metadata={"help": "Seed of kills and faults."})
+    timeout: float = field(default=2.0, metadata={"help": "Seconds after which a worker gives a request up."})
+    clocks: float = field(default=1e6, metadata={"help": "Seconds, at most, by which the clock of a worker is wrong."})
+    seed: int = field(default=0, metadata={"help": "Seed of kills, faults and clocks."})
     small: bool = field(default=False, metadata={"help": "4 workers, 3 blocks, 10 kills."})
 
     def __post_init__(self):
@@ -65,6 +69,7 @@ def settings(args: FleetArguments, folder: Path, directory: Path) -> dict[str, A
             max_steps=args.steps,
             per_device_train_batch_size=4,
             learning_rate=5e-3,
+            lr_scheduler_type="constant",  # a schedule that ends at 0 would hide a step too many
             save_steps=2,
             save_total_limit=2,
             use_cpu=True,
@@ -95,6 +100,25 @@ def prepare(args: FleetArguments, folder: Path) -> None:
     pretrain_embeddings(model_args, one["data_args"], phase1, one["training_args"])
     MeetingPlace(REPOSITORY, folder / "in_order").publish_table()
     train_blocks(**one)
+    plant(folder / "in_order" / "checkpoints", folder / "planted" / "checkpoints")
+
+
+def plant(checkpoints: Path, target: Path) -> None:
+    """Checkpoints that a run would go on from if it found them, with weights of zero, and a worker's name."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from noprop_hf.checkpoints import SEAL_NAME, checkpoints_of, seal
+
+    for block in checkpoints.glob("block-??"):
+        _, path = checkpoints_of(block)[-1]
+        identity = json.loads((path / SEAL_NAME).read_text())["identity"]
+        planted = Path(shutil.copytree(path, target / block.name / path.name))
+        (weights,) = planted.glob("*.safetensors")
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in load_file(weights).items()}
+        save_file(zeros, weights, metadata={"format": "pt"})
+        seal(planted, identity)
+    (target / "worker").write_text("everybody")
 
 
 def work(args: FleetArguments, folder: Path, worker: int) -> None:
@@ -107,10 +131,13 @@ def work(args: FleetArguments, folder: Path, worker: int) -> None:
     torch.set_num_threads(1)
     directory = folder / f"worker-{worker:02d}"
     directory.mkdir(exist_ok=True)
+    error, clock = Random(f"{args.seed} {worker}").uniform(-args.clocks, args.clocks), time.time
+    time.time = lambda: clock() + error
     log = os.open(directory / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
-    train_blocks(**settings(args, folder, directory), place=MeetingPlace(REPOSITORY, directory))
+    place = MeetingPlace(REPOSITORY, directory, timeout=args.timeout)
+    train_blocks(**settings(args, folder, directory), place=place)
 
 
 # --- the harness ------------------------------------------------------------------------------------------------------
@@ -155,9 +182,34 @@ class Fleet:
             self.kill(worker)
 
 
-def published(server: HubServer) -> dict[str, bytes]:
+def block_names(args: FleetArguments) -> list[str]:
+    return [f"block-{index:02d}.safetensors" for index in range(args.num_blocks)]
+
+
+def published(args: FleetArguments, server: HubServer) -> dict[str, bytes]:
     files = server.repositories[REPOSITORY].files("main")
-    return {name: content for name, content in files.items() if name.startswith("block-")}
+    return {name: files[name] for name in block_names(args) if name in files}
+
+
+def leave(server: HubServer, files: dict[str, bytes]) -> None:
+    """Commit files past all workers."""
+    with server.lock:
+        repository = server.repositories[REPOSITORY]
+        repository.commit({**repository.files("main"), **files}, "left by somebody")
+
+
+def first_junk(args: FleetArguments, folder: Path) -> dict[str, bytes]:
+    """Files that are no claims, by names of claims; planted checkpoints."""
+    contents = [b"", b"[]", b"{}", b"\xff", b"[" * 10**5, b"9" * 10**6, b'{"worker": "x", "step": 0, "time": 1e99}']
+    claims = {f"workers/block-{index:02d}.json": contents[index % len(contents)] for index in range(args.num_blocks)}
+    planted = [path for path in (folder / "planted").rglob("*") if path.is_file()]
+    return claims | {path.relative_to(folder / "planted").as_posix(): path.read_bytes() for path in planted}
+
+
+def more_junk(random: Random) -> dict[str, bytes]:
+    """Other files, some by names that are nearly those of claims and blocks."""
+    names = ("workers/block-xx.json", "workers/block-1.json", "block-foo.txt", "block-00.safetensors.bak", "notes.txt")
+    return {random.choice([*names, "block-99.safetensors", "pytorch_model.bin"]): random.randbytes(1000)}
 
 
 def simulate(args: FleetArguments, folder: Path, server: HubServer) -> dict[str, Any]:
@@ -168,15 +220,20 @@ def simulate(args: FleetArguments, folder: Path, server: HubServer) -> dict[str,
     preparation.join()
     if preparation.exitcode:
         raise SystemExit("The model in order could not be trained.")
-    server.chaos = Chaos(args.fault_rate, Random(args.seed + 1))
-    begin, kills, told = time.monotonic(), 0, 0.0
-    while len(published(server)) < args.num_blocks or kills < args.num_kills:
+    leave(server, first_junk(args, folder))
+    server.chaos = Chaos(args.fault_rate, Random(args.seed + 1), silence=2 * args.timeout)
+    begin, kills, told, left = time.monotonic(), 0, 0.0, 0
+    while len(published(args, server)) < args.num_blocks or kills < args.num_kills:
         fleet.keep_running()
-        time.sleep(random.uniform(0, 0.6))
-        kills += fleet.kill(random.randrange(args.num_workers))
+        if random.random() < 0.3:
+            leave(server, more_junk(random))
+            left += 1
+        time.sleep(random.uniform(0, 2 * args.life / args.num_workers))
+        if kills < args.num_kills:
+            kills += fleet.kill(random.randrange(args.num_workers))
         if time.monotonic() - told > 10:
             told = time.monotonic()
-            print(f"{told - begin:4.0f} s: {len(published(server))} blocks, {kills} kills", flush=True)
+            print(f"{told - begin:4.0f} s: {len(published(args, server))} blocks, {kills} kills", flush=True)
     fleet.stop()
     logs = [path.read_text() for path in folder.glob("worker-*/log.txt")]
     retries = sum(log.count("tried again in") for log in logs)
@@ -190,17 +247,18 @@ def simulate(args: FleetArguments, folder: Path, server: HubServer) -> dict[str,
         "faults": sum(server.chaos.counts.values()),
         "faults_by_kind": dict(server.chaos.counts),
         "retries": retries,
+        "junk_files": left,
         "seconds": time.monotonic() - begin,
         **compare(args, folder, server),
     }
 
 
 def compare(args: FleetArguments, folder: Path, server: HubServer) -> dict[str, Any]:
-    """Whether every block arrived, once, and is the one that was made in order."""
+    """Whether every block arrived, once, from one worker, and is the one that was made in order."""
     import torch
     from safetensors.torch import load, load_file
 
-    blocks, identical = published(server), True
+    blocks, identical = published(args, server), True
     expected = {path.name: path for path in (folder / "in_order").glob("block-*.safetensors")}
     for name in blocks.keys() & expected.keys():
         ours, theirs = load(blocks[name]), load_file(expected[name])
@@ -208,11 +266,13 @@ def compare(args: FleetArguments, folder: Path, server: HubServer) -> dict[str, 
     versions: dict[str, set[bytes]] = {}
     for files in server.repositories[REPOSITORY].commits.values():
         for name, content in files.items():
-            if name.startswith("block-"):
+            if name in expected:
                 versions.setdefault(name, set()).add(content)
+    trained = [path.name for path in folder.glob("worker-*/block-*.safetensors")]
     return {
         "lost": len(expected.keys() - blocks.keys()),
         "duplicated": sum(len(contents) - 1 for contents in versions.values()),
+        "trained_twice": len(trained) - len(set(trained)),
         "bit_identical": identical and len(expected) == args.num_blocks,
     }
 
@@ -243,7 +303,7 @@ def main() -> None:
     path.write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures, indent=1))
     shutil.rmtree(folder)
-    if figures["lost"] or figures["duplicated"] or not figures["bit_identical"]:
+    if any(figures[name] for name in ("lost", "duplicated", "trained_twice")) or not figures["bit_identical"]:
         raise SystemExit("The fleet's model is not the one that a single process makes.")
 
 

@@ -6,6 +6,7 @@ import difflib
 import errno
 import functools
 import inspect
+import io
 import json
 import math
 import os
@@ -802,6 +803,8 @@ def entry_point(main: Callable[[], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def run() -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # as of stderr: a terminal may know ASCII alone
         try:
             main()
         except KeyboardInterrupt:
@@ -825,6 +828,8 @@ def is_users(error: Exception) -> bool:
         return True
     if os.strerror(errno.ENOSPC) in str(error) or (isinstance(error, OSError) and error.errno in MENDABLE):
         return True
+    if error.__traceback__ is None:  # of another thread
+        return False
     raised = traceback.extract_tb(error.__traceback__)[-1]
     is_ours = Path(raised.filename).is_relative_to(PACKAGE) and (raised.line or "").startswith("raise ")
     return is_ours and isinstance(error, ValueError | OSError | ArithmeticError | ImportError)

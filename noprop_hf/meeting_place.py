@@ -4,55 +4,70 @@ Phase 1 publishes everything but the blocks. Each worker fetches that, says whic
 file in `workers/`), and publishes the block's shard when it is done, in one commit that takes the claim away. Commits
 name the state they were made for, so that of two workers who claim a block at once one is told; and whatever the
 network does, a commit is tried again until it is there, and not made twice.
+
+Anybody who may write to the repository can leave anything there. Files are therefore taken by their names alone, and
+what cannot be read is named and passed over.
 """
 
+import hashlib
 import json
-import random
-import socket
+import math
+import os
+import re
+import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+from huggingface_hub.errors import RepositoryNotFoundError, SafetensorsParsingError
+from huggingface_hub.hf_api import ModelInfo
 from transformers import TrainingArguments
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
+from .arguments import PACKAGE
 from .checkpoints import CHECKPOINTS_FOLDER
-from .hub import files_of_phase_1
-from .model_directory import flush_files, read_metadata, write_atomically
-from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, block_shard
+from .hub import (
+    CODE_FILES,
+    PHASE_1_FILES,
+    WRONG_ANSWERS,
+    Repository,
+    arrived_whole,
+    file_names,
+    files_left_out,
+    files_of_phase_1,
+    operation,
+)
+from .model_directory import check_whole, flush_files, read_metadata, write_atomically
+from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, block_shard, read_shard
 
 
 logger = logging.get_logger(__name__)
 
 CLAIMS_FOLDER = "workers"
+CLAIM_NAME = re.compile(rf"{CLAIMS_FOLDER}/block-([0-9]{{2,8}})\.json")
+BLOCK_NAME = re.compile(r"block-([0-9]{2,8})\.safetensors")
 STALE_AFTER = 6 * 3600  # seconds without news after which a worker is thought to be gone
 REPORT_EVERY = 600  # seconds, at the least, between two commits that tell how far a block is
-TRANSIENT = (408, 409, 412, 425, 429, 500, 502, 503, 504)
+BRIEF_PATIENCE = 60  # seconds for what is worth no long wait
+LARGEST_CLAIM = 10_000  # bytes
 
 
 @dataclass
 class Claim:
-    """Who trains a block, and how far it is."""
+    """Who trains a block, and how far it is.
+
+    Attributes:
+        age: seconds since it was made or renewed, by the Hub's clock.
+    """
 
     worker: str
-    host: str
     step: int
-    time: float
-
-    @property
-    def age(self) -> float:
-        return time.time() - self.time
+    age: float
 
     @property
     def is_stale(self) -> bool:
@@ -60,10 +75,10 @@ class Claim:
         return self.age > STALE_AFTER
 
     def __str__(self) -> str:
-        return f"worker {self.worker[:8]} on {self.host}, at step {self.step} {self.age / 60:.0f} minutes ago"
+        return f"worker {self.worker[:8]}, at step {self.step} {self.age / 60:.0f} minutes ago"
 
 
-class MeetingPlace:
+class MeetingPlace(Repository):
     """A repository, as one worker sees it.
 
     Args:
@@ -72,143 +87,191 @@ class MeetingPlace:
             only looks needs none.
         token: access token; that of `hf auth login` when not given.
         patience: seconds for which a commit or a look is tried again.
+        timeout: seconds without news after which a request has failed.
     """
 
-    def __init__(self, repo_id: str, directory: Path | None, token: str | None = None, patience: float = 3600):
-        self.repo_id, self.directory, self.token, self.patience = repo_id, directory or Path(), token, patience
-        self.api = HfApi(token=token)
-        self.retries = 0
-        self._reported = 0.0
+    def __init__(
+        self,
+        repo_id: str,
+        directory: Path | None,
+        token: str | None = None,
+        patience: float = 3600,
+        timeout: float = 30,
+    ):
+        super().__init__(repo_id, token, patience, timeout)
+        self.directory = directory or Path()
+        self._reported = -math.inf
         self.worker = "" if directory is None else _worker_of(directory)
 
     # --- phase 1 --------------------------------------------------------------------------------------------------
+
+    def prepare(self, private: bool | None = None, patience: float = BRIEF_PATIENCE) -> None:
+        """Make sure, before any work, that its result can be published: create the repository, unless it is there.
+
+        Raises:
+            ConnectionError: the Hub cannot be reached.
+            FileExistsError: the repository holds another table, or another model.
+            PermissionError: the token does not allow to write there.
+        """
+        self.create(private, patience)
+        self.check_writable(patience)
+        self.insist(self._holds_our_table, patience)
 
     def publish_table(self, private: bool | None = None) -> None:
         """Create the repository and publish what phase 1 made; nothing happens when it is there already.
 
         Raises:
-            FileExistsError: the repository holds another table.
+            FileExistsError: the repository holds another table, or another model.
         """
-        self._insist(lambda: self.api.create_repo(self.repo_id, private=private, exist_ok=True))
-        ours = read_metadata(self.directory / EMBEDDINGS_SHARD)
+        self.create(private)
         files = files_of_phase_1(self.directory)
+        left_out = files_left_out(self.directory, files)
+        if left_out:
+            logger.warning(f"Not published, as no part of phase 1: {', '.join(left_out)}.")
 
         def publish() -> None:
-            head = self.api.repo_info(self.repo_id)
-            if EMBEDDINGS_SHARD in [sibling.rfilename for sibling in head.siblings or []]:
-                if self._metadata(EMBEDDINGS_SHARD, head.sha) != ours:
-                    raise FileExistsError(
-                        f"{self.repo_id} holds the table of another run. Choose another --hub_model_id, or fetch that "
-                        "table: an empty --output_dir does."
-                    )
-                return
-            operations = [CommitOperationAdd(name, path) for name, path in files.items()]
-            self.api.create_commit(
-                self.repo_id, operations, commit_message="Table, tokenizer and configuration", parent_commit=head.sha
-            )
+            head = self.head()
+            if not self._holds_our_table(head):
+                operations = [operation(name, path) for name, path in files.items()]
+                self._commit("Table, tokenizer and configuration", operations, head)
 
-        self._insist(publish)
+        self.insist(publish)
+
+    def _holds_our_table(self, head: ModelInfo | None = None) -> bool:
+        head = head or self.head()
+        names, path = file_names(head), self.directory / EMBEDDINGS_SHARD
+        if EMBEDDINGS_SHARD in names:
+            if path.is_file():
+                check_whole(path)
+            if not path.is_file() or self._table(head) != read_metadata(path):
+                raise FileExistsError(
+                    f"{self.repo_id} holds the table of another run than {self.directory}. Choose another "
+                    "--hub_model_id, or train blocks for that table: scripts/train_blocks.py with an empty "
+                    "--output_dir."
+                )
+            return True
+        if CONFIG_NAME in names:
+            raise FileExistsError(f"{self.repo_id} holds another model. Choose another --hub_model_id.")
+        return False
 
     def fetch_table(self) -> None:
-        """Download what phase 1 published into the directory.
+        """Download what phase 1 published into the directory, with the code of this package.
 
         Raises:
             FileNotFoundError: the repository is not there, or holds no table.
+            ValueError: the table in the repository is damaged.
         """
-        sha, names = self._begun()
-        others = [name for name in names if not name.startswith(("block-", f"{CLAIMS_FOLDER}/", EMBEDDINGS_SHARD))]
-        # One by one: `snapshot_download` takes an unfinished folder for a whole one when the Hub cannot be reached. The
-        # embeddings come last, since they say that the directory is complete.
-        for name in others:
-            self.fetch(name, sha)
+        head = self._begun()
+        for name in filter(file_names(head).__contains__, CODE_FILES):
+            target = self.directory / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(PACKAGE / target.name, target)
+        # The embeddings come last, since they say that the directory is complete.
+        for name in filter(file_names(head).__contains__, PHASE_1_FILES):
+            self._fetch(name, head)
         flush_files(self.directory)
-        self.fetch(EMBEDDINGS_SHARD, sha)
+        self._fetch(EMBEDDINGS_SHARD, head)
 
     def check_table(self) -> None:
-        """Make sure that the table in the directory is the one of the repository.
+        """Make sure that the table in the directory is the one of the repository, and that blocks can be published.
 
         Raises:
             FileExistsError: it is another one.
             FileNotFoundError: the repository is not there, or holds no table.
+            PermissionError: the token does not allow to write there.
         """
-        sha, _ = self._begun()
-        theirs = self._insist(lambda: self._metadata(EMBEDDINGS_SHARD, sha))
-        if theirs != read_metadata(self.directory / EMBEDDINGS_SHARD):
+        check_whole(self.directory / EMBEDDINGS_SHARD)
+        head = self._begun()
+        if self.insist(lambda: self._table(head)) != read_metadata(self.directory / EMBEDDINGS_SHARD):
             raise FileExistsError(
                 f"{self.directory} holds another table than {self.repo_id}. Fetch that one, with an empty "
                 "--output_dir, or publish yours elsewhere: scripts/pretrain_embeddings.py with another --hub_model_id."
             )
+        self.check_writable()
 
-    def _begun(self) -> tuple[str, list[str]]:
-        """The newest state of a repository that holds a table, and its files."""
+    def _begun(self) -> ModelInfo:
+        """The newest state of a repository that holds a table."""
         try:
-            head = self._insist(lambda: self.api.repo_info(self.repo_id))
+            head = self.insist(self.head)
         except RepositoryNotFoundError as error:
             raise FileNotFoundError(
                 f"There is no repository {self.repo_id} on the Hub, or you may not see it."
             ) from error
-        names = [sibling.rfilename for sibling in head.siblings or []]
-        if EMBEDDINGS_SHARD not in names:
+        if EMBEDDINGS_SHARD not in file_names(head):
             raise FileNotFoundError(
                 f"{self.repo_id} holds no {EMBEDDINGS_SHARD}. Publish phase 1 first: scripts/pretrain_embeddings.py "
                 "with --push_to_hub true."
             )
-        return head.sha, names
+        return head
 
-    def fetch(self, name: str, revision: str | None = None) -> None:
-        """Download a file into the directory."""
-        options = {"revision": revision, "local_dir": self.directory, "token": self.token}
-        self._insist(lambda: hf_hub_download(self.repo_id, name, **options))
+    def _table(self, head: ModelInfo) -> Mapping[str, str]:
+        metadata = self._metadata(EMBEDDINGS_SHARD, head)
+        if metadata is None:
+            raise ValueError(
+                f"{EMBEDDINGS_SHARD} in {self.repo_id} is damaged. Publish phase 1 in another repository, with "
+                "scripts/pretrain_embeddings.py and another --hub_model_id."
+            )
+        return metadata
 
     # --- blocks ---------------------------------------------------------------------------------------------------
 
-    def blocks(self) -> dict[str, Mapping[str, str]]:
-        """The metadata of every block that is published, by the name of its shard."""
+    def blocks(self) -> dict[str, Mapping[str, str] | None]:
+        """The metadata of every block that is published, by the name of its shard; None where it cannot be read."""
 
-        def look() -> dict[str, Mapping[str, str]]:
-            head = self.api.repo_info(self.repo_id)
-            names = sorted(s.rfilename for s in head.siblings or [] if s.rfilename.startswith("block-"))
-            return {name: self._metadata(name, head.sha) for name in names}
+        def look() -> dict[str, Mapping[str, str] | None]:
+            head = self.head()
+            return {name: self._metadata(name, head) for name in sorted(filter(BLOCK_NAME.fullmatch, file_names(head)))}
 
-        return self._insist(look)
+        return self.insist(look)
 
-    def claims(self, revision: str | None = None) -> dict[int, Claim]:
+    def fetch_block(self, block_index: int) -> bool:
+        """Download a block into the directory, if it is published.
+
+        Returns:
+            Whether it is.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        head = self.insist(self.head)
+        is_published = block_shard(block_index) in file_names(head)
+        if is_published:
+            self._fetch(block_shard(block_index), head)
+        return is_published
+
+    def claims(self) -> dict[int, Claim]:
         """Who works on which block."""
 
         def look() -> dict[int, Claim]:
-            head = self.api.repo_info(self.repo_id, revision=revision)
-            names = [s.rfilename for s in head.siblings or [] if s.rfilename.startswith(f"{CLAIMS_FOLDER}/block-")]
-            claims = {}
-            for name in names:
-                path = hf_hub_download(self.repo_id, name, revision=head.sha, token=self.token)
-                claims[int(Path(name).stem.removeprefix("block-"))] = Claim(**json.loads(Path(path).read_text()))
-            return claims
+            head = self.head()
+            indices = [int(match[1]) for match in map(CLAIM_NAME.fullmatch, file_names(head)) if match is not None]
+            found = {index: self._claim_of(index, head) for index in sorted(indices)}
+            return {index: claim for index, claim in found.items() if claim is not None}
 
-        return self._insist(look)
+        return self.insist(look)
 
-    def claim(self, block_index: int, take_over: bool = False) -> Claim | None:
+    def claim(self, block_index: int, take_over: bool = False) -> str | None:
         """Say that this worker trains a block.
 
         Args:
             take_over: whether to do so when another worker said it.
 
         Returns:
-            None if the block is ours; else the claim of the one who trains it.
+            None if the block is ours; else why not, as the end of a sentence.
         """
 
-        def commit() -> Claim | None:
-            head = self.api.repo_info(self.repo_id)
-            other = self.claims(head.sha).get(block_index)
+        def commit() -> str | None:
+            head = self.head()
+            if block_shard(block_index) in file_names(head):
+                return "was published by another worker meanwhile: skipped."
+            other = self._claim_of(block_index, head)
             if other is not None and other.worker != self.worker and not other.is_stale and not take_over:
-                return other
-            message = f"Block {block_index} is begun"
-            self.api.create_commit(
-                self.repo_id, [self._claim_file(block_index, 0)], commit_message=message, parent_commit=head.sha
-            )
+                return f"is being trained by {other}: left to it. If that worker is gone, --take_over true."
+            self._commit(f"Block {block_index} is begun", [self._claim_file(block_index, 0)], head)
             self._reported = time.monotonic()
             return None
 
-        return self._insist(commit)
+        return self.insist(commit)
 
     def report(self, block_index: int, step: int) -> None:
         """Renew the claim of a block, unless that was done a moment ago. What goes wrong here is only told: training
@@ -217,10 +280,24 @@ class MeetingPlace:
             return
         self._reported = time.monotonic()
         try:
-            message = f"Block {block_index} is at step {step}"
-            self.api.create_commit(self.repo_id, [self._claim_file(block_index, step)], commit_message=message)
-        except (HTTPError, OSError) as error:
+            claim = [self._claim_file(block_index, step)]
+            self.insist(lambda: self._commit(f"Block {block_index} is at step {step}", claim), BRIEF_PATIENCE)
+        except Exception as error:
             logger.warning(f"Could not tell {self.repo_id} that block {block_index} is at step {step}: {error}")
+
+    def release(self, block_index: int) -> None:
+        """Take back the claim of a block that this worker could not train. What goes wrong here is only told."""
+
+        def give_back() -> None:
+            head = self.head()
+            claim = self._claim_of(block_index, head)
+            if claim is not None and claim.worker == self.worker:
+                self._commit(f"Block {block_index} is left", [CommitOperationDelete(_claim_name(block_index))], head)
+
+        try:
+            self.insist(give_back, BRIEF_PATIENCE)
+        except Exception as error:
+            logger.warning(f"Could not tell {self.repo_id} that block {block_index} is free again: {error}")
 
     def publish_block(self, block_index: int) -> None:
         """Publish the shard of a block, and take the claim away, in one commit."""
@@ -229,57 +306,85 @@ class MeetingPlace:
         ours = read_metadata(path)
 
         def publish() -> None:
-            head = self.api.repo_info(self.repo_id)
-            names = [sibling.rfilename for sibling in head.siblings or []]
+            head = self.head()
+            names = file_names(head)
             operations: list[Any] = [CommitOperationDelete(claim)] if claim in names else []
             if shard not in names:
                 operations.append(CommitOperationAdd(shard, path))
-            elif self._metadata(shard, head.sha)[CONTENT_HASH] != ours[CONTENT_HASH]:
-                logger.warning(f"{shard} in {self.repo_id} was published by another worker meanwhile, and stays.")
+            elif (self._metadata(shard, head) or {}).get(CONTENT_HASH) != ours.get(CONTENT_HASH):
+                logger.warning(f"{shard} in {self.repo_id} is another one than in {self.directory}. Both stay.")
             if operations:
-                message = f"Block {block_index} is trained"
-                self.api.create_commit(self.repo_id, operations, commit_message=message, parent_commit=head.sha)
+                self._commit(f"Block {block_index} is trained", operations, head)
 
-        self._insist(publish)
+        self.insist(publish)
 
-    # --- the network ----------------------------------------------------------------------------------------------
+    # --- single requests, for an attempt --------------------------------------------------------------------------
+
+    def _commit(self, message: str, operations: list[Any], head: ModelInfo | None = None) -> None:
+        """Commit, if `head` is given only while it is the newest state."""
+        parent = None if head is None else head.sha
+        self.api.create_commit(self.repo_id, operations, commit_message=message, parent_commit=parent)
 
     def _claim_file(self, block_index: int, step: int) -> CommitOperationAdd:
-        claim = Claim(self.worker, socket.gethostname(), step, time.time())
-        return CommitOperationAdd(_claim_name(block_index), json.dumps(asdict(claim)).encode())
+        claim = {"worker": self.worker, "step": step, "time": self.now()}
+        return CommitOperationAdd(_claim_name(block_index), json.dumps(claim).encode())
 
-    def _metadata(self, shard: str, revision: str) -> Mapping[str, str]:
-        return self.api.parse_safetensors_file_metadata(self.repo_id, shard, revision=revision).metadata
+    def _claim_of(self, block_index: int, head: ModelInfo) -> Claim | None:
+        """The claim of a block, or none where there is none that a worker could have made."""
+        name = _claim_name(block_index)
+        if name not in file_names(head):
+            return None
+        content = b""
+        if (file_names(head)[name].size or 0) <= LARGEST_CLAIM:
+            with TemporaryDirectory() as folder:
+                content = self._download(name, head, Path(folder)).read_bytes()
+        try:
+            fields = json.loads(content)
+            worker, step, age = fields["worker"], fields["step"], self.now() - fields["time"]
+            if not (isinstance(worker, str) and worker.isprintable() and isinstance(step, int)):
+                raise ValueError("not of a worker")
+            if not -REPORT_EVERY < age < math.inf:
+                raise ValueError("of no time that was")
+            return Claim(worker, step, max(age, 0))
+        except (*WRONG_ANSWERS, RecursionError, OverflowError) as error:
+            logger.warning(f"{name} in {self.repo_id} is no claim, and passed over: {type(error).__name__} {error}")
+            return None
 
-    def _insist(self, attempt: Callable[[], Any]) -> Any:
-        """Try until it works, ever more patiently, as long as what went wrong may pass.
-
-        Raises:
-            PermissionError: the Hub does not allow it.
-        """
-        begin, wait = time.monotonic(), 1.0
-        while True:
+    def _metadata(self, shard: str, head: ModelInfo) -> Mapping[str, str] | None:
+        """The metadata of a safetensors file, or None where it is none."""
+        for _ in range(3):  # a file that is damaged stays so
             try:
-                return attempt()
-            except (RepositoryNotFoundError, RemoteEntryNotFoundError):
-                raise
-            except (HTTPError, LocalEntryNotFoundError) as error:  # the second: a download without a connection
-                response = error.response if isinstance(error, HfHubHTTPError) else None
-                if response is not None and response.status_code in (401, 403):
-                    raise PermissionError(
-                        f"The Hub does not let you write to {self.repo_id}. Log in with `hf auth login`, or pass a "
-                        "token that may write there with --hub_token."
-                    ) from error
-                if response is not None and response.status_code not in TRANSIENT:
-                    raise
-                if time.monotonic() - begin > self.patience:
-                    raise
-                asked = response.headers.get("Retry-After", "") if response is not None else ""
-                pause = float(asked) if asked.isdigit() else wait * random.uniform(0.5, 1)
-                logger.warning(f"{self.repo_id}: {str(error).splitlines()[0]}; tried again in {pause:.1f} s.")
-                self.retries += 1
-                time.sleep(pause)
-                wait = min(2 * wait, 300)
+                metadata = self.api.parse_safetensors_file_metadata(
+                    self.repo_id, shard, revision=head.sha, timeout=self.timeout
+                ).metadata
+                return {str(name): str(value) for name, value in metadata.items()}
+            except (SafetensorsParsingError, *WRONG_ANSWERS) as error:
+                reason = error
+        self.head()  # the network speaks for the Hub, so it is the file
+        logger.warning(f"{shard} in {self.repo_id} is damaged, and passed over: {reason}")
+        return None
+
+    def _download(self, name: str, head: ModelInfo, folder: Path) -> Path:
+        path = self.api.hf_hub_download(
+            self.repo_id, name, revision=head.sha, local_dir=folder, force_download=True, etag_timeout=self.timeout
+        )
+        if not arrived_whole(Path(path), file_names(head)[name]):
+            raise RuntimeError(f"{name} arrived damaged")
+        return Path(path)
+
+    def _fetch(self, name: str, head: ModelInfo) -> None:
+        """Download a file into the directory, where it appears when it is whole; nothing happens if it is there."""
+        target, sibling = self.directory / name, file_names(head)[name]
+        if target.is_file() and sibling.blob_id is not None and arrived_whole(target, sibling):
+            return
+        folder = self.directory / CHECKPOINTS_FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix="download-", dir=folder) as arriving:
+            path = self.insist(lambda: self._download(name, head, Path(arriving)))
+            if path.suffix == ".safetensors" and read_shard(path) is None:
+                raise ValueError(f"{name} in {self.repo_id} is damaged. Remove it there, and publish it anew.")
+            target.parent.mkdir(exist_ok=True)
+            os.replace(path, target)
 
 
 def meeting_place(args: TrainingArguments) -> MeetingPlace | None:
@@ -290,11 +395,12 @@ def meeting_place(args: TrainingArguments) -> MeetingPlace | None:
 
 
 def _worker_of(directory: Path) -> str:
+    """A name for a directory on its disk: a copy of it is another worker."""
     identity = directory / CHECKPOINTS_FOLDER / "worker"
     if not identity.is_file():
         identity.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(identity, lambda path: path.write_text(uuid.uuid4().hex, encoding="utf-8"))
-    return identity.read_text(encoding="utf-8")
+    return hashlib.sha256(identity.read_bytes() + str(identity.stat().st_ino).encode()).hexdigest()[:32]
 
 
 def _claim_name(block_index: int) -> str:

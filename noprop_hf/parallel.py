@@ -132,10 +132,11 @@ def claim(
         Whether there is something to do.
     """
     with ExitStack() as stack:
-        holder = stack.enter_context(lock(path)) if args.process_index == 0 else None
+        is_first = args.process_index == 0
+        holder = stack.enter_context(lock(path)) if is_first else None
         if holder is not None and tell:
             logger.warning(f"{path.stem} is being worked on by {holder}: left to it.")
-        yield first_says(args, holder is None and not is_done())
+        yield first_says(args, is_first and holder is None and not is_done())
 
 
 def once(path: Path, args: TrainingArguments, is_done: Callable[[], bool], work: Callable[[], None]) -> None:

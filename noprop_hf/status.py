@@ -68,12 +68,13 @@ def remote_status(repo_id: str, token: str | None = None) -> list[BlockStatus]:
         ValueError: there is no such repository, or it holds no model.
     """
     num_blocks = read_config(repo_id, token).num_blocks
-    place = MeetingPlace(repo_id, None, token)
+    place = MeetingPlace(repo_id, None, token, patience=60)
     published, claims = place.blocks(), place.claims()
     blocks = []
     for index in range(num_blocks):
         if block_shard(index) in published:
-            blocks.append(BlockStatus("done", _result(published[block_shard(index)])))
+            metadata = published[block_shard(index)]
+            blocks.append(BlockStatus("damaged") if metadata is None else BlockStatus("done", _result(metadata)))
         elif index in claims:
             blocks.append(BlockStatus("stopped" if claims[index].is_stale else "training", str(claims[index])))
         else:

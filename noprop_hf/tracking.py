@@ -77,7 +77,8 @@ class TrackingCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control, model=None, **kwargs):
         if state.is_world_process_zero:
             config = model.config.to_dict() | args.to_dict()
-            config = {key: value for key, value in config.items() if not key.startswith("_")}  # reserved in Trackio
+            private = ("output_dir", "logging_dir")  # paths of this machine
+            config = {key: value for key, value in config.items() if not key.startswith("_") and key not in private}
             self.trackers = start_trackers(args, self.directory, self.name, config, state.global_step)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control, logs=None, **kwargs):

@@ -12,7 +12,7 @@ import gc
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,21 +60,23 @@ from .data import (
     vocabulary_size,
 )
 from .evaluation import encode_prompt, sample_texts
+from .hub import is_local
 from .meeting_place import MeetingPlace
 from .model_directory import (
     block_is_trained,
     block_mark,
     check_data,
-    check_mark,
     create_model_directory,
+    fingerprint,
     load_block,
     load_table,
+    read_metadata,
     save_block,
 )
 from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForMaskedLM, TokenTable
 from .noise_noprop import information_levels, standardize
 from .parallel import claim, first_says, once
-from .shards_noprop import EMBEDDINGS_SHARD, MASKED_LM_FOLDER, block_shard, without_progress_bar
+from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, MASKED_LM_FOLDER, block_shard, without_progress_bar
 from .tracking import TrackingCallback, track
 
 
@@ -178,8 +180,8 @@ def _make_table(
     levels = [round(level, 4) for level in config.noise_levels or []]
     (directory / CORPUS_FILE).write_text(yaml.safe_dump(corpus_fields, sort_keys=False), encoding="utf-8")
     origin = {"data": data}
-    if model_args.embeddings_from is not None:
-        origin["embeddings_from"] = model_args.embeddings_from
+    if model_args.embeddings_from is not None and not is_local(model_args.embeddings_from):
+        origin["embeddings_from"] = model_args.embeddings_from  # a path of this machine would become public
     create_model_directory(directory, config, tokenizer, table, origin)
     logger.warning(f"The embedding table is in {directory}; noise levels {levels}.")
 
@@ -460,21 +462,41 @@ def train_blocks(
     table = load_table(directory, config)
     selected = parse_blocks(block_args.blocks, config.num_blocks)
     trained = {index for index in selected if block_is_trained(directory, config, table, index)}
+    refused: list[int] = []  # whose published shards are no blocks of this model
     if place is not None:
-        published = place.blocks()
-        for index in trained:
-            if block_shard(index) not in published:  # it was trained, and then something came between
-                place.publish_block(index)
-        for index in set(selected) - trained:
+        published = first_says(training_args, place.blocks() if training_args.process_index == 0 else {})
+        for index in sorted(trained):
+            theirs = published.get(block_shard(index)) or {}
+            if theirs.get(CONTENT_HASH) != read_metadata(directory / block_shard(index)).get(CONTENT_HASH):
+                place.publish_block(index)  # it was trained, and then something came between
+        for index in sorted(set(selected) - trained):
             if block_shard(index) in published:
-                mark = block_mark(directory, config, table, index)
-                check_mark(f"{block_shard(index)} in {place.repo_id}", published[block_shard(index)], mark)
-                trained.add(index)
+                is_ours = _is_ours(index, published, config, table, read_metadata(directory / EMBEDDINGS_SHARD))
+                (trained.add if is_ours else refused.append)(index)
     for index in sorted(trained):
         logger.warning(f"Block {index} is trained already: skipped.")
-    waiting = first_says(training_args, [index for index in selected if index not in trained])
-    if not waiting:
-        return directory
+    waiting = first_says(training_args, [index for index in selected if index not in {*trained, *refused}])
+    if waiting:
+        _train_waiting(waiting, config, table, data_args, block_args, training_args, place)
+    if place is not None and refused:
+        shards = ", ".join(map(block_shard, refused))
+        raise ValueError(
+            f"Not trained: {shards} in {place.repo_id} are damaged, or were trained with another table, configuration "
+            "or data, or on another block before them. Remove them there, and run the same command again."
+        )
+    return directory
+
+
+def _train_waiting(
+    waiting: list[int],
+    config: NoPropConfig,
+    table: TokenTable,
+    data_args: DataArguments,
+    block_args: BlockArguments,
+    training_args: TrainingArguments,
+    place: MeetingPlace | None,
+) -> None:
+    directory = Path(training_args.output_dir)
     tokenizer = load_tokenizer(str(directory))
     dataset = tokenize(load_corpus(data_args), tokenizer, data_args)
     data = data_fingerprint(dataset["train"])
@@ -483,30 +505,59 @@ def train_blocks(
         encode_prompt(prompt, tokenizer)  # an error before training, not at its first evaluation
     for index in waiting:
         lock_file = directory / CHECKPOINTS_FOLDER / f"block-{index:02d}.lock"
-        with claim(lock_file, training_args, partial(_is_taken, directory, index, place, block_args)) as mine:
+        with claim(lock_file, training_args, partial(_is_taken, directory, config, index, place, block_args)) as mine:
             if mine:
-                if place is not None and config.context_source == "previous_block":
-                    for earlier in map(block_shard, range(index)):
-                        if earlier in published and not (directory / earlier).is_file():
-                            place.fetch(earlier)
-                train_block(index, config, table, tokenizer, dataset, data, block_args, training_args, place)
+                try:
+                    train_block(index, config, table, tokenizer, dataset, data, block_args, training_args, place)
+                except Exception:
+                    if place is not None and training_args.should_save:
+                        place.release(index)
+                    raise
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     first_says(training_args, "written")
-    return directory
 
 
-def _is_taken(directory: Path, block_index: int, place: MeetingPlace | None, block_args: BlockArguments) -> bool:
-    """Whether somebody else has trained a block, or trains it, elsewhere."""
+def _is_ours(
+    block_index: int,
+    published: Mapping[str, Mapping[str, str] | None],
+    config: NoPropConfig,
+    table: TokenTable,
+    origin: Mapping[str, str],
+) -> bool:
+    """Whether a published shard is, by its metadata, a block of the model whose table has the metadata `origin`."""
+    shard, mark = block_shard(block_index), {"fingerprint": fingerprint(config, table.weight)}
+    mark |= {"data": origin["data"]} if "data" in origin else {}
+    if config.context_source == "previous_block" and block_index > 0:
+        mark["previous_block"] = (published.get(block_shard(block_index - 1)) or {}).get(CONTENT_HASH, "")
+    metadata = published[shard] or {}
+    is_ours = CONTENT_HASH in metadata and all(metadata.get(name) == value for name, value in mark.items())
+    if not is_ours:
+        logger.warning(f"Block {block_index} is passed over, as the published {shard} is no block of this model.")
+    return is_ours
+
+
+def _is_taken(
+    directory: Path, config: NoPropConfig, block_index: int, place: MeetingPlace | None, block_args: BlockArguments
+) -> bool:
+    """Whether a block is trained by somebody else, now or before, or has to wait for the blocks that it reads."""
     if (directory / block_shard(block_index)).is_file():
         return True
-    other = None if place is None else place.claim(block_index, block_args.take_over)
-    if other is not None:
-        logger.warning(
-            f"Block {block_index} is being trained by {other}: left to it. If that worker is gone, --take_over true."
-        )
-    return other is not None
+    if place is None:
+        return False
+    if config.context_source == "previous_block":
+        for earlier in range(block_index):
+            if not (directory / block_shard(earlier)).is_file() and not place.fetch_block(earlier):
+                logger.warning(
+                    f"Block {block_index} reads block {earlier}, which is neither here nor in {place.repo_id}: left. "
+                    "Run the same command again when that block is published."
+                )
+                return True
+    why_not = place.claim(block_index, block_args.take_over)
+    if why_not is not None:
+        logger.warning(f"Block {block_index} {why_not}")
+    return why_not is not None
 
 
 def train_block(

@@ -6,6 +6,7 @@ accelerate launch scripts/pretrain_embeddings.py recipes/demo.yaml --push_to_hub
 """
 
 from noprop_hf.arguments import entry_point, parse_recipe
+from noprop_hf.hub import check_sharing
 from noprop_hf.meeting_place import meeting_place
 from noprop_hf.training import pretrain_embeddings
 
@@ -15,7 +16,10 @@ def main() -> None:
     recipe = parse_recipe(__doc__, parallelism="data")
     if recipe.run.dry_run:
         raise SystemExit("Only scripts/train.py plans, both phases at once: call that with --dry_run.")
+    check_sharing(recipe.training)
     place = meeting_place(recipe.training)
+    if place is not None and recipe.training.should_save:
+        place.prepare(recipe.training.hub_private_repo)
     pretrain_embeddings(recipe.model, recipe.data, recipe.pretraining, recipe.training)
     if place is not None and recipe.training.should_save:
         place.publish_table(recipe.training.hub_private_repo)

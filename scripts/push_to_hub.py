@@ -10,7 +10,7 @@ from pathlib import Path
 
 from noprop_hf.arguments import entry_point
 from noprop_hf.evaluation import RESULTS_FILE
-from noprop_hf.hub import card_files, check_repo_id, files_to_push, push_model, write_card
+from noprop_hf.hub import card_files, check_repo_id, files_left_out, files_to_push, push_model, write_card
 
 
 TEMPLATE = Path(__file__).parent.parent / "model_card.md"
@@ -31,7 +31,11 @@ def main() -> None:
     args = parser.parse_args()
 
     check_repo_id(args.repo_id)
-    sizes = {name: path.stat().st_size for name, path in files_to_push(args.model).items()}
+    files = files_to_push(args.model)
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    left_out = files_left_out(args.model, files)
+    if left_out:
+        print(f"Left out, as no part of the model: {', '.join(left_out)}")
     has_card = (args.model / RESULTS_FILE).is_file()
     if not has_card:
         print(f"There is no {RESULTS_FILE} in {args.model}, so no card is made: scripts/train.py writes it.")

@@ -14,7 +14,8 @@ from pathlib import Path
 from noprop_hf.arguments import Recipe, entry_point, parse_recipe
 from noprop_hf.checkpoints import CHECKPOINTS_FOLDER
 from noprop_hf.evaluation import RESULTS_FILE, report
-from noprop_hf.hub import push_model, write_card
+from noprop_hf.hub import check_sharing, files_left_out, files_to_push, push_model, write_card
+from noprop_hf.meeting_place import meeting_place
 from noprop_hf.model_directory import missing_blocks
 from noprop_hf.parallel import claim
 from noprop_hf.planning import plan
@@ -30,9 +31,13 @@ def main() -> None:
     begin = time.time()
     recipe = parse_recipe(__doc__)
     training = recipe.training
+    check_sharing(training)
     if recipe.run.dry_run:
         print(plan(recipe))
         return
+    place = meeting_place(training)
+    if place is not None and training.should_save:
+        place.prepare(training.hub_private_repo)
     pretrain_embeddings(recipe.model, recipe.data, recipe.pretraining, training)
     directory = train_blocks(recipe.data, recipe.blocks, training, recipe.model)
     missing = missing_blocks(directory)
@@ -54,9 +59,15 @@ def finish(recipe: Recipe, directory: Path) -> None:
     training = recipe.training
     print(report(directory, recipe.data, recipe.blocks, training.per_device_eval_batch_size, training.seed))
     track_results(training, directory)
-    if training.push_to_hub:
+    place = meeting_place(training)
+    if place is not None:
+        place.prepare(training.hub_private_repo, place.patience)  # others may have published something meanwhile
         write_card(directory, training.hub_model_id, TEMPLATE, recipe.share.license, recipe.share.language)
-        url = push_model(directory, training.hub_model_id, training.hub_private_repo, training.hub_token, update=True)
+        left_out = files_left_out(directory, files_to_push(directory))
+        if left_out:
+            print(f"Not uploaded, as no part of the model: {', '.join(left_out)}")
+        private, token = training.hub_private_repo, training.hub_token
+        url = push_model(directory, training.hub_model_id, private, token, update=True, patience=place.patience)
         print(f"Uploaded: {url}")
 
 

@@ -10,6 +10,7 @@ python scripts/train_blocks.py recipes/demo.yaml --blocks 3 --push_to_hub true -
 """
 
 from noprop_hf.arguments import entry_point, parse_recipe
+from noprop_hf.hub import check_sharing
 from noprop_hf.meeting_place import meeting_place
 from noprop_hf.training import train_blocks
 
@@ -19,6 +20,7 @@ def main() -> None:
     recipe = parse_recipe(__doc__)
     if recipe.run.dry_run:
         raise SystemExit("Only scripts/train.py plans, both phases at once: call that with --dry_run.")
+    check_sharing(recipe.training)
     train_blocks(recipe.data, recipe.blocks, recipe.training, recipe.model, meeting_place(recipe.training))
 
 

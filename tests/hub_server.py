@@ -11,41 +11,56 @@ import json
 import re
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from random import Random
+from time import sleep, time
 from urllib.parse import unquote, urlsplit
 
 
 TOKEN = "hf_test_token"
 
 
+PORTAL = b"<!DOCTYPE html><html><body>Please accept the terms of this network.</body></html>"
+
+
 @dataclass
 class Fault:
-    """Makes the next `times` requests that match fail: with a status, or by dropping the connection."""
+    """Makes the next `times` requests that match fail: with a status or, without one, by dropping the connection.
+
+    Args:
+        content: the body of the answer.
+        headers: of the answer.
+        silence: seconds without an answer, before that.
+    """
 
     method: str
     path: str
     status: int | None = None
     times: int = 1
+    content: bytes | dict | list = field(default_factory=lambda: {"error": "planned by the test"})
+    headers: dict[str, str] = field(default_factory=dict)
+    silence: float = 0
 
 
 @dataclass
 class Chaos:
-    """Makes requests fail at random: errors of the server, too many requests, lost requests, lost answers, delays."""
+    """Makes requests fail at random: errors of the server, too many requests, lost requests and answers, uploads and
+    downloads that are cut, wrong content with status 200, delays, and silence (as long as `silence` says)."""
 
     rate: float
     random: Random
+    silence: float = 10
     counts: Counter = field(default_factory=Counter)
 
     def draw(self) -> str | None:
         if self.random.random() >= self.rate:
             return None
-        kind = self.random.choice(["500", "503", "429", "lost request", "lost answer", "delay"])
+        kinds = ("500", "503", "429", "lost request", "lost answer", "cut request", "cut answer", "wrong", "delay")
+        kind = self.random.choice([*kinds, "silence"])
         self.counts[kind] += 1
         return kind
 
@@ -70,6 +85,14 @@ class Repository:
         return self.commits.get(self.head if revision == "main" else revision)
 
 
+def blob(name: str, content: bytes) -> dict:
+    """What the Hub says of a file beside its name."""
+    fields: dict = {"size": len(content), "blobId": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()}
+    if name.endswith(".safetensors"):
+        fields["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+    return fields
+
+
 class HubServer(ThreadingHTTPServer):
     daemon_threads = True
 
@@ -80,6 +103,7 @@ class HubServer(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}  # LFS, by sha256
         self.faults: list[Fault] = []
         self.chaos: Chaos | None = None
+        self.clock_ahead = 0.0  # seconds
         self.requests: list[tuple[str, str]] = []
         self.lock = threading.Lock()
 
@@ -104,7 +128,10 @@ def hub_server() -> Iterator[HubServer]:
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: HubServer
-    loses_answer = False
+    loses_answer = cuts_answer = False
+
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        return super().date_time_string((timestamp or time()) + self.server.clock_ahead)
 
     def log_message(self, *args) -> None:
         pass
@@ -118,36 +145,53 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(body[: len(body) // 2] if self.cuts_answer else body)
+        if self.cuts_answer:
+            self.hang_up()
 
     def fail(self, status: int, code: str, message: str) -> None:
         self.reply(status, {"error": message}, X_Error_Code=code, X_Error_Message=message)
 
     def handle_request(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         with self.server.lock:
-            fault = self.server.chaos.draw() if self.server.chaos is not None else None
+            chaos = self.server.chaos
+            fault = chaos.draw() if chaos is not None else None
+        length = int(self.headers.get("Content-Length", 0))
+        if fault == "cut request":
+            self.rfile.read(length // 2)
+            return self.hang_up()
+        body = self.rfile.read(length)
+        if len(body) < length:  # the client was killed
+            return self.hang_up()
         if fault == "delay":
-            time.sleep(self.server.chaos.random.uniform(0, 1))
+            sleep(chaos.random.uniform(0, 1))
+        elif fault == "silence":
+            sleep(chaos.silence)
+            return self.hang_up()
         elif fault == "lost request":
             return self.hang_up()
         elif fault == "429":
             return self.reply(429, {"error": "too many requests"}, Retry_After="1")
         elif fault in ("500", "503"):
             return self.fail(int(fault), "Fault", "chaos")
+        elif fault == "wrong":
+            return self.reply(200, chaos.random.choice([PORTAL, {}, []]))
         with self.server.lock:
             self.server.requests.append((self.command, path))
-            for planned in self.server.faults:
-                if planned.times and planned.method == self.command and re.search(planned.path, path):
-                    planned.times -= 1
-                    if planned.status is None:
-                        self.hang_up()
-                    else:
-                        self.fail(planned.status, "Fault", "planned by the test")
-                    return
-            self.loses_answer = fault == "lost answer"
-            self.route(path, body)
+            planned = next((f for f in self.server.faults if self.matches(f, path)), None)
+            if planned is None:
+                self.loses_answer, self.cuts_answer = fault == "lost answer", fault == "cut answer"
+                return self.route(path, body)
+            planned.times -= 1
+        sleep(planned.silence)
+        if planned.status is None:
+            self.hang_up()
+        else:
+            self.reply(planned.status, planned.content, **planned.headers)
+
+    def matches(self, fault: Fault, path: str) -> bool:
+        return bool(fault.times and fault.method == self.command and re.search(fault.path, path))
 
     def hang_up(self) -> None:
         self.connection.close()
@@ -240,7 +284,10 @@ class Handler(BaseHTTPRequestHandler):
         if files is None:
             return self.fail(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         sha = repository.head if revision == "main" else revision
-        siblings = [{"rfilename": name} for name in sorted(files)]
+        siblings: list[dict] = [{"rfilename": name} for name in sorted(files)]
+        if "blobs=" in self.path:
+            for sibling in siblings:
+                sibling |= blob(sibling["rfilename"], files[sibling["rfilename"]])
         return self.reply(
             200, {"id": match[1], "modelId": match[1], "sha": sha, "private": repository.private, "siblings": siblings}
         )

@@ -239,13 +239,13 @@ def test_workers_that_never_meet(recipe, in_order, tmp_path):
         assert "1 of 3 blocks are done" in status()
 
         # Another worker says that it trains block 2: left to it, until it is said to be gone.
-        claim = {"worker": "someone", "host": "elsewhere", "step": 70, "time": time.time() - 600}
+        claim = {"worker": "someone", "step": 70, "time": time.time() - 600}
         files = dict(repository.files("main"))
         repository.commit(files | {"workers/block-02.json": json.dumps(claim).encode()}, "Block 2 is begun")
-        assert "block  2  training  worker someone on elsewhere, at step 70 10 minutes ago" in status()
+        assert "block  2  training  worker someone, at step 70 10 minutes ago" in status()
         output = run("train_blocks", "c")
         assert "Block 1 is trained already" in output
-        assert "Block 2 is being trained by worker someone on elsewhere" in output
+        assert "Block 2 is being trained by worker someone" in output
         assert "2 of 3 blocks are done" in status()
         run("train_blocks", "c", "--take_over", "true")
         assert "3 of 3 blocks are done" in status()
@@ -257,8 +257,8 @@ def test_workers_that_never_meet(recipe, in_order, tmp_path):
         # What differs is told before it trains.
         repository.commit({n: c for n, c in repository.files("main").items() if n != "block-00.safetensors"}, "gone")
         assert "was trained on other data" in run("train_blocks", "d", "--max_length", "12", fails=True)
-        other = run("pretrain_embeddings", "e", "--seed", "5", fails=True)
-        assert "holds the table of another run" in other
+        run_python("scripts/pretrain_embeddings.py", str(recipe), "--output_dir", str(tmp_path / "e"), "--seed", "5")
+        assert "holds the table of another run" in run("pretrain_embeddings", "e", "--seed", "5", fails=True)
         assert "holds another table than user/tiny" in run("train_blocks", "e", "--seed", "5", fails=True)
 
 
@@ -267,7 +267,7 @@ def test_a_fleet_loses_nothing(tmp_path):
     output = run_python("benchmarks/fleet.py", "--small", "--results", str(tmp_path / "fleet.json"))
     figures = json.loads((tmp_path / "fleet.json").read_text())
     assert figures["kills"] >= 10 and figures["faults"] > 0, output
-    assert (figures["lost"], figures["duplicated"], figures["failures"]) == (0, 0, 0), output
+    assert not any(figures[name] for name in ("lost", "duplicated", "trained_twice", "failures")), output
     assert figures["bit_identical"]
 
 

@@ -153,6 +153,14 @@ REFUSED: list[tuple[str, str, str]] = [  # script, options, a word of the senten
     ("train", "good.yaml --output_dir model --hidden_size 64", "hidden_size=16, but hidden_size=64"),
     ("train_blocks", "good.yaml --output_dir new", "pretrain_embeddings.py"),
     ("train_blocks", "good.yaml --dry_run", "scripts/train.py"),
+    *((script, f"good.yaml --output_dir {where} --push_to_hub true {options}", word)
+      for script, where in (("train", "new"), ("train", "model --dry_run true"), ("pretrain_embeddings", "new"),
+                            ("train_blocks", "model"))
+      for options, word in (
+        *((f"--hub_model_id {name}", "user/name") for name in ("user/m@main", "a/b/c", "https://hf.co/u/m", "m")),
+        ("--hub_model_id user/m --hub_token hf_secr\u00e9t", "malformed"),
+        ("--hub_model_id user/m --hub_token hf_secret", "HF_HUB_OFFLINE"),
+    )),
     *((script, f"{name} the", word) for script in READERS[:2] for name, word in (
         ("nowhere", "There is no model 'nowhere'"),
         ("no name!", "There is no model"),
