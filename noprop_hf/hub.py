@@ -1,7 +1,6 @@
 """Sharing a model directory on the Hub: its files, its card, and the commit."""
 
 import json
-import math
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers.utils import CONFIG_NAME
 
 from .arguments import CORPUS_FILE, one_line
 from .configuration_noprop import NoPropConfig
-from .evaluation import MODEL_ROW, RESULTS_FILE
+from .evaluation import MODEL_ROW, RESULTS_FILE, perplexity
 from .model_directory import read_metadata
 from .shards_noprop import EMBEDDINGS_SHARD, MASKED_LM_FOLDER, block_shard, damaged_shards, missing_shards
 
@@ -161,7 +160,7 @@ def model_card(
         for split in splits
         for metric, name, value in (
             ("nats_per_token", "Nats per token", nats[MODEL_ROW][split]),
-            ("perplexity", "Perplexity", math.exp(nats[MODEL_ROW][split])),
+            ("perplexity", "Perplexity", perplexity(nats[MODEL_ROW][split])),
         )
     ]
     name = repo_id.split("/")[-1]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
@@ -71,9 +71,17 @@ def save_shard(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mappin
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The string metadata of a safetensors file."""
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
+    """The string metadata of a safetensors file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError:
+        check_whole(path)
+        raise
 
 
 def read_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
@@ -242,7 +250,7 @@ def check_data(directory: Path, data: str) -> None:
     Raises:
         ValueError: they are not.
     """
-    for path in (directory / EMBEDDINGS_SHARD, *sorted(directory.glob("block-*.safetensors"))):
+    for path in sorted(directory.glob("*.safetensors")):
         if read_metadata(path).get("data", data) != data:
             raise ValueError(
                 f"{path.name} in {directory} was trained on other data, or on the same data cut in another way. Give "

@@ -16,7 +16,7 @@ def main() -> None:
     if recipe.run.dry_run:
         raise SystemExit("Only scripts/train.py plans, both phases at once: call that with --dry_run.")
     place = meeting_place(recipe.training)
-    pretrain_embeddings(recipe.model, recipe.data, recipe.pretraining, recipe.training)
+    pretrain_embeddings(recipe.model, recipe.data, recipe.pretraining, recipe.training, recipe.blocks)
     if place is not None and recipe.training.should_save:
         place.publish_table(recipe.training.hub_private_repo)
 

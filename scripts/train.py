@@ -33,7 +33,7 @@ def main() -> None:
     if recipe.run.dry_run:
         print(plan(recipe))
         return
-    pretrain_embeddings(recipe.model, recipe.data, recipe.pretraining, training)
+    pretrain_embeddings(recipe.model, recipe.data, recipe.pretraining, training, recipe.blocks)
     directory = train_blocks(recipe.data, recipe.blocks, training, recipe.model)
     missing = missing_shards(directory)
     if missing:
