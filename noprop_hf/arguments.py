@@ -6,15 +6,16 @@ import difflib
 import errno
 import functools
 import inspect
-import io
 import json
 import math
 import os
 import sys
 import traceback
 from argparse import ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -45,15 +46,7 @@ PACKAGE = Path(__file__).parent
 MENDABLE = {
     getattr(errno, name) for name in "ENOSPC EDQUOT EACCES EPERM EROFS EISDIR ENOTDIR EEXIST ENAMETOOLONG".split()
 }
-
-# Arguments of model and data, by the lowest and highest value they can have.
-RANGES: dict[tuple[float, float], str] = {
-    (1, math.inf): "sample_max_new_tokens",
-    (1, 2**20): "hidden_size intermediate_size num_attention_heads max_length",
-    (1, 10_000): "num_blocks num_layers_per_block num_pretraining_layers",
-    (1, 2**31): "vocab_size",
-    (0, 1): "attention_dropout denoising_weight",
-}
+LARGEST_RECIPE = 2**16  # bytes: reading YAML is slow, and a repository may hold any
 
 
 @dataclass
@@ -157,8 +150,10 @@ class BlockArguments:
     sample_max_new_tokens: int = field(default=40, metadata={"help": "Length of the samples, in tokens."})
 
     def __post_init__(self):
-        if self.sample_max_new_tokens < 1:
-            raise ValueError(f"`sample_max_new_tokens` must be at least 1, got {self.sample_max_new_tokens}.")
+        if not 0 < self.sample_max_new_tokens <= 2**20:
+            raise ValueError(
+                f"`sample_max_new_tokens` must be between 1 and {2**20}, got {self.sample_max_new_tokens}."
+            )
 
 
 @dataclass
@@ -259,22 +254,23 @@ def parse_recipe(description: str, arguments: list[str] | None = None, paralleli
 
 
 def check_values(values: Namespace) -> None:
-    """Refuse single values that no training can have, and an `output_dir` that cannot be written.
+    """Refuse what `TrainingArguments` would fail on, a vocabulary too small for a tokenizer, and an `output_dir` that
+    cannot be written.
 
     Raises:
-        ValueError: there is one, with its argument.
+        ValueError: with what to do about it.
     """
-    for (low, high), names in RANGES.items():
-        for name in names.split():
-            value = getattr(values, name)
-            if value is not None and not _lies_in(value, low, high, False):
-                raise ValueError(f"--{name} must be {_words_of(low, high, False)}: got {value}.")
+    for name in ("logging_steps", "eval_steps", "save_steps"):
+        if not math.isfinite(getattr(values, name) or 0):
+            raise ValueError(f"--{name} must be positive and finite, got {getattr(values, name)}.")
     trains_tokenizer = values.tokenizer_name is None and values.embeddings_from is None
     if trains_tokenizer and (values.vocab_size or SMALLEST_VOCABULARY) < SMALLEST_VOCABULARY:
         raise ValueError(
             f"--vocab_size must be at least {SMALLEST_VOCABULARY} (all bytes and the special tokens) to train a "
             f"tokenizer: got {values.vocab_size}."
         )
+    if values.output_dir == "":
+        raise ValueError("--output_dir must not be empty: name a directory for the model.")
     if values.output_dir is not None:
         folder = Path(values.output_dir).expanduser().absolute()
         while not folder.exists() and not folder.is_symlink():
@@ -477,7 +473,9 @@ def _check_training(args: TrainingArguments, pretraining: Collection[str] = ()) 
             f"--train_sampling_strategy {args.train_sampling_strategy} cannot be resumed in the middle of an epoch: "
             "take random or sequential."
         )
-    try:
+    if args.dataloader_num_workers > 1024:
+        raise ValueError(f"--dataloader_num_workers must be at most 1024, got {args.dataloader_num_workers}.")
+    with _accepted("The --dataloader_ arguments do not fit together"):
         DataLoader(
             [],
             batch_size=args.per_device_train_batch_size,
@@ -486,20 +484,27 @@ def _check_training(args: TrainingArguments, pretraining: Collection[str] = ()) 
             multiprocessing_context=args.dataloader_multiprocessing_context,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
-    except ValueError as error:
-        raise ValueError(f"The --dataloader_ arguments do not fit together: {error}") from error
     if args.dataloader_prefetch_factor is not None and args.dataloader_prefetch_factor < 1:
         raise ValueError("--dataloader_prefetch_factor must be at least 1.")
     _check_activation_checkpointing(args)
     if args.torch_compile:
-        try:
-            TorchDynamoPlugin(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-            torch.compile(nn.Identity(), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-        except Exception as error:
-            raise ValueError(
-                f"Cannot compile with --torch_compile_backend {args.torch_compile_backend} and --torch_compile_mode "
-                f"{args.torch_compile_mode}: {error}"
-            ) from error
+        backend, mode = args.torch_compile_backend, args.torch_compile_mode
+        with _accepted(f"Cannot compile with --torch_compile_backend {backend} and --torch_compile_mode {mode}"):
+            TorchDynamoPlugin(backend=backend, mode=mode)
+            torch.compile(nn.Identity(), backend=backend, mode=mode)
+
+
+@contextmanager
+def _accepted(complaint: str, advice: str = "") -> Iterator[None]:
+    """Try out values on the library that will get them.
+
+    Raises:
+        ValueError: it does not take them, with its reason between `complaint` and `advice`.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{complaint}: {str(error).rstrip('.')}. {advice}".rstrip()) from error
 
 
 def _check_activation_checkpointing(args: TrainingArguments) -> None:
@@ -507,32 +512,27 @@ def _check_activation_checkpointing(args: TrainingArguments) -> None:
     if options and not args.activation_checkpointing:
         raise ValueError("--activation_checkpointing_kwargs need --activation_checkpointing true: add it.")
     every_n_layers, offload = options.pop("every_n_layers", 1), options.pop("offload", False)
-    try:
+    with _accepted("--activation_checkpointing_kwargs cannot be used", "Change or leave them out."):
         if every_n_layers < 1:
             raise ValueError("every_n_layers must be at least 1")
         if offload and args.device.type == "cpu":
             raise ValueError("there is no device to offload from")
         checkpoint(nn.Identity(), torch.zeros(1, requires_grad=True), **{"use_reentrant": False, **options})
-    except Exception as error:
-        raise ValueError(
-            f"--activation_checkpointing_kwargs cannot be used: {error}. Change or leave them out."
-        ) from error
 
 
 def _check_optimizer(args: TrainingArguments, learning_rate_flag: str) -> None:
     if args.optim not in OPTIMIZERS:
         raise ValueError(f"--optim {args.optim.value} is not supported: take one of {', '.join(OPTIMIZERS)}.")
-    try:
+    advice = f"Change --optim, --optim_args, --adam_beta1, --adam_beta2 or {learning_rate_flag}."
+    with _accepted("The optimizer cannot be made", advice):
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args)
         optimizer = optimizer_class([nn.Parameter(torch.zeros(1))], **options)
         given = [pair.split("=")[0].strip() for pair in (args.optim_args or "").split(",") if pair]
-    except Exception as error:
-        raise ValueError(
-            f"The optimizer cannot be made: {error}. Change --optim, --optim_args, --adam_beta1, --adam_beta2 or "
-            f"{learning_rate_flag}."
-        ) from error
+        without = copy.copy(args)
+        without.optim_args = None
+        _, plain = Trainer.get_optimizer_cls_and_kwargs(without)
     # Both phases give the weight decay by group of parameters, which has precedence.
-    ignored = [name for name in given if name not in options or name == "weight_decay"]
+    ignored = [name for name in given if options.get(name) == plain.get(name) or name == "weight_decay"]
     if ignored:
         raise ValueError(f"--optim {args.optim.value} ignores {', '.join(ignored)} of --optim_args: leave that out.")
     defaults = {field_.name: field_.default for field_ in dataclasses.fields(TrainingArguments)}
@@ -552,13 +552,9 @@ def _check_optimizer(args: TrainingArguments, learning_rate_flag: str) -> None:
     if schedule.startswith("constant") and args.lr_scheduler_kwargs:
         raise ValueError(f"--lr_scheduler_type {schedule} ignores --lr_scheduler_kwargs: leave them out.")
     steps = args.max_steps if args.max_steps > 0 else 1000
-    try:
+    advice = f"Change --lr_scheduler_type, --lr_scheduler_kwargs, --warmup_steps or {learning_rate_flag}."
+    with _accepted("The schedule cannot be made", advice):
         get_scheduler(schedule, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs)
-    except Exception as error:
-        raise ValueError(
-            f"The schedule cannot be made: {error}. Change --lr_scheduler_type, --lr_scheduler_kwargs, --warmup_steps "
-            f"or {learning_rate_flag}."
-        ) from error
 
 
 def _check_evaluation(args: TrainingArguments) -> None:
@@ -567,6 +563,10 @@ def _check_evaluation(args: TrainingArguments) -> None:
         steps = getattr(args, f"{name}_steps")
         if getattr(args, f"{name}_strategy") == "steps" and not 0 < steps < math.inf:
             raise ValueError(f"--{name}_steps must be positive with --{name}_strategy steps, got {steps}.")
+    if not math.isfinite(args.eval_delay):
+        raise ValueError(f"--eval_delay must be finite, got {args.eval_delay}.")
+    if args.ddp_timeout < 1:
+        raise ValueError(f"--ddp_timeout must be at least 1, got {args.ddp_timeout}.")
     if args.save_total_limit is not None and args.save_total_limit < 1:
         raise ValueError("--save_total_limit must be at least 1; leave it out to keep all checkpoints.")
     evaluates = args.eval_strategy != "no"
@@ -621,7 +621,7 @@ def read_config(name_or_path: str | Path, token: str | None = None) -> NoPropCon
     """
     try:
         fields, _ = NoPropConfig.get_config_dict(name_or_path, token=token)
-        kind, num_blocks = fields.get("model_type"), fields.get("num_blocks", 1)
+        kind = fields.get("model_type")
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(
             f"There is no model {str(name_or_path)!r} with a {CONFIG_NAME} that can be read. Give a model directory, "
@@ -632,11 +632,9 @@ def read_config(name_or_path: str | Path, token: str | None = None) -> NoPropCon
             f"{name_or_path} holds a model of type {kind!r}, not a NoProp model. Give a directory that "
             "scripts/train.py made, or a repository of the Hub with such a model."
         )
-    if not isinstance(num_blocks, int) or num_blocks > 10_000:
-        raise ValueError(f"{CONFIG_NAME} of {name_or_path} is damaged: it says num_blocks={str(num_blocks)[:20]}.")
     try:
         return NoPropConfig.from_dict(fields)
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
         raise ValueError(f"{CONFIG_NAME} of {name_or_path} is damaged: {one_line(error)}") from error
 
 
@@ -690,7 +688,12 @@ def parse_arguments(
             *parsed, rest = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
         except json.JSONDecodeError as error:
             raise ValueError(f"{error.doc!r} is not JSON: {error}.") from error
-        except (TypeError, ImportError, NotImplementedError) as error:  # of transformers, over values of its arguments
+        except (
+            TypeError,
+            ArithmeticError,
+            ImportError,
+            NotImplementedError,
+        ) as error:  # of transformers, over values of its arguments
             raise ValueError(one_line(error)) from error
         if check is not None:
             blank = Namespace(**dict.fromkeys(_names(parser)))
@@ -718,10 +721,11 @@ class _RecipeLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         names: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a name must be a word", key.start_mark)
             if key.value in names:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
-            if isinstance(key, yaml.ScalarNode):
-                names.add(key.value)
+            names.add(key.value)
         return super().construct_mapping(node, deep)
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -741,6 +745,8 @@ def _read_recipe(path: Path, parser: HfArgumentParser, types: Sequence[type]) ->
     """
     if not path.is_file():
         raise ValueError(f"There is no recipe {str(path)!r}." + " It is a directory." * path.is_dir())
+    if path.stat().st_size > LARGEST_RECIPE:
+        raise ValueError(f"{path} is not a recipe: it has more than {LARGEST_RECIPE:,} bytes.")
     try:
         values = yaml.load(path.read_text(encoding="utf-8-sig"), _RecipeLoader)
     except yaml.MarkedYAMLError as error:
@@ -803,8 +809,9 @@ def entry_point(main: Callable[[], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def run() -> None:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # as of stderr: a terminal may know ASCII alone
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # a terminal may have no sign for a word of a text
         try:
             main()
         except KeyboardInterrupt:
@@ -836,9 +843,10 @@ def is_users(error: Exception) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error in one line."""
+    """The message of an error in one line; its middle is left out where that would be a long one."""
     text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split()) or type(error).__name__
+    text = " ".join(text.split()) or type(error).__name__
+    return text if len(text) <= 1200 else f"{text[:800]} [...] {text[-300:]}"
 
 
 def number(kind: Callable[[str], Any], low: float, high: float = math.inf, excluded: bool = False) -> Callable:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from datasets import IterableDataset
 from torch import distributed
 from torch.utils.data import DataLoader
@@ -159,15 +160,7 @@ class DurableTrainer(Trainer):
 
     def run_identity(self) -> dict[str, Any]:
         """Everything the bits of the result depend on, as JSON values."""
-        names = RESULT_ARGUMENTS + (SELECTION_ARGUMENTS if self.args.load_best_model_at_end else ())
-        if isinstance(self.train_dataset, IterableDataset):
-            names += ("dataloader_num_workers",)  # workers read a stream in another order
-        arguments = {name: getattr(self.args, name) for name in names}
-        arguments["world_size"] = self.args.world_size
-        # Both can also be set by the launcher.
-        arguments["mixed_precision"] = self.accelerator.mixed_precision
-        arguments["dynamo_backend"] = self.accelerator.state.dynamo_plugin.backend
-        return json.loads(json.dumps(self.identity | arguments, default=str))
+        return run_identity(self.args, self.identity, isinstance(self.train_dataset, IterableDataset))
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Evaluate without drawing from the random numbers of training, so that no weight depends on evaluations."""
@@ -278,6 +271,22 @@ class DurableTrainer(Trainer):
             distributed.barrier()
 
 
+def run_identity(args: TrainingArguments, identity: Mapping[str, Any], streams: bool) -> dict[str, Any]:
+    """Everything the bits of a result depend on, as JSON values.
+
+    Args:
+        identity: what that is besides the training arguments.
+        streams: whether the training data are a stream, which workers of a data loader read in another order.
+    """
+    names = RESULT_ARGUMENTS + (SELECTION_ARGUMENTS if args.load_best_model_at_end else ())
+    if streams:
+        names += ("dataloader_num_workers",)
+    arguments = {name: getattr(args, name) for name in (*names, "world_size")}
+    # Both can also be set by the launcher.
+    arguments |= {"mixed_precision": args.mixed_precision, "dynamo_backend": TorchDynamoPlugin().backend}
+    return json.loads(json.dumps(arguments | dict(identity), default=str))
+
+
 class PreemptionCallback(TrainerCallback):
     """Ends training on SIGTERM, after the current step and with a checkpoint. As a context, it handles the signal."""
 
@@ -332,7 +341,7 @@ def seal(checkpoint: Path, identity: Mapping[str, Any]) -> None:
         with open(path, "rb") as file:
             hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
-    record = {"identity": dict(identity), "files": hashes}
+    record = {"identity": dict(identity), "threads": torch.get_num_threads(), "files": hashes}
     with open(checkpoint / SEAL_NAME, "w", encoding="utf-8") as file:
         json.dump({**record, "hash": _hash(record)}, file, indent=1)
         file.flush()
@@ -407,6 +416,12 @@ def newest_checkpoint(directory: Path, identity: Mapping[str, Any]) -> str | Non
             raise ValueError(
                 f"The run that stopped at step {step} in {directory} was another one: {listed}. Run it with its own "
                 "settings, or remove that folder to start anew."
+            )
+        threads = torch.get_num_threads()
+        if kept.get("threads", threads) != threads:
+            logger.warning(
+                f"{path} was written with {kept['threads']} threads, and there are {threads} now: on a CPU, sums are "
+                f"rounded in another order. OMP_NUM_THREADS={kept['threads']} gives the bits of an undisturbed run."
             )
         return str(path)
     if checkpoints:

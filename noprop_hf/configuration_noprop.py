@@ -2,6 +2,7 @@
 
 import math
 
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 from .noise_noprop import prior_levels
@@ -129,6 +130,7 @@ class NoPropConfig(PreTrainedConfig):
             "pretraining_objective": ("mlm", "clm", "mixed"),
             "block_initialization": ("pretraining", "random"),
             "context_source": ("embeddings", "previous_block"),
+            "hidden_act": tuple(ACT2FN),
         }.items():
             value = getattr(self, name)
             if value not in choices:
@@ -136,21 +138,21 @@ class NoPropConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be {listed} or {choices[-1]!r}, got {value!r}.")
 
     def _check_sizes(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_blocks",
-            "num_layers_per_block",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "intermediate_size",
-            "correction_size",
-            "num_pretraining_layers",
-            "max_position_embeddings",
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        # Far beyond any model, so that a configuration of a stranger cannot take all memory or time.
+        for limit, names in {
+            2**31: "vocab_size max_position_embeddings",
+            2**20: "hidden_size intermediate_size correction_size num_attention_heads num_key_value_heads",
+            1_000: "num_blocks num_layers_per_block num_pretraining_layers",
+        }.items():
+            for name in names.split():
+                value = getattr(self, name)
+                if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
+                    raise ValueError(f"`{name}` must be a positive integer of at most {limit}, got {str(value)[:40]}.")
+        if self.num_blocks * self.num_layers_per_block > 1_000:
+            raise ValueError(
+                f"{self.num_blocks} blocks of {self.num_layers_per_block} layers are more than 1,000 layers: lower "
+                "`num_blocks` or `num_layers_per_block`."
+            )
         if self.block_initialization == "pretraining" and self.num_pretraining_layers != self.num_layers_per_block:
             raise ValueError(
                 f"Blocks of {self.num_layers_per_block} layers cannot start from the {self.num_pretraining_layers} "
@@ -162,8 +164,10 @@ class NoPropConfig(PreTrainedConfig):
                 f"({self.num_attention_heads})."
             )
         head_dim = self.head_dim if self.head_dim is not None else self.hidden_size // self.num_attention_heads
-        if head_dim < 2 or head_dim % 2:
-            raise ValueError(f"The size of an attention head must be even for rotary positions, got {head_dim}.")
+        if not 2 <= head_dim <= 2**20 or head_dim % 2:
+            raise ValueError(
+                f"The size of an attention head must be even for rotary positions, and at most {2**20}: got {head_dim}."
+            )
         assert self.num_key_value_heads is not None
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -188,8 +192,10 @@ class NoPropConfig(PreTrainedConfig):
             raise ValueError(
                 f"`noise_levels` are signal-to-noise ratios and must not decrease from block to block, got {levels}."
             )
-        if not 0 <= self.denoising_weight <= 1:
-            raise ValueError(f"`denoising_weight` must be between 0 and 1, got {self.denoising_weight}.")
+        for name in ("denoising_weight", "attention_dropout", "rms_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ValueError(f"`{name}` must be between 0 and 1, got {value}.")
 
 
 __all__ = ["NoPropConfig"]

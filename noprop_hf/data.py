@@ -103,12 +103,17 @@ class DataArguments:
             self.dataset_name = None
         elif self.dataset_name is None:
             raise ValueError("Give a `dataset_name` (try 'cpython-docs') or a `train_file`.")
-        if self.max_length < 2:
-            raise ValueError(f"`max_length` must be at least 2, got {self.max_length}.")
-        for name in ("preprocessing_num_workers", "max_train_samples", "max_eval_samples"):
+        if not 1 < self.max_length <= 2**20:
+            raise ValueError(f"`max_length` must be at least 2 and at most {2**20}, got {self.max_length}.")
+        for name, most in (
+            ("preprocessing_num_workers", 1024),
+            ("max_train_samples", None),
+            ("max_eval_samples", None),
+        ):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}. Leave --{name} out for no limit.")
+            if value is not None and not 0 < value <= (most or value):
+                limit = f" and at most {most}" if most else ""
+                raise ValueError(f"`{name}` must be at least 1{limit}, got {value}. Leave --{name} out for no limit.")
 
     def files(self) -> dict[str, str]:
         """The local files, by split."""
@@ -658,15 +663,23 @@ def _cut_windows(table: pa.Table, length: int) -> pa.Table:
     return pa.table({"input_ids": pa.ListArray.from_arrays(offsets, tokens[: windows * length])})
 
 
-def data_fingerprint(dataset: Dataset | IterableDataset) -> str:
-    """A hash of the tokens of a split and of how they are cut, the same on every machine; of a stream, of its first
-    thousand rows."""
+def data_fingerprint(rows: Dataset | IterableDataset) -> str:
+    """A hash of the tokens of a split and of how they are cut, the same on every machine."""
     digest = hashlib.sha256()
-    rows = dataset.take(1000) if isinstance(dataset, IterableDataset) else dataset
     for batch in rows.with_format("numpy").iter(batch_size=1000):
         for row in batch["input_ids"]:
             digest.update(len(row).to_bytes(8, "little") + np.asarray(row, dtype=np.int64).tobytes())
     return digest.hexdigest()
+
+
+def training_fingerprint(rows: Dataset | IterableDataset, args: DataArguments) -> str:
+    """The [`data_fingerprint`] of a training split; of a stream, which is read in another order and may have no end,
+    of its first thousand rows and of what says where it ends."""
+    if not isinstance(rows, IterableDataset):
+        return data_fingerprint(rows)
+    size = None if args.train_file is None else Path(args.train_file).stat().st_size
+    parts = ["stream", data_fingerprint(rows.take(1000)), size, args.max_train_samples]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def count_tokens(dataset: Dataset | IterableDataset, vocab_size: int, max_rows: int = 100_000) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import BlockArguments, one_line, read_config
 from .data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize
@@ -105,7 +105,8 @@ class Perplexity(evaluate.Metric):
             description="Perplexity: the exponential of a model's mean negative log-likelihood of a text, by token.",
             citation="",
             inputs_description=(
-                "predictions (list of str): the texts. model_id (str): a causal model of transformers. "
+                "predictions (list of str): the texts. model_id (str): a causal model of transformers; model and "
+                "tokenizer instead of it, where those are loaded. "
                 "batch_size (int, 16). add_start_token (bool): predict the first token, too, after bos; by default if "
                 "the model has one. device (str): where to run; a GPU if there is one. max_length (int): the "
                 "longest window, bos included; what is longer is cut off, or with stride (int) read in windows that "
@@ -118,7 +119,9 @@ class Perplexity(evaluate.Metric):
     def _compute(
         self,
         predictions: list[str],
-        model_id: str,
+        model_id: str | None = None,
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         batch_size: int = 16,
         add_start_token: bool | None = None,
         device: str | None = None,
@@ -127,13 +130,19 @@ class Perplexity(evaluate.Metric):
     ) -> dict[str, list[float] | float]:
         if stride is not None and (max_length is None or not 0 < stride < max_length):
             raise ValueError(f"`stride` ({stride}) must be positive and less than `max_length` ({max_length}).")
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = AutoModelForCausalLM.from_pretrained(model_id).to(device).eval()
-        tokenizer = load_tokenizer(model_id)
+        if model is None or tokenizer is None:
+            if model_id is None:
+                raise ValueError("Give a `model_id`, or a `model` with its `tokenizer`.")
+            model, tokenizer = AutoModelForCausalLM.from_pretrained(model_id), load_tokenizer(model_id)
+            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(device or model.device).eval()
+        device = model.device
         bos = tokenizer.bos_token_id
         add_start_token = bos is not None if add_start_token is None else add_start_token
         if add_start_token and bos is None:
-            raise ValueError(f"{model_id} was trained without a token that begins a text: use `add_start_token=False`.")
+            raise ValueError(
+                f"{model.name_or_path} was trained without a token that begins a text: use `add_start_token=False`."
+            )
 
         windows = []  # of each text: its number, the tokens of the window, and -100 in front of those it predicts
         for text, ids in enumerate(tokenizer(predictions, add_special_tokens=False, verbose=False)["input_ids"]):
@@ -228,6 +237,11 @@ def _rows(dataset: Dataset | IterableDataset, max_rows: int | None = None) -> It
         yield [np.asarray(row, dtype=np.int64) for row in batch["input_ids"]]
 
 
+def perplexity(nats: float) -> float:
+    """The exponential of nats per token, which is infinite where a training diverged."""
+    return torch.tensor(nats, dtype=torch.float64).exp().item()
+
+
 def results_table(rows: list[tuple[str, dict[str, float]]], splits: list[str]) -> str:
     """A table in Markdown: nats per token and perplexity of each row on each split.
 
@@ -242,7 +256,7 @@ def results_table(rows: list[tuple[str, dict[str, float]]], splits: list[str]) -
         f"| {'-' * names} | " + " | ".join("-" * 14 + ":" for _ in headers) + " |",
     ]
     for name, nats in rows:
-        cells = [cell for split in splits for cell in (f"{nats[split]:15.3f}", f"{math.exp(nats[split]):15.1f}")]
+        cells = [cell for split in splits for cell in (f"{nats[split]:15.3f}", f"{perplexity(nats[split]):15.1f}")]
         lines.append(f"| {name:{names}} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -43,7 +43,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 
 from .arguments import CORPUS_FILE, PACKAGE, is_users, one_line, read_config
 from .configuration_noprop import NoPropConfig
-from .evaluation import MODEL_ROW, RESULTS_FILE
+from .evaluation import MODEL_ROW, RESULTS_FILE, perplexity
 from .model_directory import read_metadata
 from .modeling_noprop import weight_shapes
 from .shards_noprop import EMBEDDINGS_SHARD, MASKED_LM_FOLDER, block_shard, index_fault, model_fault
@@ -53,6 +53,7 @@ logger = logging.get_logger(__name__)
 
 CARD_NAME = "README.md"
 PLOT_NAME = "bound.png"
+LOCAL_SOURCE = "local "  # a hash follows
 CODE_NAMES = sorted(path.name for path in PACKAGE.glob("*_noprop.py"))
 CODE_FILES = (*CODE_NAMES, *(f"{MASKED_LM_FOLDER}/{name}" for name in CODE_NAMES))
 # Of all stock tokenizers: what every one has, and vocabularies.
@@ -419,6 +420,7 @@ def model_card(
     dataset = corpus.get("dataset_name")
     dataset = "local files" if dataset is None or is_local(dataset) else dataset
     base_model = read_metadata(directory / EMBEDDINGS_SHARD).get("embeddings_from")
+    base_model = None if is_local(base_model) else base_model
     nats = results["nats_per_token"]
     splits = list(nats[MODEL_ROW])
     evaluations = [
@@ -434,7 +436,7 @@ def model_card(
         for split in splits
         for metric, name, value in (
             ("nats_per_token", "Nats per token", nats[MODEL_ROW][split]),
-            ("perplexity", "Perplexity", math.exp(nats[MODEL_ROW][split])),
+            ("perplexity", "Perplexity", perplexity(nats[MODEL_ROW][split])),
         )
     ]
     name = repo_id.split("/")[-1]

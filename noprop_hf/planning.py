@@ -25,15 +25,25 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
 
 from .arguments import Recipe, check_training_arguments, parse_blocks
-from .checkpoints import CHECKPOINTS_FOLDER, DurableTrainer, checkpoints_of
+from .checkpoints import DurableTrainer, newest_checkpoint, run_identity
 from .configuration_noprop import NoPropConfig
-from .data import CausalCollator, data_fingerprint, load_corpus, load_tokenizer, tokenize
+from .data import CausalCollator, load_corpus, load_tokenizer, tokenize, training_fingerprint
 from .model_directory import block_is_trained, check_data, load_table
 from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForMaskedLM, TokenTable
 from .noise_noprop import standardize
 from .parallel import group_processes
-from .shards_noprop import EMBEDDINGS_SHARD, MASKED_LM_FOLDER
-from .training import BlockTrainer, begin, load_config, log_prior, masked_collator, one_device
+from .shards_noprop import EMBEDDINGS_SHARD
+from .training import (
+    BlockTrainer,
+    begin,
+    block_checkpoint,
+    check_blocks,
+    load_config,
+    log_prior,
+    masked_collator,
+    masked_lm_run,
+    one_device,
+)
 
 
 TIMED_STEPS = 5
@@ -483,25 +493,34 @@ def plan(recipe: Recipe) -> Plan:
         table = TokenTable(config)  # random, unless it comes from another model
         table.weight.copy_(standardize(torch.randn_like(table.weight) if source is None else source))
     dataset = tokenize(corpus, tokenizer, recipe.data)
+    data = training_fingerprint(dataset["train"], recipe.data)
+    check_data(directory, data)
+    check_blocks(recipe.blocks, tokenizer, dataset["train"], args)
     splits = {name: _measure_split(corpus[name], dataset[name]) for name in dataset}
-    if has_table:
-        check_data(directory, data_fingerprint(dataset["train"]))
-    else:
+    if not has_table:
         table.log_prior.copy_(log_prior(dataset["train"], config.vocab_size))
     selected = parse_blocks(recipe.blocks.blocks, config.num_blocks)
     at_once = 1 if config.context_source == "previous_block" else len(selected)
     groups = group_processes(recipe.blocks.parallelism, recipe.run.processes, at_once)
 
     trial = Trial(recipe, config, tokenizer, dataset["train"], splits["train"], groups[1])
-    saved = directory / CHECKPOINTS_FOLDER
+    together = {"world_size": groups[1]}
     phase1, phase1_remaining = None, 0
     if not has_table and recipe.model.embeddings_from is None:
+        phase1_args, identity = masked_lm_run(config, dataset, data, recipe.pretraining, args)
+        identity = run_identity(phase1_args, identity | together, recipe.data.streaming)
+        checkpoint = newest_checkpoint(Path(phase1_args.output_dir), identity)
         phase1 = trial.phase1()
-        phase1_remaining = phase1.steps - _saved_step(saved / MASKED_LM_FOLDER)
+        phase1_remaining = phase1.steps - _step_of(checkpoint)
     block, remaining = None, {}
     for index in selected:
-        done = has_table and block_is_trained(directory, config, table, index)
-        remaining[index] = 0 if done else trial.steps(args) - _saved_step(saved / f"block-{index:02d}")
+        if has_table and block_is_trained(directory, config, table, index):
+            remaining[index] = 0
+            continue
+        checkpoint = None
+        if has_table:
+            checkpoint = block_checkpoint(directory, config, table, index, dataset, data, args, **together)
+        remaining[index] = trial.steps(args) - _step_of(checkpoint)
     waiting = [index for index in selected if remaining[index] > 0]
     if waiting:
         block = trial.block(table, waiting[len(waiting) // 2])  # in order, each costs a bit more than the one before
@@ -533,9 +552,8 @@ def _measure_split(texts: Dataset | IterableDataset, windows: Dataset | Iterable
     return Split(len(texts), len(windows), pc.sum(lengths).as_py())
 
 
-def _saved_step(directory: Path) -> int:
-    checkpoints = checkpoints_of(directory)
-    return checkpoints[0][0] if checkpoints else 0
+def _step_of(checkpoint: str | None) -> int:
+    return 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
 
 
 def _aligned(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

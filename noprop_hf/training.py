@@ -9,6 +9,7 @@ Both write into one model directory (see `model_directory.py`) and go on where a
 import copy
 import dataclasses
 import gc
+import hashlib
 import math
 import shutil
 import sys
@@ -44,7 +45,7 @@ from .arguments import (
     parse_blocks,
     read_config,
 )
-from .checkpoints import CHECKPOINTS_FOLDER, DurableTrainer
+from .checkpoints import CHECKPOINTS_FOLDER, DurableTrainer, newest_checkpoint, run_identity
 from .configuration_noprop import NoPropConfig
 from .data import (
     CausalCollator,
@@ -57,10 +58,11 @@ from .data import (
     prompt_tokenizer,
     tokenize,
     train_tokenizer,
+    training_fingerprint,
     vocabulary_size,
 )
 from .evaluation import encode_prompt, sample_texts
-from .hub import is_local
+from .hub import LOCAL_SOURCE, is_local
 from .meeting_place import MeetingPlace
 from .model_directory import (
     block_is_trained,
@@ -75,7 +77,7 @@ from .model_directory import (
 )
 from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForMaskedLM, TokenTable
 from .noise_noprop import information_levels, standardize
-from .parallel import claim, first_says, once
+from .parallel import claim, first_says, holder_of, once
 from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, MASKED_LM_FOLDER, block_shard, without_progress_bar
 from .tracking import TrackingCallback, track
 
@@ -118,11 +120,15 @@ def pretrain_embeddings(
     data_args: DataArguments,
     pretraining_args: PretrainingArguments,
     training_args: TrainingArguments,
+    block_args: BlockArguments | None = None,
 ) -> Path:
     """Make the frozen table and write the model directory around it.
 
     The table comes from a shallow language model (`pretraining_objective`), which blocks start from as well, or from
     `model_args.embeddings_from`. When the directory holds one already, that one is kept.
+
+    Args:
+        block_args: where blocks are to be trained next, what can be checked of that is checked first.
 
     Returns:
         The model directory, `training_args.output_dir`.
@@ -137,7 +143,7 @@ def pretrain_embeddings(
 
     def make() -> None:
         made.append(shard)
-        _make_table(model_args, data_args, pretraining_args, training_args)
+        _make_table(model_args, data_args, pretraining_args, training_args, block_args)
 
     once(directory / CHECKPOINTS_FOLDER / "embeddings.lock", training_args, shard.is_file, make)
     if made:
@@ -153,13 +159,17 @@ def _make_table(
     data_args: DataArguments,
     pretraining_args: PretrainingArguments,
     training_args: TrainingArguments,
+    block_args: BlockArguments | None,
 ) -> None:
     directory = Path(training_args.output_dir)
     corpus = load_corpus(data_args)
     config, tokenizer, source = begin(model_args, data_args, corpus["train"])
     dataset = tokenize(corpus, tokenizer, data_args)
+    data = training_fingerprint(dataset["train"], data_args)
+    check_data(directory, data)
+    if block_args is not None:
+        check_blocks(block_args, tokenizer, dataset["train"], training_args)
 
-    data = data_fingerprint(dataset["train"])
     table = TokenTable(config)
     if source is not None:
         table.weight.copy_(standardize(source))
@@ -179,9 +189,7 @@ def _make_table(
     corpus_fields = {name: value for name, value in vars(data_args).items() if value is not None}
     levels = [round(level, 4) for level in config.noise_levels or []]
     (directory / CORPUS_FILE).write_text(yaml.safe_dump(corpus_fields, sort_keys=False), encoding="utf-8")
-    origin = {"data": data}
-    if model_args.embeddings_from is not None and not is_local(model_args.embeddings_from):
-        origin["embeddings_from"] = model_args.embeddings_from  # a path of this machine would become public
+    origin = {"data": data} | sources(model_args)
     create_model_directory(directory, config, tokenizer, table, origin)
     logger.warning(f"The embedding table is in {directory}; noise levels {levels}.")
 
@@ -249,12 +257,7 @@ def _pretrain_masked_lm(
 ) -> NoPropForMaskedLM:
     set_seed(training_args.seed)
     model = NoPropForMaskedLM(copy.deepcopy(config))  # `Trainer` switches off its cache
-    args = trainer_arguments(training_args, MASKED_LM_FOLDER, **pretraining_args.training_fields())
-    identity = {
-        "config": config.to_diff_dict(),
-        "mlm_probability": pretraining_args.mlm_probability,
-        **data_identity(data, dataset, args),
-    }
+    args, identity = masked_lm_run(config, dataset, data, pretraining_args, training_args)
     trainer = DurableTrainer(
         model=model,
         identity=identity,
@@ -268,6 +271,19 @@ def _pretrain_masked_lm(
         trainer.train_durably()
     trainer.save_state()
     return model.cpu().eval()
+
+
+def masked_lm_run(
+    config: NoPropConfig,
+    dataset: dict[str, Dataset | IterableDataset],
+    data: str,
+    pretraining_args: PretrainingArguments,
+    training_args: TrainingArguments,
+) -> tuple[TrainingArguments, dict[str, Any]]:
+    """The training arguments of phase 1, and what its result depends on besides them."""
+    args = trainer_arguments(training_args, MASKED_LM_FOLDER, **pretraining_args.training_fields())
+    settings = {**config.to_diff_dict(), "mlm_probability": pretraining_args.mlm_probability}
+    return args, {**settings, **data_identity(data, dataset, args)}
 
 
 def data_identity(data: str, dataset: dict[str, Dataset | IterableDataset], args: TrainingArguments) -> dict[str, str]:
@@ -330,6 +346,17 @@ def build_config(
     return NoPropConfig(**fields)
 
 
+def sources(model_args: ModelArguments) -> dict[str, str]:
+    """The names that tokenizer and table come from, where they were given; of a path of this machine, which would
+    become public with the model, a hash."""
+    names = {"tokenizer_name": model_args.tokenizer_name, "embeddings_from": model_args.embeddings_from}
+    return {
+        key: LOCAL_SOURCE + hashlib.sha256(name.encode()).hexdigest()[:16] if is_local(name) else name
+        for key, name in names.items()
+        if name is not None
+    }
+
+
 def load_config(directory: Path, model_args: ModelArguments) -> NoPropConfig:
     """The configuration of a model directory.
 
@@ -340,13 +367,15 @@ def load_config(directory: Path, model_args: ModelArguments) -> NoPropConfig:
     """
     config = read_config(directory)
     trained_tokenizer = model_args.tokenizer_name is None and model_args.embeddings_from is None
-    for name, value in model_args.config_fields().items():
-        if name == "vocab_size" and trained_tokenizer and config.vocab_size <= value:
-            continue
-        if getattr(config, name) != value:
+    shard = directory / EMBEDDINGS_SHARD
+    made_from = read_metadata(shard) if shard.is_file() else {}
+    for name, value in (model_args.config_fields() | sources(model_args)).items():
+        there = getattr(config, name) if hasattr(config, name) else made_from.get(name)
+        fits = trained_tokenizer and config.vocab_size <= value if name == "vocab_size" else False
+        if there != value and not fits:
             raise ValueError(
-                f"{directory} holds a model with {name}={getattr(config, name)}, but {name}={value} is asked for. "
-                "Use another --output_dir, or the settings it was made with."
+                f"{directory} holds a model with {name}={there}, but {name}={value} is asked for. Use another "
+                "--output_dir, or the settings it was made with."
             )
     return config
 
@@ -499,12 +528,14 @@ def _train_waiting(
     directory = Path(training_args.output_dir)
     tokenizer = load_tokenizer(str(directory))
     dataset = tokenize(load_corpus(data_args), tokenizer, data_args)
-    data = data_fingerprint(dataset["train"])
+    data = training_fingerprint(dataset["train"], data_args)
     check_data(directory, data)
-    for prompt in block_args.sample_prompts:
-        encode_prompt(prompt, tokenizer)  # an error before training, not at its first evaluation
+    check_blocks(block_args, tokenizer, dataset["train"], training_args)
+    lock_files = {index: directory / CHECKPOINTS_FOLDER / f"block-{index:02d}.lock" for index in waiting}
     for index in waiting:
-        lock_file = directory / CHECKPOINTS_FOLDER / f"block-{index:02d}.lock"
+        if holder_of(lock_files[index]) is None:
+            block_checkpoint(directory, config, table, index, dataset, data, training_args)
+    for index, lock_file in lock_files.items():
         with claim(lock_file, training_args, partial(_is_taken, directory, config, index, place, block_args)) as mine:
             if mine:
                 try:
@@ -536,6 +567,30 @@ def _is_ours(
     if not is_ours:
         logger.warning(f"Block {block_index} is passed over, as the published {shard} is no block of this model.")
     return is_ours
+
+
+def check_blocks(
+    block_args: BlockArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset | IterableDataset,
+    training_args: TrainingArguments,
+) -> None:
+    """Check what the training of any block needs of tokenizer and data.
+
+    Args:
+        rows: the tokenized training split.
+
+    Raises:
+        ValueError: a prompt without a token, or too few rows for a batch.
+    """
+    for prompt in block_args.sample_prompts:
+        encode_prompt(prompt, tokenizer)
+    batch = training_args.train_batch_size * training_args.world_size
+    if training_args.dataloader_drop_last and isinstance(rows, Dataset) and len(rows) < batch:
+        raise ValueError(
+            f"The training split has {len(rows)} rows, too few for one batch of {batch}: give more text, a smaller "
+            "--per_device_train_batch_size, or leave --dataloader_drop_last out."
+        )
 
 
 def _is_taken(
@@ -580,20 +635,19 @@ def train_block(
         The metrics of the weights that are kept.
     """
     directory = Path(training_args.output_dir)
-    seed = block_seed(training_args.seed, block_index)
-    args = trainer_arguments(training_args, f"block-{block_index:02d}", seed=seed)
+    args, identity = block_run(directory, config, table, block_index, dataset, data, training_args)
     previous = []
     if config.context_source == "previous_block" and block_index > 0:
         for index in range(block_index):
             previous.append(load_block(directory, config, index))
             block_is_trained(directory, config, table, index)  # raises where it does not belong there
-    set_seed(seed)
+    set_seed(args.seed)
     block = new_block(directory, config, table, block_index)
     trainer = BlockTrainer(
         block,
         table,
         previous,
-        identity={**block_mark(directory, config, table, block_index), **data_identity(data, dataset, args)},
+        identity=identity,
         args=args,
         train_dataset=dataset["train"],
         eval_dataset=dataset["validation"],
@@ -618,10 +672,51 @@ def train_block(
     kept = {name: f"{metrics[f'eval_{name}']:.6f}" for name in ("context_nats", "denoising_nats", "bound_nats")}
     cost = {"steps": str(trainer.state.global_step), "seconds": f"{summary['train_runtime']:.1f}"}
     if args.should_save:
-        save_block(directory, block, table, {**cost, "seed": str(seed), "data": data, **kept})
+        save_block(directory, block, table, {**cost, "seed": str(args.seed), "data": data, **kept})
         if place is not None:
             place.publish_block(block_index)
     return metrics
+
+
+def block_run(
+    directory: Path,
+    config: NoPropConfig,
+    table: TokenTable,
+    block_index: int,
+    dataset: dict[str, Dataset | IterableDataset],
+    data: str,
+    training_args: TrainingArguments,
+) -> tuple[TrainingArguments, dict[str, Any]]:
+    """The training arguments of a block, and what its result depends on besides them."""
+    seed = block_seed(training_args.seed, block_index)
+    args = trainer_arguments(training_args, f"block-{block_index:02d}", seed=seed)
+    return args, {**block_mark(directory, config, table, block_index), **data_identity(data, dataset, args)}
+
+
+def block_checkpoint(
+    directory: Path,
+    config: NoPropConfig,
+    table: TokenTable,
+    block_index: int,
+    dataset: dict[str, Dataset | IterableDataset],
+    data: str,
+    training_args: TrainingArguments,
+    **fields: Any,
+) -> str | None:
+    """The checkpoint that the training of a block would go on from, if that can be said and there is one.
+
+    Args:
+        fields: of the identity of the run, where they are to be others than those of this process.
+
+    Raises:
+        ValueError: as [`newest_checkpoint`].
+    """
+    reads_another = config.context_source == "previous_block" and block_index > 0
+    if reads_another and not (directory / block_shard(block_index - 1)).is_file():
+        return None  # that will be trained first
+    args, identity = block_run(directory, config, table, block_index, dataset, data, training_args)
+    streams = isinstance(dataset["train"], IterableDataset)
+    return newest_checkpoint(Path(args.output_dir), run_identity(args, identity | fields, streams))
 
 
 def new_block(directory: Path, config: NoPropConfig, table: TokenTable, block_index: int) -> DenoisingBlock:

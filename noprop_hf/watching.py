@@ -71,7 +71,7 @@ def watch(
         num_candidates: how many of the likeliest tokens are told.
         num_inference_blocks: run only the first blocks; all when not given.
         num_trajectories: chains to average for each token.
-        temperature: of the draw from the last belief; 0 takes the likeliest token.
+        temperature: of the draw from the last belief; 0, or next to it, takes the likeliest token.
 
     Raises:
         ValueError: a prompt without a token, or one that does not fit into the model's window with the new tokens.
@@ -96,7 +96,7 @@ def watch(
         for log_probs, drawn in model.chain(outputs.context_states, num_trajectories, generator):
             beliefs.append((log_probs.logsumexp(0) - math.log(num_trajectories)).flatten())
             moves.append(None if drawn is None else token_name(tokenizer, int(drawn.flatten()[0])))
-        if temperature == 0:
+        if temperature < 1e-5:
             token = beliefs[-1].argmax()
         else:
             token = sample_categorical((beliefs[-1] / temperature).log_softmax(-1)[None], generator)[0]

@@ -8,17 +8,18 @@ The corpus is the one the model was trained on, unless another one is named. Wit
 of its own, and what is printed is what the `perplexity` metric of `evaluate` gives for these texts.
 """
 
-import math
 from dataclasses import dataclass, field
 
 from noprop_hf.arguments import entry_point, parse_arguments
 from noprop_hf.data import DataArguments, load_corpus, load_tokenizer, tokenize
-from noprop_hf.evaluation import Perplexity, evaluate_model, load_model
+from noprop_hf.evaluation import Perplexity, evaluate_model, load_model, perplexity
 
 
 @dataclass
 class EvaluationArguments:
-    split: str = field(default="test", metadata={"help": "'test', 'validation' or 'train'."})
+    split: str = field(
+        default="test", metadata={"help": "What to measure.", "choices": ["test", "validation", "train"]}
+    )
     batch_size: int = field(default=32, metadata={"help": "Windows evaluated at once."})
     seed: int = field(default=0, metadata={"help": "Seed of the noise of the bound."})
 
@@ -26,7 +27,7 @@ class EvaluationArguments:
         if self.batch_size < 1:
             raise ValueError(f"--batch_size must be at least 1, got {self.batch_size}.")
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed must be at least 0, got {self.seed}.")
+            raise ValueError(f"--seed must be between 0 and 2^63 - 1, got {self.seed}.")
 
 
 @entry_point
@@ -44,7 +45,7 @@ def main() -> None:
         texts = [text for text, length in zip(texts, lengths, strict=True) if length >= shortest]
         if not texts:
             raise SystemExit(f"No text of the {args.split} split has a token to predict: choose another --split.")
-        result = Perplexity().compute(predictions=texts, model_id=name, batch_size=args.batch_size)
+        result = Perplexity().compute(predictions=texts, model=model, tokenizer=tokenizer, batch_size=args.batch_size)
         print(f"{len(result['perplexities'])} texts of {args.split}")
         print(f"  mean perplexity          {result['mean_perplexity']:.6f}")
         return
@@ -52,7 +53,7 @@ def main() -> None:
     nats = evaluate_model(model, rows, tokenizer, args.batch_size, args.seed)
     print(f"{nats.num_tokens} tokens of {args.split}")
     for name, value in (("predictive distribution", nats.predictive), ("bound of the chain", nats.bound)):
-        print(f"  {name:24} {value:.4f} nats per token, perplexity {math.exp(value):.2f}")
+        print(f"  {name:24} {value:.4f} nats per token, perplexity {perplexity(value):.2f}")
     for block, (gain, error) in enumerate(zip(nats.block_nats, nats.block_errors, strict=True)):
         print(f"    block {block}: {gain:+.4f} ± {error:.4f} (alone on pure noise: {nats.context[block]:.4f})")
 

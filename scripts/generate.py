@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("prompt", help="the text to continue")
     parser.add_argument("--max_new_tokens", type=number(int, 1), default=100)
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
-    parser.add_argument("--temperature", type=number(float, 0, excluded=True), default=1.0)
+    parser.add_argument("--temperature", type=number(float, 1e-5), default=1.0)
     parser.add_argument("--top_k", type=number(int, 0), default=50)
     parser.add_argument("--top_p", type=number(float, 0, 1, excluded=True), default=1.0)
     parser.add_argument("--decoding_mode", choices=["predictive", "denoising"], default="predictive")

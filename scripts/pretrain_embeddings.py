@@ -20,7 +20,7 @@ def main() -> None:
     place = meeting_place(recipe.training)
     if place is not None and recipe.training.should_save:
         place.prepare(recipe.training.hub_private_repo)
-    pretrain_embeddings(recipe.model, recipe.data, recipe.pretraining, recipe.training)
+    pretrain_embeddings(recipe.model, recipe.data, recipe.pretraining, recipe.training, recipe.blocks)
     if place is not None and recipe.training.should_save:
         place.publish_table(recipe.training.hub_private_repo)
 

@@ -38,7 +38,7 @@ def main() -> None:
     place = meeting_place(training)
     if place is not None and training.should_save:
         place.prepare(training.hub_private_repo)
-    pretrain_embeddings(recipe.model, recipe.data, recipe.pretraining, training)
+    pretrain_embeddings(recipe.model, recipe.data, recipe.pretraining, training, recipe.blocks)
     directory = train_blocks(recipe.data, recipe.blocks, training, recipe.model)
     missing = missing_blocks(directory)
     if missing:

@@ -16,11 +16,11 @@ from html import escape
 from pathlib import Path
 
 import gradio as gr
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from noprop_hf import NoPropForCausalLM
 from noprop_hf.data import load_tokenizer
+from noprop_hf.evaluation import load_model
 from noprop_hf.watching import WatchedToken, block_name, candidates, figure, probabilities, watch
 
 
@@ -31,6 +31,7 @@ INTRODUCTION = (
     "\u03b3 of what they see, columns are likely tokens, the shade is their probability, and \u2713 is the token taken."
 )
 EXAMPLES = ["Return the ", "If the file does not exist, ", "The first of these functions "]
+LONGEST_PROMPT = 10_000  # characters, of which only the last ones are used
 NUM_CANDIDATES = 200  # any other token has less than 1/200 and rounds to nothing
 CSS = """
 & { white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -96,7 +97,7 @@ def fit_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int)
 def generate(
     model: NoPropForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: str | None,
     num_inference_blocks: int,
     num_trajectories: int,
     temperature: float,
@@ -106,12 +107,14 @@ def generate(
     """Generate as `noprop_hf.watching.watch` does, for the page.
 
     Args:
-        prompt: the text to continue; its end is kept when it does not fit into the model's window.
+        prompt: the text to continue; its end is kept when it does not fit into the model's window, and of a very long
+            one only the end is read.
 
     Yields:
         After each token, as HTML: the text, what has to be said of it, and the maps of its tokens.
     """
-    kept = fit_prompt(prompt, tokenizer, model.config.max_position_embeddings - max_new_tokens)
+    prompt = prompt or ""
+    kept = fit_prompt(prompt[-LONGEST_PROMPT:], tokenizer, model.config.max_position_embeddings - max_new_tokens)
     text, notice, maps, tokens = f'<span class="prompt">{escape(kept)}</span>', "", "", []
     if kept != prompt:
         notice = f"The prompt is too long for the model's window: its last {len(kept)} characters are used. "
@@ -168,7 +171,9 @@ def build(model: NoPropForCausalLM, tokenizer: PreTrainedTokenizerBase) -> gr.Bl
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=3):
-                prompt = gr.Textbox(label="Prompt", placeholder="A text to continue", lines=4, max_lines=8)
+                prompt = gr.Textbox(
+                    label="Prompt", placeholder="A text to continue", lines=4, max_lines=8, max_length=LONGEST_PROMPT
+                )
                 gr.Examples(EXAMPLES, prompt)
                 button = gr.Button("Generate", variant="primary")
             with gr.Column(scale=2):
@@ -204,15 +209,13 @@ def launch(page: gr.Blocks, **options) -> str:
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("MODEL", str(Path(__file__).parent / "model"))
     try:
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(name), load_tokenizer(name)
-    except (OSError, ValueError) as error:
+        model, tokenizer = load_model(name), load_tokenizer(name)
+    except ValueError as error:
         sys.exit(
             f"Cannot load a model from {name!r}: {error}\nName a model directory, or a repository of the Hub that can "
             "be reached, as the first argument or in the environment variable MODEL (on a Space: Settings, Variables)."
         )
-    if not isinstance(model, NoPropForCausalLM):
-        sys.exit(f"{name!r} is a {type(model).__name__}. This page shows models of noprop_hf only.")
-    launch(build(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer))
+    launch(build(model, tokenizer))
 
 
 if __name__ == "__main__":

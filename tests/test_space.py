@@ -119,7 +119,7 @@ def test_main_says_what_to_do(name, tokenizer, tmp_path, monkeypatch):
         monkeypatch.setenv("MODEL", name)
     else:
         monkeypatch.setattr(app, "__file__", str(tmp_path / "app.py"))
-    told = "is a GPT2LMHeadModel" if name == "stock" else "in the environment variable MODEL"
+    told = "of type 'gpt2'" if name == "stock" else "in the environment variable MODEL"
     with pytest.raises(SystemExit, match=told):
         app.main()
 
