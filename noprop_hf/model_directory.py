@@ -321,9 +321,8 @@ def check_data(directory: Path, data: str) -> None:
     Raises:
         ValueError: they are not.
     """
-    shards = (EMBEDDINGS_SHARD, *map(block_shard, range(read_config(directory).num_blocks)))
-    for path in (directory / shard for shard in shards):
-        if path.is_file() and _data_of(path) not in (None, data):
+    for path in sorted(directory.glob("*.safetensors")):
+        if _data_of(path) not in (None, data):
             raise ValueError(
                 f"{path.name} in {directory} was trained on other data, or on the same data cut in another way. Give "
                 f"the data arguments that {CORPUS_FILE} beside it holds, or use another output directory."
