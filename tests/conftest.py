@@ -19,7 +19,9 @@ from transformers import TrainingArguments
 
 from noprop_hf import NoPropConfig, NoPropForCausalLM
 from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments
-from noprop_hf.data import DataArguments, load_corpus, train_tokenizer
+from noprop_hf.data import DataArguments, load_corpus, load_tokenizer, train_tokenizer
+from noprop_hf.model_directory import create_model_directory, load_table, read_metadata
+from noprop_hf.shards_noprop import EMBEDDINGS_SHARD
 from noprop_hf.training import pretrain_embeddings, train_blocks
 from warm_python import WarmPython
 
@@ -150,6 +152,15 @@ def phase1(data, tmp_path_factory) -> Path:
 @pytest.fixture
 def directory(phase1, tmp_path) -> Path:
     return Path(shutil.copytree(phase1, tmp_path / "model"))
+
+
+def reconfigure(directory: Path, **fields) -> NoPropConfig:
+    """Write a model directory without blocks anew, around the same table, for a configuration with other fields."""
+    config = NoPropConfig.from_pretrained(directory)
+    table, data = load_table(directory, config), read_metadata(directory / EMBEDDINGS_SHARD)["data"]
+    config = NoPropConfig(**config.to_dict() | fields)
+    create_model_directory(directory, config, load_tokenizer(str(directory)), table, {"data": data})
+    return config
 
 
 @pytest.fixture(scope="session")

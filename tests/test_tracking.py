@@ -13,8 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback, TrainerState
 
-from conftest import BLOCKS, MODEL, ROOT, arguments
-from noprop_hf import NoPropConfig
+from conftest import BLOCKS, MODEL, ROOT, arguments, reconfigure
 from noprop_hf import training as training_module
 from noprop_hf.arguments import PretrainingArguments
 from noprop_hf.plotting import draw_run
@@ -162,9 +161,7 @@ def test_phase_1_is_tracked(data, tmp_path):
 
 
 def test_a_squared_error_is_not_called_nats(directory, data):
-    config = NoPropConfig.from_pretrained(directory)
-    config.loss_type = "mse"
-    config.save_pretrained(directory)
+    reconfigure(directory, loss_type="mse")
     train_blocks(data, only("1"), arguments(directory, report_to=["tensorboard"]))
     run = without_samples(tensorboard_runs(directory)["runs/block_01"], "block_01", [3, 6])
     assert run == logged(directory, "block_01", "block-01", unit="")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import BertConfig, BertModel, Trainer, TrainerCallback
 
-from conftest import BLOCKS, MODEL, arguments
+from conftest import BLOCKS, MODEL, arguments, reconfigure
 from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM
 from noprop_hf import training as training_module
 from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments
@@ -280,10 +280,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(data, tmp_path):
             "optim": "sgd",
             "max_grad_norm": 0.0,
         }
-        config = NoPropConfig.from_pretrained(target)
-        config.attention_dropout = 0.0
-        config.sampled_softmax = False  # its candidates are those of the batch on the device
-        config.save_pretrained(target)
+        # The candidates of the sampled softmax are those of the batch on the device.
+        reconfigure(target, attention_dropout=0.0, sampled_softmax=False)
         train_blocks(line, dataclasses.replace(BLOCKS, blocks="0"), arguments(target, **options))
         shards.append(load_file(target / block_shard(0)))
     for name in shards[0]:
@@ -292,9 +290,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(data, tmp_path):
 
 @pytest.mark.parametrize("loss_type", ["cross_entropy", "mse"])
 def test_shards_tell_what_they_are(directory, data, loss_type):
-    config = NoPropConfig.from_pretrained(directory)
-    config.loss_type = loss_type
-    config.save_pretrained(directory)
+    reconfigure(directory, loss_type=loss_type)
     train_blocks(data, dataclasses.replace(BLOCKS, blocks="1"), arguments(directory))
     metadata = read_metadata(directory / block_shard(1))
     assert metadata["steps"] == "6" and 0 < float(metadata["context_nats"]) < 8
@@ -312,10 +308,16 @@ def test_phase_2_without_phase_1(tmp_path, data):
 
 def test_a_block_of_another_configuration(directory, data):
     train_blocks(data, dataclasses.replace(BLOCKS, blocks="0"), arguments(directory))
-    config = NoPropConfig.from_pretrained(directory)
-    config.denoising_weight = 0.9
-    config.save_pretrained(directory)
+    reconfigure(directory, denoising_weight=0.9)
     with pytest.raises(ValueError, match="another table or configuration"):
+        train_blocks(data, BLOCKS, arguments(directory))
+
+
+def test_a_configuration_that_is_changed_after_phase_1(directory, data):
+    config = NoPropConfig.from_pretrained(directory)
+    config.rms_norm_eps = 0.1
+    config.save_pretrained(directory)
+    with pytest.raises(ValueError, match="a table and a config.json that do not belong together"):
         train_blocks(data, BLOCKS, arguments(directory))
 
 
@@ -373,8 +375,7 @@ def test_blocks_start_as_the_model_of_phase_1(directory, data):
     config = NoPropConfig.from_pretrained(directory)
     table = load_table(directory, config)
     assert torch.equal(new_block(directory, config, table, 2).head.bias, table.log_prior)  # random by default
-    config.block_initialization = "pretraining"
-    config.save_pretrained(directory)
+    config = reconfigure(directory, block_initialization="pretraining")
     block = new_block(directory, config, table, 2).eval()
     phase_1 = NoPropForMaskedLM.from_pretrained(directory).eval()
     phase_1.config.pretraining_objective = "clm"  # looks back only
@@ -390,9 +391,7 @@ def test_blocks_start_as_the_model_of_phase_1(directory, data):
 
 @pytest.fixture
 def hierarchical(directory) -> Path:
-    config = NoPropConfig.from_pretrained(directory)
-    config.context_source = "previous_block"
-    config.save_pretrained(directory)
+    reconfigure(directory, context_source="previous_block")
     return directory
 
 
