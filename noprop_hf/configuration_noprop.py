@@ -147,9 +147,7 @@ class NoPropConfig(PreTrainedConfig):
             for name in names.split():
                 value = getattr(self, name)
                 if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
-                    raise ValueError(
-                        f"`{name}` must be a positive integer of at most {limit}, got {str(value)[:40]}."
-                    )
+                    raise ValueError(f"`{name}` must be a positive integer of at most {limit}, got {str(value)[:40]}.")
         if self.num_blocks * self.num_layers_per_block > 1_000:
             raise ValueError(
                 f"{self.num_blocks} blocks of {self.num_layers_per_block} layers are more than 1,000 layers: lower "

@@ -154,13 +154,14 @@ def load_table(directory: Path, config: NoPropConfig) -> TokenTable:
             f"{directory} holds no {EMBEDDINGS_SHARD}. Pretrain the embeddings first: scripts/pretrain_embeddings.py."
         )
     check_whole(path)
-    table, tensors = TokenTable(config), read_tensors(path, TABLE_PREFIX)
-    if tensors["weight"].shape != table.weight.shape:
+    tensors, shape = read_tensors(path, TABLE_PREFIX), (config.vocab_size, config.hidden_size)
+    if tensors["weight"].shape != shape:
         raise ValueError(
             f"The table in {path} is of size {tuple(tensors['weight'].shape)}, but the configuration asks for "
-            f"{tuple(table.weight.shape)} (vocab_size, hidden_size). Use another output directory, or the settings "
+            f"{shape} (vocab_size, hidden_size). Use another output directory, or the settings "
             "the table was made with."
         )
+    table = TokenTable(config)
     table.load_state_dict(tensors)
     return table
 
