@@ -125,6 +125,8 @@ class DurableTrainer(Trainer):
                     self._save_checkpoint(self.model, None)
                 logger.warning(f"SIGTERM: saved at step {step}; run the same command again to resume from there.")
                 raise SystemExit(PREEMPTED)
+        if self._preemption.came:  # after that
+            raise SystemExit(PREEMPTED)
         if step < self.state.max_steps:
             raise ValueError(
                 f"The training data ended at step {step} of {self.state.max_steps}: give more text, a smaller "

@@ -75,6 +75,10 @@ def test_nothing_to_evaluate(model, tokenizer):
         evaluate_model(model, Dataset.from_dict({"input_ids": [[3]]}), tokenizer)
 
 
+def test_a_model_that_diverged_is_reported():
+    assert "inf" in results_table([("model", {"test": 710.0})], ["test"])
+
+
 def test_results_table():
     table = results_table([("model", {"test": 1.0}), ("counts", {"test": 2.0})], ["test"])
     assert [cell.strip() for cell in table.splitlines()[2].split("|")[1:-1]] == ["model", "1.000", "2.7"]

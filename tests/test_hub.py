@@ -16,7 +16,7 @@ from conftest import ROOT, run_python
 from hub_server import TOKEN, Fault, HubServer, hub_server
 from noprop_hf import NoPropForMaskedLM
 from noprop_hf.evaluation import ModelNats, results_table
-from noprop_hf.hub import push_model
+from noprop_hf.hub import model_card, push_model
 from noprop_hf.model_directory import create_model_directory, save_block
 
 
@@ -54,6 +54,12 @@ def directory(model, tokenizer, tmp_path) -> Path:
     }
     (path / "results.json").write_text(json.dumps(results))
     return path
+
+
+def test_card_of_a_model_without_samples(directory):
+    results = json.loads((directory / "results.json").read_text())
+    (directory / "results.json").write_text(json.dumps(results | {"samples": []}))
+    assert 'tokenizer("The ", ' in str(model_card(directory, "user/tiny", ROOT / "model_card.md", None, None))
 
 
 def environment(server: HubServer, tmp_path: Path, token: str | None = TOKEN) -> dict[str, str]:

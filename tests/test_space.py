@@ -70,6 +70,19 @@ def test_maps_say_what_is_believed(writer, tokenizer):
         assert [share for name, share in last if "taken" in name] == [max(share for _, share in last)]
 
 
+def test_a_prompt_of_any_length_costs_little(writer, tokenizer, monkeypatch):
+    lengths, fit_prompt = [], app.fit_prompt
+
+    def fit(prompt, *args):
+        lengths.append(len(prompt))
+        return fit_prompt(prompt, *args)
+
+    monkeypatch.setattr(app, "fit_prompt", fit)
+    *_, (_, notice, _) = all_of(writer, tokenizer, "the cat " * 10**6)
+    assert "its last" in notice and max(lengths) <= app.LONGEST_PROMPT
+    assert all_of(writer, tokenizer, None)[-1][0] == all_of(writer, tokenizer, "")[-1][0]
+
+
 @pytest.mark.parametrize("text", [LONG, "\U0001f63a" * 50, "x" * 5000])
 def test_the_end_of_a_long_prompt_is_kept(text, tokenizer):
     kept = app.fit_prompt(text, tokenizer, 20)
