@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.configuration_utils import PreTrainedConfig
 
 
 class SharedMemory:
@@ -85,7 +84,8 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # autograd needs what it saved as it was
+        is_plain = type(key_states) is type(value_states) is torch.Tensor  # others, quantized say, have no memory here
+        if not is_plain or torch.is_grad_enabled() or torch.compiler.is_compiling():  # autograd needs what it saved
             return super().update(key_states, value_states, *args, **kwargs)
         return write([self], key_states, value_states)
 
@@ -153,9 +153,16 @@ def write(
 class BlockCache(DynamicCache):
     """A [`DynamicCache`] of [`GrowingLayer`]s: layer `l` of block `b` is layer `b * num_layers_per_block + l`."""
 
-    def __init__(self, config: PreTrainedConfig):
-        super().__init__(config=config)
-        self.layers: list[Any] = [GrowingLayer() for _ in range(config.num_hidden_layers)]
+    layers: list[Any]
+
+    def __init__(self, *args, **kwargs):
+        """Arguments are those of [`DynamicCache`]."""
+        super().__init__(*args, **kwargs)
+        stock = self.layers
+        self.layers = [GrowingLayer() for _ in stock]
+        for layer, given in zip(self.layers, stock, strict=True):
+            if given.is_initialized:
+                DynamicLayer.update(layer, given.keys, given.values)
 
 
 __all__ = ["BlockCache"]

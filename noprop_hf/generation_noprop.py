@@ -120,7 +120,7 @@ class NoPropGenerationMixin(GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         made = None if is_given else model_kwargs.get("cache")
         if made is not None and type(made) is DynamicCache and not made.offloading:
-            model_kwargs["cache"] = BlockCache(self.config)
+            model_kwargs["cache"] = BlockCache(config=self.config)
 
     @torch.no_grad()
     def denoise(

@@ -19,11 +19,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
 from transformers.modeling_utils import PreTrainedModel
@@ -344,9 +345,27 @@ class NoPropPreTrainedModel(PreTrainedModel):
         if push_to_hub:
             self.push_to_hub(commit.pop("repo_id", directory.name), token=kwargs.get("token"), **commit)
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Refused for other embeddings: every block is trained for the frozen table.
+
+        Raises:
+            ValueError: if these are not a [`TokenTable`].
+        """
+        if isinstance(self.get_input_embeddings(), TokenTable) and not isinstance(value, TokenTable):
+            raise ValueError(
+                "The embeddings are the frozen table that every block was trained for and cannot be replaced. "
+                "Pretrain a new table instead."
+            )
+        super().set_input_embeddings(value)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args, **kwargs
+    ) -> nn.Module:
         """Refused unless the size stays: table, noise levels and blocks are made for one vocabulary."""
-        if new_num_tokens not in (None, self.config.vocab_size):
+        new_num_tokens = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of:
+            new_num_tokens += -new_num_tokens % pad_to_multiple_of
+        if new_num_tokens != self.config.vocab_size:
             raise ValueError(
                 f"The embedding table is frozen at {self.config.vocab_size} tokens, and every block is trained for it: "
                 f"it cannot be resized to {new_num_tokens}. Pretrain a new table with the tokenizer you need."
@@ -599,27 +618,30 @@ class NoPropModel(NoPropPreTrainedModel):
         Args:
             input_ids (`(batch_size, sequence_length)`): token ids; or `inputs_embeds`, their rows of the table.
             logits_to_keep (`int` or `torch.Tensor`): give the states of the last positions only; 0 is all.
-            num_inference_blocks (`int`, *optional*): run only the first blocks; all when not given.
+            num_inference_blocks (`int`, *optional*): run only the first blocks; all when not given, and never more than
+                `config.num_hidden_layers` allows.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if num_inference_blocks is None:
-            num_blocks = self.config.num_hidden_layers // self.config.num_layers_per_block
-            num_inference_blocks = min(num_blocks, len(self.blocks))
+            num_inference_blocks = len(self.blocks)
         if not 1 <= num_inference_blocks <= len(self.blocks):
             raise ValueError(
                 f"`num_inference_blocks` must be between 1 and {len(self.blocks)}, got {num_inference_blocks}."
             )
+        early_exit = self.config.num_hidden_layers // self.config.num_layers_per_block
+        num_inference_blocks = min(num_inference_blocks, early_exit)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and cache is None:
-            cache = BlockCache(self.config)
+            is_compiling = torch.compiler.is_compiling()  # export knows the stock cache only
+            cache = (DynamicCache if is_compiling else BlockCache)(config=self.config)
 
         blocks = self.blocks[:num_inference_blocks]
-        self._check_cache(cache, num_inference_blocks)
+        self._check_cache(cache, blocks)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         attention_inputs = blocks[0].encoder.attention_inputs(inputs_embeds, attention_mask, position_ids, cache)
-        recorded = {name: getattr(self.config, f"output_{name}", None) for name in self._can_record_outputs}
+        recorded = {f"output_{name}": getattr(self.config, f"output_{name}", None) for name in self._can_record_outputs}
         layers = None if self.training else find_layers(blocks, self._forwards, cache, recorded | kwargs)
         if layers is not None:
             states = encode_side_by_side(
@@ -648,7 +670,8 @@ class NoPropModel(NoPropPreTrainedModel):
             bias=torch.stack([bias.to(device) for bias in biases]).mean(0),
         )
 
-    def _check_cache(self, cache: Cache | None, num_inference_blocks: int) -> None:
+    @staticmethod
+    def _check_cache(cache: Cache | None, blocks: nn.ModuleList) -> None:
         """Make sure that a cache holds the same tokens for all blocks that are to read it.
 
         Raises:
@@ -656,13 +679,13 @@ class NoPropModel(NoPropPreTrainedModel):
         """
         if not isinstance(cache, Cache) or torch.compiler.is_compiling():  # a paged one counts for itself
             return
-        layers = range(0, num_inference_blocks * self.config.num_layers_per_block, self.config.num_layers_per_block)
-        lengths = [cache.get_seq_length(layer) for layer in layers]
+        layers = [block.encoder.layers[0] for block in blocks if len(block.encoder.layers) > 0]
+        lengths = [cache.get_seq_length(layer.self_attn.layer_idx) for layer in layers if hasattr(layer, "self_attn")]
         if any(length != lengths[0] for length in lengths):
             count = sum(length == lengths[0] for length in lengths)
             raise ValueError(
-                f"The cache was filled with `num_inference_blocks={count}`, and {num_inference_blocks} blocks cannot "
-                "continue from it: use as many blocks, or a new cache."
+                f"The cache was filled with `num_inference_blocks={count}`, and {len(blocks)} blocks cannot continue "
+                "from it: use as many blocks, or a new cache."
             )
 
 
@@ -719,15 +742,8 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
         return self.get_input_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Refused: every block is trained for the frozen table.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            "The output embeddings are the frozen table that every block was trained for and cannot be replaced. "
-            "Pretrain a new table instead."
-        )
+        """Refused for other embeddings; see `set_input_embeddings`."""
+        self.set_input_embeddings(new_embeddings)
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
@@ -774,8 +790,14 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
         if decoding_mode == "predictive":
             # `forward`, since hooks on the input embeddings are not meant for logits.
             logits = self.model.embed_tokens.forward(outputs.last_hidden_state, outputs.bias).float()
-            # In place where nothing has to be kept for a gradient: the logits are the largest tensor there is.
-            logits = torch.log_softmax(logits, -1, out=None if logits.requires_grad else logits)
+            # In place where nothing follows the logits, the largest tensor there is: no gradient, vmap or forward mode.
+            is_followed = (
+                logits.requires_grad
+                or torch.compiler.is_compiling()
+                or torch._C._are_functorch_transforms_active()
+                or unpack_dual(logits).tangent is not None
+            )
+            logits = torch.log_softmax(logits, -1, out=None if is_followed else logits)
         elif decoding_mode == "denoising":
             logits = self.denoise(outputs.context_states, num_trajectories, generator)
         else:

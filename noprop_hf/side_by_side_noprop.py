@@ -13,9 +13,11 @@ by one. `tests/test_side_by_side.py` compares both ways.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
@@ -25,15 +27,32 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
-from .cache_noprop import BlockCache, write
+from .cache_noprop import BlockCache, GrowingLayer, write
 
 
-# The forward passes that `_decoder_layers` stands for.
+def stock(*functions: Callable) -> list[Callable]:
+    """Select the functions whose code is that of torch or transformers.
+
+    Patches and kernels can have taken their place before this module is imported, as a model's own code is late.
+    """
+    roots = tuple(str(Path(library.__file__).parent) for library in (torch, transformers))
+    codes = [getattr(function, "__code__", None) for function in functions]
+    return [
+        function
+        for function, code in zip(functions, codes, strict=True)
+        if code is not None and code.co_filename.startswith(roots)
+    ]
+
+
+# The forward passes that `_encode` stands for.
 LLAMA_FORWARDS: Mapping[type, Callable] = {
-    cls: cls.forward for cls in (LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, SiLUActivation)
+    cls: cls.forward
+    for cls in (LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, SiLUActivation)
+    if stock(cls.forward)
 }
-PLAIN_LINEAR: Mapping[type, Callable] = {nn.Linear: nn.Linear.forward}
-ATTENTION_FUNCTIONS = (sdpa_attention_forward, modeling_llama.eager_attention_forward)
+MODULE_CALLS = stock(nn.Module.__call__, LlamaDecoderLayer.__call__)
+PLAIN_LINEAR: Mapping[type, Callable] = {cls: cls.forward for cls in (nn.Linear,) if stock(cls.forward)}
+ATTENTION_FUNCTIONS = stock(sdpa_attention_forward, modeling_llama.eager_attention_forward)
 
 # Maximum tokens times blocks at once. On a CPU, larger activations fall out of the processor's cache; on other devices
 # the limit bounds memory.
@@ -51,6 +70,7 @@ def is_unchanged(module: nn.Module, forwards: Mapping[type, Callable]) -> bool:
     return (
         forward is not None
         and type(module).forward is forward
+        and type(module).__call__ in MODULE_CALLS
         and not torch_module._global_forward_hooks
         and not torch_module._global_forward_pre_hooks
         and "forward" not in state  # as accelerate and peft replace it
@@ -83,16 +103,19 @@ def find_layers(
         blocks: the blocks; `forwards` must name their class and that of their encoders.
         forwards: the forward passes that may be bypassed, by class.
         cache: only a [`BlockCache`] can be filled by several blocks at once.
-        kwargs: further arguments of the layers; any that is set may mean something to them.
+        kwargs: further arguments of the layers; any that is set may mean something to them, except that nothing is
+            recorded where `output_hidden_states` and such are false.
 
     Returns:
         For every layer of a block, the modules of that layer in each block; None where blocks must run one by one.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
-    if any(value is not None and value is not False for value in kwargs.values()):
+    if any(value is not None for name, value in kwargs.items() if value is not False or not name.startswith("output_")):
         return None
-    if cache is not None and type(cache) is not BlockCache:
+    if cache is not None and not (
+        type(cache) is BlockCache and all(type(layer) is GrowingLayer for layer in cache.layers)
+    ):
         return None
     config = blocks[0].encoder.config
     if config.context_source != "embeddings" or config._attn_implementation not in ("sdpa", "eager"):
@@ -106,15 +129,17 @@ def find_layers(
             return None
         if not is_unchanged(encoder.norm, forwards):
             return None
-        layers = [_find_modules(layer, forwards) for layer in encoder.layers]
-        if None in layers:
+        layers = [layer for layer in (_find_modules(layer, forwards, config) for layer in encoder.layers) if layer]
+        if len(layers) < len(encoder.layers):
+            return None
+        if cache is not None and any(layer.attention.layer_idx >= len(cache.layers) for layer in layers):
             return None
         found.append(layers)
-        kinds.append((encoder.norm.variance_epsilon, *(_kind(layer) for layer in layers if layer is not None)))
+        kinds.append((encoder.norm.variance_epsilon, *(_kind(layer) for layer in layers)))
     return list(zip(*found, strict=True)) if kinds.count(kinds[0]) == len(kinds) else None
 
 
-def _find_modules(layer: nn.Module, forwards: Mapping[type, Callable]) -> LayerModules | None:
+def _find_modules(layer: nn.Module, forwards: Mapping[type, Callable], config: Any) -> LayerModules | None:
     """The modules of a layer, or None if one between its linear layers was changed."""
     if not is_unchanged(layer, forwards):
         return None
@@ -126,6 +151,8 @@ def _find_modules(layer: nn.Module, forwards: Mapping[type, Callable]) -> LayerM
     )
     between = (attention, mlp, input_norm, output_norm)
     if not all(is_unchanged(module, forwards) for module in between) or attention.training:
+        return None
+    if attention.config is not config:
         return None
     activation = mlp.act_fn
     if not is_unchanged(activation, forwards):
@@ -143,11 +170,18 @@ def _find_modules(layer: nn.Module, forwards: Mapping[type, Callable]) -> LayerM
     )
 
 
+def _width(linear: nn.Module) -> int:
+    """How many features a linear layer gives, since pruning may leave some narrower; a number of its own where the
+    layer does not say."""
+    weight = linear._parameters.get("weight") if type(linear) is nn.Linear else None
+    return getattr(linear, "out_features", id(linear)) if weight is None else len(weight)
+
+
 def _kind(layer: LayerModules) -> tuple:
     """What layers of several blocks must have in common to be computed at once."""
     attention = layer.attention
     return (
-        id(attention.config),
+        *(_width(linear) for linear in (*layer.projections, layer.gate, layer.up)),
         attention.head_dim,
         attention.scaling,
         attention.num_key_value_groups,
@@ -224,6 +258,8 @@ def _encode(
     scaled = inputs_embeds / width**0.5
     states = _stack([call(encoder.input_projection, scaled) for encoder in encoders[group]])
     count = len(states)
+    if attention_mask is not None and attention_mask.shape[1] > 1:  # a mask of its own for each head
+        attention_mask = attention_mask.repeat(1, count, 1, 1)
     for all_layers in layers:
         own = all_layers[group]
         first = own[0].attention
@@ -274,8 +310,8 @@ def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
     if parts == 1 or rows.dtype != weight.dtype or torch.is_autocast_enabled("cpu") or not weight.is_contiguous():
         return F.linear(rows, weight, bias)
     shares = weight.view(parts, -1, weight.shape[1]).transpose(1, 2)
-    outputs = torch.bmm(rows.reshape(num_rows, -1).expand(parts, -1, -1), shares)
-    outputs = outputs.transpose(0, 1).reshape(*rows.shape[:-1], -1)
+    outputs = torch.bmm(rows.reshape(num_rows, rows.shape[-1]).expand(parts, -1, -1), shares)
+    outputs = outputs.transpose(0, 1).reshape(*rows.shape[:-1], weight.shape[0])
     return outputs if bias is None else outputs + bias
 
 

@@ -4,6 +4,8 @@ Every change is compared with gradients on, where blocks run one by one through 
 """
 
 import copy
+import functools
+import importlib.util
 import pickle
 import random
 
@@ -13,10 +15,14 @@ from accelerate import Accelerator, cpu_offload, disk_offload
 from safetensors.torch import load_file, load_model, save_model
 from torch import nn
 from torch.nn.utils import parametrize, prune
-from transformers import AutoModelForCausalLM, StaticCache, pipeline
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, pipeline
+from transformers.integrations.executorch import register_dynamic_cache_export_support
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
 
 from conftest import ROOT, tokens
-from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM
+from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM, modeling_noprop
 
 
 INPUT = tokens(2, 7)
@@ -53,6 +59,11 @@ def off(model, **options) -> torch.Tensor:
 def on(model, **options) -> torch.Tensor:
     with torch.enable_grad():
         return model(input_ids=INPUT, **options).logits.log_softmax(-1).detach()
+
+
+def on_ids(model, input_ids: torch.Tensor) -> torch.Tensor:
+    with torch.enable_grad():
+        return model(input_ids=input_ids, use_cache=False).logits.detach()
 
 
 def agree(model) -> torch.Tensor:
@@ -160,6 +171,42 @@ def test_patched_classes_act(model, monkeypatch):
             assert not torch.allclose(agree(model), before, atol=1e-3), name
 
 
+@pytest.mark.parametrize("name", [*CONTAINERS[:-1], None])
+def test_patched_calls_act(model, monkeypatch, name):
+    before = agree(model)
+    kind, classes = (nn.Module, ("LlamaMLP", "Linear")) if name is None else (type(by_name(model, name)), None)
+    call = kind.__call__
+
+    def patched(self, *args, **kwargs):
+        output = call(self, *args, **kwargs)
+        return distorted(output) if classes is None or type(self).__name__ in classes else output
+
+    monkeypatch.setattr(kind, "__call__", patched)
+    assert not torch.allclose(agree(model), before, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["forward", "class"])
+def test_what_was_patched_before_the_import_is_not_bypassed(model, monkeypatch, name):
+    """As kernels do when the model's own code is loaded later."""
+    forward = modeling_llama.LlamaMLP.forward
+    if name == "forward":
+        patched = functools.wraps(forward)(lambda self, states: distorted(forward(self, states)))
+        monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", patched)
+    else:
+        Own = type("Own", (nn.Module,), {"forward": lambda self, states: distorted(forward(self, states))})
+        monkeypatch.setattr(modeling_llama, "LlamaMLP", Own)
+        for module in model.modules():
+            module.__class__ = Own if type(module).__name__ == "LlamaMLP" else type(module)
+    spec = importlib.util.find_spec("noprop_hf.side_by_side_noprop")
+    late = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(late)
+    own = (modeling_noprop.DenoisingBlock, modeling_noprop.ContextEncoder)
+    forwards = {**late.LLAMA_FORWARDS, **{kind: kind.forward for kind in own}}
+    monkeypatch.setattr(type(model.model), "_forwards", forwards)
+    monkeypatch.setattr(modeling_noprop, "find_layers", late.find_layers)
+    agree(model)
+
+
 def test_global_hooks_act(model):
     before = agree(model)
     handle = nn.modules.module.register_module_forward_hook(
@@ -189,6 +236,20 @@ def test_attributes_act(model):
     assert not torch.allclose(agree(model), before, atol=1e-4)
 
 
+def test_a_configuration_of_the_attention_alone_acts(model, monkeypatch):
+    def doubled(*args, **kwargs):
+        mixed, weights = sdpa_attention_forward(*args, **kwargs)
+        return 2 * mixed, weights
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "doubled", doubled)
+    before = agree(model)
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "doubled"
+    for block in model.model.blocks:
+        block.encoder.layers[1].self_attn.config = config
+    assert not torch.allclose(agree(model), before, atol=1e-3)
+
+
 def test_modules_of_another_kind_act(model):
     before = agree(model)
     layers = by_name(model, "blocks.2.encoder").layers
@@ -209,6 +270,44 @@ def test_a_layer_less(model):
     encoder = by_name(model, "blocks.1.encoder")
     encoder.layers = encoder.layers[:1]
     torch.testing.assert_close(off(model), on(model), atol=1e-4, rtol=1e-3)
+
+
+def narrow(model, layer: str, heads: int | None = None, features: int | None = None) -> None:
+    """Prune a layer to its first heads or features, with smaller weights."""
+    attention, mlp = by_name(model, f"{layer}.self_attn"), by_name(model, f"{layer}.mlp")
+    size = None if heads is None else heads * attention.head_dim
+    into = {attention.q_proj: size, attention.k_proj: size, attention.v_proj: size}
+    into |= {mlp.gate_proj: features, mlp.up_proj: features}
+    for linear, rows in into.items():
+        linear.weight = nn.Parameter(linear.weight[:rows].detach().clone())
+    for linear, columns in ((attention.o_proj, size), (mlp.down_proj, features)):
+        linear.weight = nn.Parameter(linear.weight[:, :columns].detach().clone())
+
+
+def test_narrower_layers_act(model):
+    outputs = [agree(model)]
+    for layer, sizes in (("blocks.1.encoder.layers.0", {"features": 16}), ("blocks.2.encoder.layers.1", {"heads": 1})):
+        narrow(model, layer, **sizes)
+        outputs.append(agree(model))
+    assert all(not torch.allclose(a, b, atol=1e-4) for a, b in zip(outputs, outputs[1:], strict=False))
+
+
+def test_heads_of_uneven_number_act(config):
+    """One, two and three heads: as many as three blocks of two have."""
+    config.num_attention_heads = config.num_key_value_heads = 4
+    config.head_dim = 4
+    model = NoPropForCausalLM(config).eval()
+    for block, heads in enumerate((1, 2, 3)):
+        narrow(model, f"blocks.{block}.encoder.layers.0", heads=heads)
+    agree(model)
+
+
+def test_a_block_less(model):
+    before = agree(model)
+    model.model.blocks = nn.ModuleList([model.model.blocks[0], model.model.blocks[2]])
+    assert not torch.allclose(agree(model), before, atol=1e-3)
+    written = model.generate(INPUT, max_new_tokens=3, do_sample=False)
+    assert torch.equal(written[:, 7:], on_ids(model, written)[:, 6:-1].argmax(-1))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -355,9 +454,10 @@ def test_shared_memory_stays_shared(model):
 
 def test_export_and_compile_after_a_forward_pass(model):
     expected = agree(model)
-    model.config.use_cache = False
+    register_dynamic_cache_export_support()
     with torch.no_grad():
         exported = torch.export.export(model, (INPUT,), strict=False).module()
+        assert type(exported(INPUT).cache) is DynamicCache
         assert torch.allclose(exported(INPUT).logits, expected, atol=1e-4)
 
 
@@ -420,8 +520,16 @@ def test_the_table_is_the_output_embedding(model):
     assert table is model.get_input_embeddings() and table.num_embeddings == model.config.vocab_size
     points = torch.randn(3, 16)
     assert torch.equal(table(points), points @ table.weight.T)
-    with pytest.raises(ValueError, match="frozen table"):
-        model.set_output_embeddings(nn.Linear(16, 50))
+    for replace, other in (
+        (model.set_output_embeddings, nn.Linear(16, 50)),
+        (model.set_input_embeddings, nn.Embedding(50, 16)),
+    ):
+        replace(table)
+        with pytest.raises(ValueError, match="frozen table"):
+            replace(other)
+    assert model.resize_token_embeddings(50) is model.resize_token_embeddings(pad_to_multiple_of=10) is table
+    with pytest.raises(ValueError, match="resized to 56"):
+        model.resize_token_embeddings(pad_to_multiple_of=8)
 
 
 def test_early_exit_drafts_for_the_whole_model(model):
@@ -429,6 +537,9 @@ def test_early_exit_drafts_for_the_whole_model(model):
     for layers in (2, 4):  # one block, two blocks
         output = model.generate(INPUT[:1], max_new_tokens=8, do_sample=False, assistant_early_exit=layers)
         assert torch.equal(output, expected)
+    shortened = {"max_new_tokens": 4, "do_sample": False, "num_inference_blocks": 2}
+    drafted = model.generate(INPUT[:1], assistant_early_exit=2, **shortened)
+    assert torch.equal(drafted, model.generate(INPUT[:1], **shortened))
     model.config.num_hidden_layers = 2
     assert torch.equal(model(INPUT).logits, model(INPUT, num_inference_blocks=1).logits)
     model.config.num_hidden_layers = 6

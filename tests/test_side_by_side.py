@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from conftest import tokens
 from noprop_hf import NoPropConfig, NoPropForCausalLM, modeling_noprop
 from noprop_hf.cache_noprop import BlockCache, GrowingLayer, write
-from noprop_hf.side_by_side_noprop import ROWS_AT_ONCE
+from noprop_hf.side_by_side_noprop import ROWS_AT_ONCE, product
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def test_a_prompt_in_groups_of_blocks_and_with_one_answer(model, counted, attent
     model.set_attn_implementation(attention)
     for padding in (0, 4):
         mask[0, :padding] = 0
-        cache = BlockCache(model.config)
+        cache = BlockCache(config=model.config)
         last = model(input_ids, attention_mask=mask, cache=cache, use_cache=True, logits_to_keep=1).logits
         expected = with_gradients(model, input_ids, attention_mask=mask)
         close(last, expected[:, -1:])
@@ -73,6 +75,50 @@ def test_a_prompt_in_groups_of_blocks_and_with_one_answer(model, counted, attent
         after = model(more, attention_mask=longer, cache=cache).logits
         close(after, with_gradients(model, torch.cat([input_ids, more], dim=1), attention_mask=longer)[:, -2:])
     assert len(counted) == 6
+
+
+def test_a_mask_for_each_head_and_none(model, counted):
+    input_ids, causal = tokens(2, 9), torch.ones(9, 9).triu(1).bool()
+    mask = torch.zeros(2, 2, 9, 9).masked_fill(causal, -1e9)
+    mask[:, 1] -= torch.arange(9.0)
+    for options in ({"attention_mask": mask}, {"is_causal": False}):
+        expected = with_gradients(model, input_ids, **options)
+        close(model(input_ids, **options).logits, expected)
+        close(model(input_ids, logits_to_keep=1, **options).logits, expected[:, -1:])
+        assert (expected - model(input_ids).logits).abs().max() > 1e-2
+    assert len(counted) == 4
+
+
+def test_transforms_of_functions(model):
+    """vmap over inputs and over models, and derivatives in forward mode, which know neither caches nor `out=`."""
+    input_ids, options = tokens(2, 7), {"use_cache": False}
+    expected = with_gradients(model, input_ids)
+    close(torch.vmap(lambda row: model(row[None], **options).logits[0])(input_ids), expected)
+    other = copy.deepcopy(model)
+    other.model.blocks[1].encoder.layers[0].mlp.up_proj.weight *= 2
+    stacked = torch.func.stack_module_state([model, other])
+    called = torch.vmap(lambda *state: torch.func.functional_call(model, state, (input_ids,), options).logits)(*stacked)
+    close(called[0], expected)
+    close(called[1], with_gradients(other, input_ids))
+    model.set_attn_implementation("eager")
+    embeds = model.get_input_embeddings()(input_ids)
+    direction = torch.randn_like(embeds)
+    step = 1e-2 * direction
+    found = []
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context, forward_ad.dual_level():
+            logits = model(inputs_embeds=forward_ad.make_dual(embeds, direction), **options).logits
+            found.append(forward_ad.unpack_dual(logits).tangent.detach())
+    close(*found)
+    difference = (model(inputs_embeds=embeds + step).logits - model(inputs_embeds=embeds - step).logits) / 2e-2
+    torch.testing.assert_close(found[0], difference, atol=2e-2, rtol=5e-2)
+
+
+def test_few_and_no_rows_of_a_large_weight(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    weight = torch.randn(512, 512)
+    for rows in (torch.randn(3, 5, 512), torch.randn(0, 512), torch.randn(2, 0, 512)):
+        torch.testing.assert_close(product(rows, weight), rows @ weight.T, atol=1e-3, rtol=1e-4)
 
 
 def test_shared_key_heads(monkeypatch, counted):
@@ -84,7 +130,7 @@ def test_shared_key_heads(monkeypatch, counted):
     expected = with_gradients(model, input_ids)
     close(model(input_ids).logits, expected)
     monkeypatch.setitem(ROWS_AT_ONCE, "cpu", 1)  # block by block into one cache
-    cache = BlockCache(model.config)
+    cache = BlockCache(config=model.config)
     pieces = [model(piece, cache=cache, use_cache=True).logits for piece in input_ids.split([5, 2], dim=1)]
     close(torch.cat(pieces, dim=1), expected)
     assert len(counted) == 3
@@ -115,7 +161,7 @@ WAYS = {
 }
 CACHES = {
     "made by the model": lambda config: None,
-    "ours": BlockCache,
+    "ours": lambda config: BlockCache(config=config),
     "stock": lambda config: DynamicCache(config=config),
     "stock without configuration": lambda config: DynamicCache(),
     "static": lambda config: StaticCache(config=config, max_cache_len=20),
@@ -175,7 +221,7 @@ def test_shallow_copies_of_a_cache_go_their_own_ways(model):
 
 
 def test_the_cache_has_the_layout_of_every_model(model):
-    ours, stock = BlockCache(model.config), DynamicCache(config=model.config)
+    ours, stock = BlockCache(config=model.config), DynamicCache(config=model.config)
     for cache in (ours, stock):
         for piece in torch.cat([PREFIX, REST], 1).split([5, 1, 2], 1):
             model(piece, cache=cache)
@@ -227,6 +273,42 @@ def test_a_cache_that_grows_is_the_stock_one(together):
     copied = copy.deepcopy(ours)
     grow(1, 2)
     assert copied.get_seq_length() == ours.get_seq_length() - 1
+
+
+def test_the_cache_is_made_and_changed_as_the_stock_one(model):
+    expected = with_gradients(model, torch.cat([PREFIX, REST], 1))[:, 5:]
+    filled = model(PREFIX, use_cache=True).cache
+    states = [(layer.keys.clone(), layer.values.clone()) for layer in filled.layers]
+    changed, static = copy.deepcopy(filled), StaticCache(config=model.config, max_cache_len=20)
+    changed.layers[2] = DynamicCache(states).layers[2]
+    for layer, pair in zip(static.layers, states, strict=True):
+        layer.update(*pair)
+    replaced = BlockCache(config=model.config)
+    replaced.layers = static.layers
+    for cache in (BlockCache(states), BlockCache(states, config=model.config), changed, replaced):
+        pieces = [model(piece, cache=cache).logits for piece in REST.split([1, 2], 1)]
+        close(torch.cat(pieces, 1), expected)
+    close(model(REST, cache=model(PREFIX, cache=BlockCache(), use_cache=True).cache).logits, expected)
+
+
+class Quantized(torch.Tensor):
+    """Like activations of `optimum-quanto`, it cannot be written into a plain tensor, only joined with others."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.__setitem__ and not isinstance(args[0], cls):
+            raise AttributeError("'Tensor' object has no attribute 'qtype'")
+        output = super().__torch_function__(function, types, args, kwargs)
+        return output.as_subclass(torch.Tensor) if function is torch.Tensor.new_empty else output
+
+
+def test_keys_that_are_no_plain_tensors():
+    stock, ours = DynamicLayer(), GrowingLayer()
+    for length in (3, 1, 2):
+        keys, values = torch.randn(2, 1, 2, length, 4).unbind()
+        pair = keys.as_subclass(Quantized), values
+        for mine, theirs in zip(ours.update(*pair), stock.update(*pair), strict=True):
+            assert torch.equal(mine, theirs)
 
 
 def test_a_cache_of_another_batch_size_is_refused(model):
