@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.configuration_utils import PreTrainedConfig
+
+from .compatibility_noprop import PreTrainedConfig
 
 
 class SharedMemory:

@@ -2,8 +2,7 @@
 
 import math
 
-from transformers.configuration_utils import PreTrainedConfig
-
+from .compatibility_noprop import PreTrainedConfig
 from .noise_noprop import prior_levels
 
 
@@ -53,7 +52,7 @@ class NoPropConfig(PreTrainedConfig):
     """
 
     model_type = "noprop"
-    keys_to_ignore_at_inference = ["cache"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     vocab_size: int = 30522
     hidden_size: int = 384

@@ -9,6 +9,7 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 from conftest import tokens
 from noprop_hf import NoPropConfig, NoPropForCausalLM, modeling_noprop
 from noprop_hf.cache_noprop import BlockCache, GrowingLayer, write
+from noprop_hf.compatibility_noprop import CACHE
 from noprop_hf.side_by_side_noprop import ROWS_AT_ONCE
 
 
@@ -131,7 +132,7 @@ def test_every_way_continues_from_the_cache_of_every_other(model, kind, first, t
     blocks = 2 if "with two blocks" in (first, then) else 3
     context, options = WAYS[first]()
     with context:
-        cache = model(PREFIX, cache=CACHES[kind](model.config), use_cache=True, **options).cache
+        cache = model(PREFIX, cache=CACHES[kind](model.config), use_cache=True, **options)[CACHE]
     context, options = WAYS[then]()
     with context:
         if first == "with two blocks" != then:
@@ -161,7 +162,7 @@ def test_continuous_batching(model):
 
 
 def test_shallow_copies_of_a_cache_go_their_own_ways(model):
-    cache = model(PREFIX, use_cache=True).cache
+    cache = model(PREFIX, use_cache=True)[CACHE]
     copies = []
     for _ in range(2):
         copies.append(copy.copy(cache))
@@ -230,7 +231,7 @@ def test_a_cache_that_grows_is_the_stock_one(together):
 
 
 def test_a_cache_of_another_batch_size_is_refused(model):
-    cache = model(PREFIX[:1], use_cache=True).cache
+    cache = model(PREFIX[:1], use_cache=True)[CACHE]
     with pytest.raises(ValueError, match="batch_repeat_interleave"):
         model(REST, cache=cache)
 
