@@ -31,6 +31,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import trainer_log_levels
 from transformers.utils import CONFIG_NAME, cached_file, strtobool
 
+from .checkpoints import CHECKPOINTING
 from .configuration_noprop import NoPropConfig
 from .data import SMALLEST_VOCABULARY, DataArguments
 from .parallel import GROUP_VARIABLES, arrange_processes
@@ -482,7 +483,7 @@ def _check_training(args: TrainingArguments, pretraining: Collection[str] = ()) 
             batch_size=args.per_device_train_batch_size,
             num_workers=args.dataloader_num_workers,
             persistent_workers=args.dataloader_persistent_workers,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
+            multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),  # not before 5.17
             prefetch_factor=args.dataloader_prefetch_factor,
         )
     except ValueError as error:
@@ -502,9 +503,9 @@ def _check_training(args: TrainingArguments, pretraining: Collection[str] = ()) 
 
 
 def _check_activation_checkpointing(args: TrainingArguments) -> None:
-    options = dict(args.activation_checkpointing_kwargs or {})
-    if options and not args.activation_checkpointing:
-        raise ValueError("--activation_checkpointing_kwargs need --activation_checkpointing true: add it.")
+    options = dict(getattr(args, f"{CHECKPOINTING}_kwargs") or {})
+    if options and not getattr(args, CHECKPOINTING):
+        raise ValueError(f"--{CHECKPOINTING}_kwargs need --{CHECKPOINTING} true: add it.")
     every_n_layers, offload = options.pop("every_n_layers", 1), options.pop("offload", False)
     try:
         if every_n_layers < 1:
@@ -513,9 +514,7 @@ def _check_activation_checkpointing(args: TrainingArguments) -> None:
             raise ValueError("there is no device to offload from")
         checkpoint(nn.Identity(), torch.zeros(1, requires_grad=True), **{"use_reentrant": False, **options})
     except Exception as error:
-        raise ValueError(
-            f"--activation_checkpointing_kwargs cannot be used: {error}. Change or leave them out."
-        ) from error
+        raise ValueError(f"--{CHECKPOINTING}_kwargs cannot be used: {error}. Change or leave them out.") from error
 
 
 def _check_optimizer(args: TrainingArguments, learning_rate_flag: str) -> None:
