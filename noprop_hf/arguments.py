@@ -411,7 +411,14 @@ def refuse_unsupported(values: Namespace | TrainingArguments) -> None:
         ValueError: if one of `UNSUPPORTED_ARGUMENTS` differs from its default, or the launcher asks for such a thing.
     """
     # What parsers and `TrainingArguments` make of some defaults.
-    equivalent = {"debug": (None, []), "accelerator_config": (AcceleratorConfig(),), "resume_from_checkpoint": (False,)}
+    equivalent: dict[str, tuple] = {
+        "debug": (None, []),
+        "accelerator_config": (AcceleratorConfig(),),
+        "resume_from_checkpoint": (False,),
+        # Until transformers 5.5:
+        "fsdp": ([],),
+        "fsdp_config": ({"min_num_params": 0, "xla": False, "xla_fsdp_v2": False, "xla_fsdp_grad_ckpt": False},),
+    }
     for field_ in dataclasses.fields(TrainingArguments):
         if field_.name in UNSUPPORTED_ARGUMENTS:
             default = field_.default_factory() if callable(field_.default_factory) else field_.default
