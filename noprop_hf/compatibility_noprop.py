@@ -128,10 +128,9 @@ if not is_dataclass(PreTrainedConfig):  # 5.4
             self.__post_init__(**kwargs)
 
         def __post_init__(self, **kwargs):
-            if not hasattr(StockConfig, "convert_rope_params_to_dict"):  # 5.0
-                given = kwargs.pop("rope_scaling", None) or self.rope_parameters or {}
-                defaults = {"rope_theta": kwargs.pop("rope_theta", 10_000.0), "rope_type": "default"}
-                self.rope_parameters = defaults | given
+            given = dict(kwargs.pop("rope_scaling", None) or self.rope_parameters or {})
+            given.setdefault("rope_type", given.get("type", "default"))
+            self.rope_parameters = {"rope_theta": kwargs.pop("rope_theta", 10_000.0)} | given
             token_ids = {name: getattr(self, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
             super().__init__(**token_ids, **kwargs)
 
