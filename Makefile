@@ -1,5 +1,6 @@
 # make demo   the main job: pretrain, train, evaluate, sample (two cores, under ten minutes after the installation)
 # make test   lint, types and all tests
+# make matrix the versions of matrix/cells.yaml, oldest to newest (25 GB of virtual environments, which are kept)
 # Both create .venv and install the tested versions of constraints.txt when they are missing.
 
 # Threads that wait give the processor back. Where other processes are busy, too, they slow training down otherwise.
@@ -8,13 +9,16 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 
-.PHONY: demo test lint clean
+.PHONY: demo test matrix lint clean
 
 demo: $(VENV)/demo.installed
 	$(VENV)/bin/python scripts/train.py recipes/demo.yaml
 
 test: lint
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "slow or not slow" --durations 5
+
+matrix: $(VENV)/demo.installed
+	$(VENV)/bin/python matrix/run.py
 
 lint: $(VENV)/dev.installed
 	$(VENV)/bin/ruff check .
@@ -29,4 +33,4 @@ $(VENV)/%.installed: setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .matrix runs

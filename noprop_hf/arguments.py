@@ -33,6 +33,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import trainer_log_levels
 from transformers.utils import CONFIG_NAME, cached_file, strtobool
 
+from .checkpoints import CHECKPOINTING
 from .configuration_noprop import NoPropConfig
 from .data import SMALLEST_VOCABULARY, DataArguments
 from .parallel import GROUP_VARIABLES, arrange_processes
@@ -407,7 +408,14 @@ def refuse_unsupported(values: Namespace | TrainingArguments) -> None:
         ValueError: if one of `UNSUPPORTED_ARGUMENTS` differs from its default, or the launcher asks for such a thing.
     """
     # What parsers and `TrainingArguments` make of some defaults.
-    equivalent = {"debug": (None, []), "accelerator_config": (AcceleratorConfig(),), "resume_from_checkpoint": (False,)}
+    equivalent: dict[str, tuple] = {
+        "debug": (None, []),
+        "accelerator_config": (AcceleratorConfig(),),
+        "resume_from_checkpoint": (False,),
+        # Until transformers 5.5:
+        "fsdp": ([],),
+        "fsdp_config": ({"min_num_params": 0, "xla": False, "xla_fsdp_v2": False, "xla_fsdp_grad_ckpt": False},),
+    }
     for field_ in dataclasses.fields(TrainingArguments):
         if field_.name in UNSUPPORTED_ARGUMENTS:
             default = field_.default_factory() if callable(field_.default_factory) else field_.default
@@ -481,7 +489,7 @@ def _check_training(args: TrainingArguments, pretraining: Collection[str] = ()) 
             batch_size=args.per_device_train_batch_size,
             num_workers=args.dataloader_num_workers,
             persistent_workers=args.dataloader_persistent_workers,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
+            multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),  # not before 5.17
             prefetch_factor=args.dataloader_prefetch_factor,
         )
     if args.dataloader_prefetch_factor is not None and args.dataloader_prefetch_factor < 1:
@@ -508,11 +516,11 @@ def _accepted(complaint: str, advice: str = "") -> Iterator[None]:
 
 
 def _check_activation_checkpointing(args: TrainingArguments) -> None:
-    options = dict(args.activation_checkpointing_kwargs or {})
-    if options and not args.activation_checkpointing:
-        raise ValueError("--activation_checkpointing_kwargs need --activation_checkpointing true: add it.")
+    options = dict(getattr(args, f"{CHECKPOINTING}_kwargs") or {})
+    if options and not getattr(args, CHECKPOINTING):
+        raise ValueError(f"--{CHECKPOINTING}_kwargs need --{CHECKPOINTING} true: add it.")
     every_n_layers, offload = options.pop("every_n_layers", 1), options.pop("offload", False)
-    with _accepted("--activation_checkpointing_kwargs cannot be used", "Change or leave them out."):
+    with _accepted(f"--{CHECKPOINTING}_kwargs cannot be used", "Change or leave them out."):
         if every_n_layers < 1:
             raise ValueError("every_n_layers must be at least 1")
         if offload and args.device.type == "cpu":

@@ -38,6 +38,11 @@ SEAL_NAME = "seal.json"
 STAGING_FOLDER = "unfinished"
 PREEMPTED = 128 + signal.SIGTERM  # the exit status of a process that SIGTERM ended
 
+# What transformers calls arguments of activation checkpointing: until 5.22 by an older name.
+CHECKPOINTING = "activation_checkpointing"
+if not hasattr(TrainingArguments, CHECKPOINTING):
+    CHECKPOINTING = "gradient_checkpointing"
+
 # Training arguments that the trained weights depend on. All others only affect where, how often or how fast.
 RESULT_ARGUMENTS = (
     "per_device_train_batch_size",
@@ -59,7 +64,7 @@ RESULT_ARGUMENTS = (
     "bf16",
     "fp16",
     "tf32",
-    "activation_checkpointing_kwargs",
+    f"{CHECKPOINTING}_kwargs",
     "torch_compile",
     "torch_compile_backend",
     "torch_compile_mode",

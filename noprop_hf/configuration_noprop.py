@@ -3,8 +3,8 @@
 import math
 
 from transformers.activations import ACT2FN
-from transformers.configuration_utils import PreTrainedConfig
 
+from .compatibility_noprop import PreTrainedConfig
 from .noise_noprop import prior_levels
 
 
@@ -54,7 +54,7 @@ class NoPropConfig(PreTrainedConfig):
     """
 
     model_type = "noprop"
-    keys_to_ignore_at_inference = ["cache"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     vocab_size: int = 30522
     hidden_size: int = 384

@@ -10,6 +10,7 @@ from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.utils import GenerateOutput
 
 from .cache_noprop import BlockCache
+from .compatibility_noprop import CACHE
 from .noise_noprop import sample_evidence
 
 
@@ -94,6 +95,8 @@ class NoPropGenerationMixin(GenerationMixin):
             "generator": generator,
         }
         kwargs |= {name: value for name, value in own.items() if value is not None}
+        for name in {"cache", "past_key_values"} & kwargs.keys():  # two names of one argument
+            kwargs[CACHE] = kwargs.pop(name)
         if seed is None:
             seed = getattr(generation_config or self.generation_config, "seed", None)
         if seed is None:
@@ -104,10 +107,10 @@ class NoPropGenerationMixin(GenerationMixin):
             return super().generate(inputs, generation_config, *args, **kwargs)
 
     def _prepare_generation_config(
-        self, generation_config: GenerationConfig | None, **kwargs
+        self, generation_config: GenerationConfig | None, *args, **kwargs
     ) -> tuple[GenerationConfig, dict]:
         """Hand what the configuration keeps of our own arguments to `forward`, as is done with `output_attentions`."""
-        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
         for name in ("decoding_mode", "num_inference_blocks", "num_trajectories"):
             value = getattr(generation_config, name, None)
             if value is not None:
@@ -116,11 +119,11 @@ class NoPropGenerationMixin(GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config: GenerationConfig, model_kwargs: dict, *args) -> None:
         """Where `generate` makes the default cache, make the one that blocks running side by side can fill."""
-        is_given = "cache" in model_kwargs
+        is_given = CACHE in model_kwargs
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        made = None if is_given else model_kwargs.get("cache")
+        made = None if is_given else model_kwargs.get(CACHE)
         if made is not None and type(made) is DynamicCache and not made.offloading:
-            model_kwargs["cache"] = BlockCache(config=self.config)
+            model_kwargs[CACHE] = BlockCache(config=self.config)
 
     @torch.no_grad()
     def denoise(

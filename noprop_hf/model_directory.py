@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .arguments import CORPUS_FILE, read_config
@@ -145,7 +146,7 @@ def create_model_directory(
     config.dtype = "float32"
     config.save_pretrained(directory)
     GenerationConfig.from_model_config(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    _save_tokenizer(directory, tokenizer)
 
     remove_unfinished(directory / SAFE_WEIGHTS_INDEX_NAME)
     _write_text(directory / SAFE_WEIGHTS_INDEX_NAME, json.dumps(shard_index(model.state_dict()), indent=2) + "\n")
@@ -153,6 +154,18 @@ def create_model_directory(
     mark = {"fingerprint": fingerprint(config, table.weight)}
     flush_files(directory)
     save_shard(directory / EMBEDDINGS_SHARD, tensors, {**mark, **(metadata or {})})
+
+
+def _save_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a tokenizer under the name that transformers 4 knows its class by, too."""
+    tokenizer.save_pretrained(directory)
+    path = directory / TOKENIZER_CONFIG_FILE
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    if fields.get("tokenizer_class") == "TokenizersBackend":
+        fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if fields.get("extra_special_tokens") == []:  # transformers 4 expects a mapping
+        del fields["extra_special_tokens"]
+    _write_text(path, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
 
 
 def flush_files(directory: Path) -> None:

@@ -22,10 +22,8 @@ from torch import nn
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import (
@@ -42,11 +40,17 @@ from transformers.utils import (
     cached_file,
     can_return_tuple,
 )
-from transformers.utils.deprecation import deprecate_kwarg
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
 from .cache_noprop import BlockCache
+from .compatibility_noprop import (
+    CACHE,
+    capture_outputs,
+    create_mask,
+    init,
+    layer_arguments,
+    linear_cross_entropy,
+    merge_with_config_defaults,
+)
 from .configuration_noprop import NoPropConfig
 from .generation_noprop import Beliefs, NoPropGenerationMixin
 from .noise_noprop import sample_evidence, standardize
@@ -84,16 +88,14 @@ def vocabulary_nats(
         reduction: `"none"`, `"sum"` or `"mean"`.
     """
     with torch.autocast(prediction.device.type, enabled=False):
-        nats = F.linear_cross_entropy(
+        nats = linear_cross_entropy(
             prediction.float().flatten(0, -2),
             table.float(),
+            bias.float(),
             targets.flatten(),
-            linear_bias=bias.float(),
-            reduction=reduction,
+            reduction,
             # 2^23 logits (32 MB) at a time: on 2 CPU cores a fifth faster than the default of a few dozen rows.
-            options=nn.LinearCrossEntropyOptions(
-                chunking_method=None, batch_chunk_size=max(1, 2**23 // table.shape[0])
-            ),
+            chunk_size=max(1, 2**23 // table.shape[0]),
         )
     return nats.view(targets.shape) if reduction == "none" else nats
 
@@ -203,16 +205,7 @@ class ContextEncoder(nn.Module):
         if position_ids is None:
             seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
-        mask_arguments = {
-            "config": self.config,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "cache": cache,
-        }
-        if is_causal:
-            mask = create_causal_mask(position_ids=position_ids, **mask_arguments)
-        else:
-            mask = create_bidirectional_mask(**mask_arguments)
+        mask = create_mask(self.config, inputs_embeds, attention_mask, position_ids, cache, is_causal)
         inputs = {
             "attention_mask": mask,
             "position_ids": position_ids,
@@ -323,7 +316,7 @@ class NoPropPreTrainedModel(PreTrainedModel):
         self.config.auto_map = dict(AUTO_MAP)
         has_blocks = isinstance(self, NoPropModel | NoPropForCausalLM)
         if not has_blocks or kwargs.get("variant") or getattr(self, "_hf_peft_config_loaded", False):
-            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub=push_to_hub, **kwargs)
             return
         commit_arguments = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
         commit = {name: kwargs.pop(name) for name in commit_arguments if name in kwargs}
@@ -643,7 +636,6 @@ class NoPropModel(NoPropPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -656,6 +648,7 @@ class NoPropModel(NoPropPreTrainedModel):
         use_cache: bool | None = None,
         num_inference_blocks: int | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> NoPropModelOutput:
         """
@@ -664,7 +657,10 @@ class NoPropModel(NoPropPreTrainedModel):
             logits_to_keep (`int` or `torch.Tensor`): give the states of the last positions only; 0 is all.
             num_inference_blocks (`int`, *optional*): run only the first blocks; all when not given, and never more than
                 `config.num_hidden_layers` allows.
+            cache, past_key_values (`Cache`, *optional*): two names of one argument.
         """
+        cache = past_key_values if cache is None else cache
+        kwargs.pop("cache_position", None)  # follows from the cache
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if num_inference_blocks is None:
@@ -700,7 +696,8 @@ class NoPropModel(NoPropPreTrainedModel):
             answers = [(context, *block.head(context)) for block, context in zip(blocks, states, strict=True)]
         else:
             answers = []
-            inputs = attention_inputs | kwargs | {"inputs_embeds": inputs_embeds, "cache": cache, "kept": kept}
+            inputs = attention_inputs | kwargs | {"inputs_embeds": inputs_embeds, "kept": kept}
+            inputs |= layer_arguments(inputs_embeds, cache)
             for block in blocks:
                 previous = answers[-1][0] if answers else None  # which only hierarchical blocks read
                 answers.append(block(previous_states=previous, use_cache=use_cache, **inputs))
@@ -709,9 +706,9 @@ class NoPropModel(NoPropPreTrainedModel):
         device = inputs_embeds.device  # blocks may lie on several
         return NoPropModelOutput(
             last_hidden_state=torch.stack([prediction.to(device) for prediction in predictions]).mean(0),
-            cache=cache,
             context_states=context_states,
             bias=torch.stack([bias.to(device) for bias in biases]).mean(0),
+            **{CACHE: cache},
         )
 
     @staticmethod
@@ -789,7 +786,6 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
         """Refused for other embeddings; see `set_input_embeddings`."""
         self.set_input_embeddings(new_embeddings)
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
@@ -805,6 +801,7 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
         decoding_mode: str = "predictive",
         num_trajectories: int = 1,
         generator: torch.Generator | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """
@@ -819,12 +816,13 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
                 noise, for generation: random, and no measure of likelihood (`variational_bound` is).
             num_trajectories (`int`): chains to average in the denoising mode.
             generator (`torch.Generator`, *optional*): source of randomness of the denoising mode.
+            cache, past_key_values (`Cache`, *optional*): two names of one argument.
         """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=cache,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             num_inference_blocks=num_inference_blocks,
@@ -853,9 +851,9 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     @torch.no_grad()

@@ -192,7 +192,7 @@ def _kind(layer: LayerModules) -> tuple:
 
 
 def _attention_function(config: Any) -> Callable:
-    return ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, modeling_llama.eager_attention_forward)
+    return ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation, modeling_llama.eager_attention_forward)
 
 
 def encode_side_by_side(

@@ -38,7 +38,7 @@ def start_trackers(
         "trackio": {
             "run_name": args.project,
             "space_id": args.trackio_space_id,
-            "bucket_id": args.trackio_bucket_id,
+            "bucket_id": getattr(args, "trackio_bucket_id", None),  # not in transformers 5.2
             "private": args.hub_private_repo,
             "resume": "allow" if step else "never",
             **common,

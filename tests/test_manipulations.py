@@ -23,6 +23,7 @@ from transformers.models.llama import modeling_llama
 
 from conftest import ROOT, tokens
 from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM, modeling_noprop
+from noprop_hf.compatibility_noprop import CACHE
 
 
 INPUT = tokens(2, 7)
@@ -72,7 +73,7 @@ def agree(model) -> torch.Tensor:
     torch.testing.assert_close(off(model), expected, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(off(model, logits_to_keep=1), expected[:, -1:], atol=1e-4, rtol=1e-3)
     with torch.inference_mode():
-        cache = model(input_ids=INPUT[:, :4], use_cache=True).cache
+        cache = model(input_ids=INPUT[:, :4], use_cache=True)[CACHE]
         rest = model(input_ids=INPUT[:, 4:], cache=cache).logits.log_softmax(-1)
     torch.testing.assert_close(rest, expected[:, 4:], atol=1e-4, rtol=1e-3)
     return expected

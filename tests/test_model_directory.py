@@ -86,7 +86,7 @@ def test_model_files_import_only_torch_and_transformers(directory):
     import ast
 
     files = sorted(path.name for path in directory.glob("*.py"))
-    names = ("cache", "configuration", "generation", "modeling", "noise", "shards", "side_by_side")
+    names = ("cache", "compatibility", "configuration", "generation", "modeling", "noise", "shards", "side_by_side")
     assert files == [f"{name}_noprop.py" for name in names]
     allowed = {"torch", "transformers", *sys.stdlib_module_names}
     for file in files:

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 from conftest import tokens
 from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM
+from noprop_hf.compatibility_noprop import chunked_cross_entropy, linear_cross_entropy
 from noprop_hf.modeling_noprop import TokenTable, sampled_candidates, vocabulary_nats
 from noprop_hf.noise_noprop import sample_evidence, standardize
 
@@ -57,6 +58,24 @@ def test_vocabulary_nats_is_cross_entropy(reduction):
     grads = [torch.autograd.grad(loss.sum(), (prediction, bias)) for loss in (ours, theirs)]
     for mine, reference in zip(*grads, strict=True):
         assert torch.allclose(mine, reference, atol=1e-5)
+
+
+@pytest.mark.parametrize("compute", [linear_cross_entropy, chunked_cross_entropy])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_both_cross_entropies_in_chunks(compute, reduction):
+    """That of torch, and the one for versions without it: values and gradients, in chunks of whole and partial size."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((28, 16), (50, 16), (50,))]
+    prediction, table, bias = inputs
+    targets = tokens(28)
+    targets[3:11] = -100  # a whole chunk of five, too
+    weights = torch.rand(28, dtype=torch.float64) if reduction == "none" else 1.0
+    expected = F.cross_entropy(prediction @ table.T + bias, targets, reduction=reduction)
+    expected_gradients = torch.autograd.grad((expected * weights).sum(), inputs)
+    for chunk_size in (1, 5, 28, 100):
+        found = compute(prediction, table, bias, targets, reduction, chunk_size)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad((found * weights).sum(), inputs), expected_gradients)
 
 
 # --- one block --------------------------------------------------------------------------------------------------------
@@ -528,7 +547,7 @@ def test_gradient_checkpointing_changes_no_gradient(model):
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            block.activation_checkpointing_enable()
+            getattr(block, "activation_checkpointing_enable", block.gradient_checkpointing_enable)()
         block.zero_grad()
         block(tokens(3, 9), tokens(3, 9), table, generator=torch.Generator().manual_seed(1)).loss.backward()
         gradients.append([parameter.grad.clone() for parameter in block.parameters()])

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer
 from conftest import tokens
 from noprop_hf import NoPropConfig, NoPropForCausalLM, modeling_noprop
 from noprop_hf.cache_noprop import BlockCache, GrowingLayer, write
+from noprop_hf.compatibility_noprop import CACHE
 from noprop_hf.side_by_side_noprop import ROWS_AT_ONCE, product
 
 
@@ -177,7 +178,7 @@ def test_every_way_continues_from_the_cache_of_every_other(model, kind, first, t
     blocks = 2 if "with two blocks" in (first, then) else 3
     context, options = WAYS[first]()
     with context:
-        cache = model(PREFIX, cache=CACHES[kind](model.config), use_cache=True, **options).cache
+        cache = model(PREFIX, cache=CACHES[kind](model.config), use_cache=True, **options)[CACHE]
     context, options = WAYS[then]()
     with context:
         if first == "with two blocks" != then:
@@ -207,7 +208,7 @@ def test_continuous_batching(model):
 
 
 def test_shallow_copies_of_a_cache_go_their_own_ways(model):
-    cache = model(PREFIX, use_cache=True).cache
+    cache = model(PREFIX, use_cache=True)[CACHE]
     copies = []
     for _ in range(2):
         copies.append(copy.copy(cache))
@@ -312,7 +313,7 @@ def test_keys_that_are_no_plain_tensors():
 
 
 def test_a_cache_of_another_batch_size_is_refused(model):
-    cache = model(PREFIX[:1], use_cache=True).cache
+    cache = model(PREFIX[:1], use_cache=True)[CACHE]
     with pytest.raises(ValueError, match="batch_repeat_interleave"):
         model(REST, cache=cache)
 

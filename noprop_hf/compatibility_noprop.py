@@ -1,0 +1,139 @@
+"""What differs between the versions of torch and transformers: the newest API, or its counterpart where it is missing.
+
+Every difference is found by an attribute or a signature. The comments name the version of transformers that brought it.
+"""
+
+import inspect
+from dataclasses import is_dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import masking_utils
+from transformers.cache_utils import Cache
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+
+MASK_PARAMETERS = inspect.signature(masking_utils.create_causal_mask).parameters
+CACHE = "cache" if "cache" in MASK_PARAMETERS else "past_key_values"  # 5.24: what a key-value cache is called
+INPUTS_EMBEDS = "inputs_embeds" if "inputs_embeds" in MASK_PARAMETERS else "input_embeds"  # 5.2
+# Until 5.3: masks and layers are told where in the cache their tokens belong.
+TAKES_CACHE_POSITION = "cache_position" in inspect.signature(LlamaDecoderLayer.forward).parameters
+
+try:
+    from transformers.utils.generic import merge_with_config_defaults
+    from transformers.utils.output_capturing import capture_outputs  # 5.2
+except ImportError:
+    from transformers.utils.generic import check_model_inputs
+
+    capture_outputs = check_model_inputs  # which does both
+
+    def merge_with_config_defaults(forward):
+        return forward
+
+
+try:
+    from transformers import initialization as init  # 5.0
+except ImportError:
+    init = SimpleNamespace(
+        copy_=torch.Tensor.copy_, eye_=nn.init.eye_, orthogonal_=nn.init.orthogonal_, zeros_=nn.init.zeros_
+    )
+
+
+def layer_arguments(inputs_embeds: torch.Tensor, cache: Any) -> dict[str, Any]:
+    """What layers are told of a cache: a [`Cache`], or a paged one, which has always been an argument `cache`."""
+    arguments = {CACHE if cache is None or isinstance(cache, Cache) else "cache": cache}
+    if TAKES_CACHE_POSITION:
+        seen = cache.get_seq_length() if isinstance(cache, Cache) else 0
+        arguments["cache_position"] = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+    return arguments
+
+
+def create_mask(
+    config: Any,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor,
+    cache: Any,
+    is_causal: bool,
+) -> Any:
+    """`create_causal_mask` of transformers, or its `create_bidirectional_mask`, which reads no cache."""
+    arguments = {"config": config, INPUTS_EMBEDS: inputs_embeds, "attention_mask": attention_mask}
+    if not is_causal and hasattr(masking_utils, "create_bidirectional_mask"):  # 5.0
+        return masking_utils.create_bidirectional_mask(**arguments)
+    arguments |= {CACHE: None, "position_ids": position_ids}
+    arguments |= {n: v for n, v in layer_arguments(inputs_embeds, cache).items() if n in MASK_PARAMETERS}
+    if not is_causal:
+        arguments["or_mask_function"] = lambda batch, head, query, key: key >= 0
+    return masking_utils.create_causal_mask(**arguments)
+
+
+def chunked_cross_entropy(
+    prediction: torch.Tensor,
+    table: torch.Tensor,
+    bias: torch.Tensor,
+    targets: torch.Tensor,
+    reduction: str,
+    chunk_size: int,
+) -> torch.Tensor:
+    """Cross-entropy of `softmax(prediction table^T + bias)`, whose logits exist for `chunk_size` rows at a time only.
+
+    The backward pass computes them anew. See [`vocabulary_nats`] for the arguments; the leading shape is flat.
+    """
+
+    def nats(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(F.linear(rows, table, bias), targets, reduction="none")
+
+    chunks = zip(prediction.split(chunk_size), targets.split(chunk_size), strict=True)
+    all_nats = torch.cat([checkpoint(nats, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
+    if reduction == "none":
+        return all_nats
+    return all_nats.sum() if reduction == "sum" else all_nats.sum() / (targets != -100).sum()
+
+
+def linear_cross_entropy(
+    prediction: torch.Tensor,
+    table: torch.Tensor,
+    bias: torch.Tensor,
+    targets: torch.Tensor,
+    reduction: str,
+    chunk_size: int,
+) -> torch.Tensor:
+    """[`chunked_cross_entropy`] by torch, where it has it (2.13)."""
+    if not hasattr(F, "linear_cross_entropy"):
+        return chunked_cross_entropy(prediction, table, bias, targets, reduction, chunk_size)
+    options = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=chunk_size)
+    return F.linear_cross_entropy(prediction, table, targets, linear_bias=bias, reduction=reduction, options=options)
+
+
+try:
+    from transformers.configuration_utils import PreTrainedConfig  # 5.0
+except ImportError:
+    from transformers.configuration_utils import PretrainedConfig as PreTrainedConfig
+
+if not is_dataclass(PreTrainedConfig):  # 5.4
+    StockConfig: Any = PreTrainedConfig
+
+    class PreTrainedConfig(StockConfig):  # type: ignore[no-redef]
+        """A configuration whose fields are annotations with defaults."""
+
+        rope_parameters: dict | None
+
+        def __init__(self, **kwargs):
+            for name in type(self).__annotations__:
+                setattr(self, name, kwargs.pop(name, getattr(type(self), name)))
+            self.__post_init__(**kwargs)
+
+        def __post_init__(self, **kwargs):
+            given = dict(kwargs.pop("rope_scaling", None) or self.rope_parameters or {})
+            given.setdefault("rope_type", given.get("type", "default"))
+            self.rope_parameters = {"rope_theta": kwargs.pop("rope_theta", 10_000.0)} | given
+            token_ids = {name: getattr(self, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+            super().__init__(**token_ids, **kwargs)
+
+        # Where rotary positions of 4.57 look for their parameters.
+        rope_theta = property(lambda self: self.rope_parameters["rope_theta"])
+        rope_scaling = property(lambda self: self.rope_parameters)
