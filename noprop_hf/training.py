@@ -373,9 +373,10 @@ def load_config(directory: Path, model_args: ModelArguments) -> NoPropConfig:
         there = getattr(config, name) if hasattr(config, name) else made_from.get(name)
         fits = trained_tokenizer and config.vocab_size <= value if name == "vocab_size" else False
         if there != value and not fits:
+            there = "another local path" if str(there).startswith(LOCAL_SOURCE) else there
             raise ValueError(
-                f"{directory} holds a model with {name}={there}, but {name}={value} is asked for. Use another "
-                "--output_dir, or the settings it was made with."
+                f"{directory} holds a model with {name}={there}, but {name}={getattr(model_args, name)} is asked for. "
+                "Use another --output_dir, or the settings it was made with."
             )
     return config
 

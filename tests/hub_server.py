@@ -99,13 +99,17 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
+        self.lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}  # LFS, by sha256
         self.faults: list[Fault] = []
         self.chaos: Chaos | None = None
         self.clock_ahead = 0.0  # seconds
         self.requests: list[tuple[str, str]] = []
-        self.lock = threading.Lock()
 
     def handle_error(self, request, client_address) -> None:
         """Say nothing of clients that were killed."""

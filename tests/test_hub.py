@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,22 +13,40 @@ import yaml
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file
 
-from conftest import ROOT, run_python
+from conftest import ROOT
 from hub_server import TOKEN, Fault, HubServer, hub_server
 from noprop_hf import NoPropForMaskedLM
 from noprop_hf.evaluation import ModelNats, results_table
 from noprop_hf.hub import model_card, push_model
 from noprop_hf.model_directory import create_model_directory, save_block
+from warm_python import WarmPython
 
 
 pytestmark = pytest.mark.slow
 INPUT = "torch.arange(12).view(2, 6)"
 
 
-@pytest.fixture
-def server():
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A server, and processes that know this Hub alone: with our package loaded, and with transformers alone."""
+    home = tmp_path_factory.mktemp("home")
     with hub_server() as server:
-        yield server
+        values = environment(server, home, None)
+        stock = ("torch", "transformers.pipelines", "transformers.models.llama.modeling_llama")
+        pythons = WarmPython(values), WarmPython(values | {"PYTHONPATH": ""}, stock)
+        yield server, home, *pythons
+        for python in pythons:
+            python.close()
+
+
+@pytest.fixture
+def server(hub):
+    server, home, with_package, without_package = hub
+    server.with_package, server.without_package = with_package, without_package
+    server.reset()
+    for path in home.iterdir():
+        shutil.rmtree(path)
+    return server
 
 
 @pytest.fixture
@@ -79,7 +98,10 @@ def environment(server: HubServer, tmp_path: Path, token: str | None = TOKEN) ->
 
 def push(server: HubServer, directory: Path, *options: str, token: str | None = TOKEN, fails: bool = False) -> str:
     command = ["scripts/push_to_hub.py", str(directory), "user/tiny", *options]
-    return run_python(*command, env=environment(server, directory.parent, token), fails=fails)
+    variables = {} if token is None else {"HF_TOKEN": token}
+    status, output = server.with_package.run(*command, cwd=ROOT, variables=variables)
+    assert (status != 0) == fails, output
+    return output
 
 
 def load(server: HubServer, tmp_path: Path, code: str, fails: bool = False) -> str:
@@ -92,8 +114,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, 
 options = dict(trust_remote_code=True)
 inputs = {INPUT}
 """
-    env = environment(server, tmp_path, None) | {"PYTHONPATH": ""}
-    return run_python("-c", preamble + code, cwd=tmp_path, env=env, fails=fails)
+    status, output = server.without_package.run("-c", preamble + code, cwd=tmp_path)
+    assert (status != 0) == fails, output
+    return output
 
 
 def test_push_and_load_back(server, directory, model, tmp_path):

@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from conftest import ROOT, run_python, sentences
 from hub_server import Fault, hub_server
 from noprop_hf.parallel import GROUP_VARIABLES, arrange_processes, claim, holder_of, lock, once
+from warm_python import WarmPython
 
 
 RECIPE = """
@@ -209,15 +210,18 @@ def test_groups_of_processes_train_a_block_each(recipe, tmp_path):
 @pytest.mark.slow
 def test_workers_that_never_meet(recipe, in_order, tmp_path):
     with hub_server() as server:
-        env = environment(server, tmp_path)
+        python = WarmPython(environment(server, tmp_path))
         hub = ["--push_to_hub", "true", "--hub_model_id", "user/tiny"]
 
         def run(script: str, directory: str, *options: str, fails: bool = False) -> str:
             target = ["--output_dir", str(tmp_path / directory)]
-            return run_python(f"scripts/{script}.py", str(recipe), *target, *hub, *options, env=env, fails=fails)
+            command = [f"scripts/{script}.py", str(recipe), *target, *hub, *options]
+            status, output = python.run(*command, cwd=ROOT)
+            assert (status != 0) == fails, output
+            return output
 
         def status() -> str:
-            return run_python("scripts/status.py", "user/tiny", env=env)
+            return python.run("scripts/status.py", "user/tiny", cwd=ROOT)[1]
 
         assert "There is no repository user/tiny" in run("train_blocks", "b", fails=True)
         run("pretrain_embeddings", "a")
@@ -260,6 +264,7 @@ def test_workers_that_never_meet(recipe, in_order, tmp_path):
         run_python("scripts/pretrain_embeddings.py", str(recipe), "--output_dir", str(tmp_path / "e"), "--seed", "5")
         assert "holds the table of another run" in run("pretrain_embeddings", "e", "--seed", "5", fails=True)
         assert "holds another table than user/tiny" in run("train_blocks", "e", "--seed", "5", fails=True)
+        python.close()
 
 
 @pytest.mark.slow

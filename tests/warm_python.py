@@ -3,6 +3,7 @@
 As a program, this file is that process: it reads requests from standard input and answers with exit statuses.
 """
 
+import importlib
 import json
 import os
 import runpy
@@ -11,27 +12,36 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
 class WarmPython:
-    """Runs `python script.py ...` and `python -c code ...` one after the other. Libraries see the environment that
-    this object was made with (what they read from it when imported stays), programs also what they are given."""
+    """Runs `python script.py ...` and `python -c code ...` one after the other.
 
-    def __init__(self, environment: Mapping[str, str] | None = None):
-        self.environment = dict(os.environ if environment is None else environment)
+    Args:
+        environment: of all programs; that of this process by default. Libraries read it when they are imported.
+        modules: what is imported before.
+    """
+
+    def __init__(
+        self,
+        environment: Mapping[str, str] | None = None,
+        modules: Sequence[str] = ("noprop_hf.planning", "noprop_hf.watching"),
+    ):
         self.process = subprocess.Popen(
-            [sys.executable, __file__],
-            env=self.environment,
+            [sys.executable, __file__, *modules],
+            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
 
-    def run(self, *command: str, cwd: Path, timeout: float = 540) -> tuple[int, str]:
-        """The exit status of a program and all it prints.
+    def run(
+        self, *command: str, cwd: Path, variables: Mapping[str, str] | None = None, timeout: float = 540
+    ) -> tuple[int, str]:
+        """The exit status of a program, which is given some more `variables` of the environment, and all it prints.
 
         Raises:
             TimeoutError: it takes more than `timeout` seconds. Nothing can be run after that.
@@ -39,7 +49,7 @@ class WarmPython:
         assert self.process.stdin is not None and self.process.stdout is not None
         with tempfile.TemporaryFile("w+") as output:
             path = f"/proc/{os.getpid()}/fd/{output.fileno()}"
-            request = {"command": command, "cwd": str(cwd), "output": path}
+            request = {"command": command, "cwd": str(cwd), "output": path, "variables": dict(variables or {})}
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
             if not select.select([self.process.stdout], [], [], timeout)[0]:
@@ -65,14 +75,14 @@ def run(command: list[str]) -> None:
 
 
 def serve() -> None:
-    import noprop_hf.planning
-    import noprop_hf.watching  # noqa: F401
-
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()
         if child == 0:
             os.chdir(request["cwd"])
+            os.environ.update(request["variables"])
             output = os.open(request["output"], os.O_WRONLY | os.O_APPEND)
             for stream in (sys.stdout, sys.stderr):
                 os.dup2(output, stream.fileno())
