@@ -27,7 +27,8 @@ TABLE = ROOT / "benchmarks" / "results" / "versions.md"
 HEADER = """Written by `make matrix`: tests passed in each cell of [`matrix/cells.yaml`](../../matrix/cells.yaml), a
 virtual environment of its own. *Published* is one directory made with the newest versions and loaded without
 `noprop_hf` ([`test_published.py`](../../matrix/test_published.py)); *trained* is a directory trained in the cell, which
-the newest versions must read alike; *model* are the tests of the model files.
+the newest versions must read alike; *model* are the tests of the model files. A cell that is not listed has not run to
+its end.
 
 | python | torch | transformers | huggingface_hub | published | trained | model |
 | --- | --- | --- | --- | --- | --- | --- |
@@ -133,7 +134,7 @@ def main() -> None:
             texts = [text for _, text in outcomes] + ["–"] * (3 - len(outcomes))
             rows.append("| " + " | ".join([*versions.split(), *texts]) + " |")
             print(rows[-1], flush=True)
-    TABLE.write_text(HEADER + "\n".join(rows) + "\n", encoding="utf-8")
+            TABLE.write_text(HEADER + "\n".join(rows) + "\n", encoding="utf-8")
     if not all_passed:
         raise SystemExit("Some tests failed.")
 
