@@ -15,7 +15,7 @@ demo: $(VENV)/demo.installed
 	$(VENV)/bin/python scripts/train.py recipes/demo.yaml
 
 test: lint
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "slow or not slow" --durations 5
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow or not slow" --durations 5
 
 matrix: $(VENV)/demo.installed
 	$(VENV)/bin/python matrix/run.py
