@@ -307,24 +307,6 @@ def missing_blocks(directory: Path) -> list[str]:
     return [shard for shard in shards if not (directory / shard).is_file()]
 
 
-def check_mark(shard: str, metadata: Mapping[str, str], mark: Mapping[str, str]) -> None:
-    """Make sure that a shard was trained on what it should have been.
-
-    Args:
-        shard: what to call it in a message.
-        metadata: its metadata.
-        mark: what [`block_mark`] says of the block.
-
-    Raises:
-        ValueError: it was not.
-    """
-    if any(metadata.get(name) != value for name, value in mark.items()):
-        raise ValueError(
-            f"{shard} was trained with another table or configuration than the model now has, or on another block "
-            "before it. Remove it to train that block again, or use another output directory."
-        )
-
-
 def check_data(directory: Path, data: str) -> None:
     """Make sure that the training data are those of the table and of the blocks that are there.
 

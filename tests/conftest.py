@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -182,6 +183,14 @@ def warm() -> WarmPython:
     return WarmPython()
 
 
+def run_process(command: Sequence[str], cwd: Path, env: Mapping[str, str] | None = None) -> tuple[int, str]:
+    """Run a command; returns its exit status and all it prints."""
+    done = subprocess.run(
+        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=540
+    )
+    return done.returncode, done.stdout
+
+
 def run_python(*command: str, cwd: Path = ROOT, env: dict[str, str] | None = None, fails: bool = False) -> str:
     """Run a script or a module in a process of its own; returns all it prints, and insists on its success or failure.
 
@@ -190,16 +199,7 @@ def run_python(*command: str, cwd: Path = ROOT, env: dict[str, str] | None = Non
     if env is None and command[0] != "-m":
         status, output = warm().run(*command, cwd=cwd)
     else:
-        done = subprocess.run(
-            [sys.executable, *command],
-            cwd=cwd,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=540,
-        )
-        status, output = done.returncode, done.stdout
+        status, output = run_process([sys.executable, *command], cwd, env)
     assert (status != 0) == fails, output
     return output
 

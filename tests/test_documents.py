@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conftest import ROOT, sentences
+from conftest import ROOT, run_process, sentences
 from hub_server import TOKEN, hub_server
 from warm_python import WarmPython
 
@@ -119,16 +119,7 @@ def run(copy):
             if command[0] == ".venv/bin/python" and command[1] != "-m":
                 status, output = python.run(*command[1:], cwd=copy, timeout=500)
             else:
-                done = subprocess.run(
-                    command,
-                    cwd=copy,
-                    env=environment,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                    timeout=500,
-                )
-                status, output = done.returncode, done.stdout
+                status, output = run_process(command, copy, environment)
             assert status == 0, f"{shlex.join(command)}\n{output}"
             return output
 
