@@ -1,4 +1,4 @@
-# make demo   the main job: pretrain, train, evaluate, sample (two cores, under ten minutes after the installation)
+# make demo   the main job: pretrain, train, evaluate, sample (two cores, ten to fifteen minutes after the installation)
 # make test   lint, types and all tests
 # make matrix the versions of matrix/cells.yaml, oldest to newest (25 GB of virtual environments, which are kept)
 # Both create .venv and install the tested versions of constraints.txt when they are missing.
