@@ -9,7 +9,8 @@ setup="git clone --depth 1 $source noprop && cd noprop && pip install -c constra
 jobs="--secrets HF_TOKEN --env OMP_WAIT_POLICY=PASSIVE"
 share="--push_to_hub true --hub_model_id $repository"
 
-hf jobs run --flavor "$flavor" $jobs --timeout 12h python:3.11 \
+# When this is run again, the repository holds phase 1, and jobs of trained blocks end at once.
+python scripts/status.py "$repository" || hf jobs run --flavor "$flavor" $jobs --timeout 12h python:3.11 \
   bash -c "$setup && accelerate launch scripts/pretrain_embeddings.py $recipe $share"
 for ((block = 0; block < num_blocks; block++)); do
   hf jobs run --detach --flavor "$flavor" $jobs --timeout 24h python:3.11 \

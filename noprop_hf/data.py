@@ -100,9 +100,13 @@ class DataArguments:
 
     def __post_init__(self):
         if self.train_file is not None:
-            self.dataset_name = None
+            self.dataset_name = self.dataset_config_name = None
         elif self.dataset_name is None:
             raise ValueError("Give a `dataset_name` (try 'cpython-docs') or a `train_file`.")
+        elif self.dataset_name == CPYTHON_DOCS and self.dataset_config_name is not None:
+            raise ValueError(
+                f"{CPYTHON_DOCS!r} has no configuration {self.dataset_config_name!r}: leave --dataset_config_name out."
+            )
         if not 1 < self.max_length <= 2**20:
             raise ValueError(f"`max_length` must be at least 2 and at most {2**20}, got {self.max_length}.")
         for name, most in (

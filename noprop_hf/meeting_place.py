@@ -31,6 +31,7 @@ from transformers.utils import CONFIG_NAME, logging
 
 from .arguments import PACKAGE
 from .checkpoints import CHECKPOINTS_FOLDER
+from .configuration_noprop import NoPropConfig
 from .hub import (
     CODE_FILES,
     PHASE_1_FILES,
@@ -42,8 +43,16 @@ from .hub import (
     files_of_phase_1,
     operation,
 )
-from .model_directory import check_whole, flush_files, read_metadata, write_atomically
-from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, block_shard, read_shard
+from .model_directory import check_whole, flush_files, read_metadata, shapes_in, write_atomically
+from .shards_noprop import (
+    CONTENT_HASH,
+    EMBEDDINGS_SHARD,
+    Shard,
+    block_shard,
+    placement_fault,
+    read_shard,
+    weight_type,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -143,7 +152,7 @@ class MeetingPlace(Repository):
         if EMBEDDINGS_SHARD in names:
             if path.is_file():
                 check_whole(path)
-            if not path.is_file() or self._table(head) != read_metadata(path):
+            if not path.is_file() or self._table(head).metadata != read_metadata(path):
                 raise FileExistsError(
                     f"{self.repo_id} holds the table of another run than {self.directory}. Choose another "
                     "--hub_model_id, or train blocks for that table: scripts/train_blocks.py with an empty "
@@ -172,22 +181,35 @@ class MeetingPlace(Repository):
         flush_files(self.directory)
         self._fetch(EMBEDDINGS_SHARD, head)
 
-    def check_table(self) -> None:
+    def check_table(self) -> Shard:
         """Make sure that the table in the directory is the one of the repository, and that blocks can be published.
+
+        Returns:
+            The content of its file.
 
         Raises:
             FileExistsError: it is another one.
             FileNotFoundError: the repository is not there, or holds no table.
             PermissionError: the token does not allow to write there.
         """
-        check_whole(self.directory / EMBEDDINGS_SHARD)
-        head = self._begun()
-        if self.insist(lambda: self._table(head)) != read_metadata(self.directory / EMBEDDINGS_SHARD):
+        table, head = check_whole(self.directory / EMBEDDINGS_SHARD), self._begun()
+        if self.insist(lambda: self._table(head)).metadata != table.metadata:
             raise FileExistsError(
                 f"{self.directory} holds another table than {self.repo_id}. Fetch that one, with an empty "
                 "--output_dir, or publish yours elsewhere: scripts/pretrain_embeddings.py with another --hub_model_id."
             )
         self.check_writable()
+        return table
+
+    def table(self) -> Shard:
+        """The header of the published table.
+
+        Raises:
+            FileNotFoundError: the repository is not there, or holds no table.
+            ValueError: the table in the repository is damaged.
+        """
+        head = self._begun()
+        return self.insist(lambda: self._table(head))
 
     def _begun(self) -> ModelInfo:
         """The newest state of a repository that holds a table."""
@@ -204,23 +226,23 @@ class MeetingPlace(Repository):
             )
         return head
 
-    def _table(self, head: ModelInfo) -> Mapping[str, str]:
-        metadata = self._metadata(EMBEDDINGS_SHARD, head)
-        if metadata is None:
+    def _table(self, head: ModelInfo) -> Shard:
+        table = self._header(EMBEDDINGS_SHARD, head)
+        if table is None:
             raise ValueError(
                 f"{EMBEDDINGS_SHARD} in {self.repo_id} is damaged. Publish phase 1 in another repository, with "
                 "scripts/pretrain_embeddings.py and another --hub_model_id."
             )
-        return metadata
+        return table
 
     # --- blocks ---------------------------------------------------------------------------------------------------
 
-    def blocks(self) -> dict[str, Mapping[str, str] | None]:
-        """The metadata of every block that is published, by the name of its shard; None where it cannot be read."""
+    def blocks(self) -> dict[str, Shard | None]:
+        """The header of every published block, by the name of its shard; None where it cannot be read."""
 
-        def look() -> dict[str, Mapping[str, str] | None]:
+        def look() -> dict[str, Shard | None]:
             head = self.head()
-            return {name: self._metadata(name, head) for name in sorted(filter(BLOCK_NAME.fullmatch, file_names(head)))}
+            return {name: self._header(name, head) for name in sorted(filter(BLOCK_NAME.fullmatch, file_names(head)))}
 
         return self.insist(look)
 
@@ -311,7 +333,7 @@ class MeetingPlace(Repository):
             operations: list[Any] = [CommitOperationDelete(claim)] if claim in names else []
             if shard not in names:
                 operations.append(CommitOperationAdd(shard, path))
-            elif (self._metadata(shard, head) or {}).get(CONTENT_HASH) != ours.get(CONTENT_HASH):
+            elif noted_hash(self._header(shard, head)) != ours.get(CONTENT_HASH):
                 logger.warning(f"{shard} in {self.repo_id} is another one than in {self.directory}. Both stay.")
             if operations:
                 self._commit(f"Block {block_index} is trained", operations, head)
@@ -350,14 +372,16 @@ class MeetingPlace(Repository):
             logger.warning(f"{name} in {self.repo_id} is no claim, and passed over: {type(error).__name__} {error}")
             return None
 
-    def _metadata(self, shard: str, head: ModelInfo) -> Mapping[str, str] | None:
-        """The metadata of a safetensors file, or None where it is none."""
+    def _header(self, shard: str, head: ModelInfo) -> Shard | None:
+        """The header of a safetensors file, or None where it is none."""
         for _ in range(3):  # a file that is damaged stays so
             try:
-                metadata = self.api.parse_safetensors_file_metadata(
+                header = self.api.parse_safetensors_file_metadata(
                     self.repo_id, shard, revision=head.sha, timeout=self.timeout
-                ).metadata
-                return {str(name): str(value) for name, value in metadata.items()}
+                )
+                metadata = {str(name): str(value) for name, value in header.metadata.items()}
+                tensors = {name: (str(info.dtype), tuple(info.shape)) for name, info in header.tensors.items()}
+                return Shard(metadata, tensors)
             except (SafetensorsParsingError, *WRONG_ANSWERS) as error:
                 reason = error
         self.head()  # the network speaks for the Hub, so it is the file
@@ -385,6 +409,36 @@ class MeetingPlace(Repository):
                 raise ValueError(f"{name} in {self.repo_id} is damaged. Remove it there, and publish it anew.")
             target.parent.mkdir(exist_ok=True)
             os.replace(path, target)
+
+
+def published_fault(
+    block_index: int, published: Mapping[str, Shard | None], config: NoPropConfig, table: Shard
+) -> str | None:
+    """What keeps a published shard from being a block of a model, by its header.
+
+    Args:
+        published: the headers of the published blocks, by the names of their shards.
+        table: the header of the model's table.
+
+    Returns:
+        The fault, as the predicate of a sentence about the shard, or None.
+    """
+    name = block_shard(block_index)
+    shard = published[name]
+    if shard is None:
+        return "is damaged"
+    mark = {note: value for note, value in table.metadata.items() if note in ("fingerprint", "data")}
+    if config.context_source == "previous_block" and block_index > 0:
+        mark["previous_block"] = noted_hash(published.get(block_shard(block_index - 1))) or ""
+    lacking = sorted(mark.keys() - shard.metadata.keys())
+    if lacking:
+        return f"does not say what it was trained on: its metadata lack {', '.join(lacking)}"
+    return placement_fault(shard, shapes_in(name, config), mark | {"block": str(block_index)}, weight_type(table))
+
+
+def noted_hash(shard: Shard | None) -> str | None:
+    """The hash of a published shard's content, as its header notes it."""
+    return None if shard is None else shard.metadata.get(CONTENT_HASH)
 
 
 def meeting_place(args: TrainingArguments) -> MeetingPlace | None:

@@ -206,7 +206,9 @@ def placement_fault(
     if "block" in mark and metadata.get("block", mark["block"]) != mark["block"]:
         return f"was trained as block {metadata['block']}"
     if any(metadata.get(name, value) != value for name, value in mark.items()):
-        return "was trained with another table or configuration than the model now has, or on another block before it"
+        return (
+            "was trained with another table or configuration than the model has, other data, or another block before it"
+        )
     if "steps" in metadata and not _number(metadata["steps"]) > 0:
         return "was trained for no step"
     for name, figure in metadata.items():

@@ -7,11 +7,11 @@ from pathlib import Path
 from .arguments import one_line, read_config
 from .checkpoints import CHECKPOINTS_FOLDER, checkpoints_of
 from .configuration_noprop import NoPropConfig
-from .meeting_place import MeetingPlace
-from .model_directory import block_fault, load_table
+from .meeting_place import MeetingPlace, published_fault
+from .model_directory import block_fault, load_table, shapes_in
 from .modeling_noprop import TokenTable
 from .parallel import holder_of
-from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, block_shard, read_shard
+from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, block_shard, placement_fault, read_shard
 
 
 @dataclass
@@ -67,14 +67,20 @@ def remote_status(repo_id: str, token: str | None = None) -> list[BlockStatus]:
     Raises:
         ValueError: there is no such repository, or it holds no model.
     """
-    num_blocks = read_config(repo_id, token).num_blocks
+    config = read_config(repo_id, token)
     place = MeetingPlace(repo_id, None, token, patience=60)
-    published, claims = place.blocks(), place.claims()
+    table, published, claims = place.table(), place.blocks(), place.claims()
+    fault = placement_fault(table, shapes_in(EMBEDDINGS_SHARD, config), {})
+    if fault is not None:
+        raise ValueError(f"{EMBEDDINGS_SHARD} in {repo_id} {fault}.")
     blocks = []
-    for index in range(num_blocks):
+    for index in range(config.num_blocks):
         if block_shard(index) in published:
-            metadata = published[block_shard(index)]
-            blocks.append(BlockStatus("damaged") if metadata is None else BlockStatus("done", _result(metadata)))
+            shard, fault = published[block_shard(index)], published_fault(index, published, config, table)
+            if shard is None:
+                blocks.append(BlockStatus("damaged"))
+            else:
+                blocks.append(BlockStatus("unusable", fault) if fault else BlockStatus("done", _result(shard.metadata)))
         elif index in claims:
             blocks.append(BlockStatus("stopped" if claims[index].is_stale else "training", str(claims[index])))
         else:

@@ -13,7 +13,7 @@ import hashlib
 import math
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,12 @@ from .data import (
 )
 from .evaluation import encode_prompt, sample_texts
 from .hub import LOCAL_SOURCE, is_local
-from .meeting_place import MeetingPlace
+from .meeting_place import MeetingPlace, noted_hash, published_fault
 from .model_directory import (
     block_is_trained,
     block_mark,
     check_data,
     create_model_directory,
-    fingerprint,
     load_block,
     load_table,
     read_metadata,
@@ -485,7 +484,7 @@ def train_blocks(
     if place is not None:
         shard, lock_file = directory / EMBEDDINGS_SHARD, directory / CHECKPOINTS_FOLDER / "embeddings.lock"
         once(lock_file, training_args, shard.is_file, place.fetch_table)
-        place.check_table()
+        origin = place.check_table()
     elif not (directory / EMBEDDINGS_SHARD).is_file():
         load_table(directory, NoPropConfig())  # tells what to do
     config = load_config(directory, model_args or ModelArguments())
@@ -496,13 +495,15 @@ def train_blocks(
     if place is not None:
         published = first_says(training_args, place.blocks() if training_args.process_index == 0 else {})
         for index in sorted(trained):
-            theirs = published.get(block_shard(index)) or {}
-            if theirs.get(CONTENT_HASH) != read_metadata(directory / block_shard(index)).get(CONTENT_HASH):
+            ours = read_metadata(directory / block_shard(index)).get(CONTENT_HASH)
+            if noted_hash(published.get(block_shard(index))) != ours:
                 place.publish_block(index)  # it was trained, and then something came between
         for index in sorted(set(selected) - trained):
             if block_shard(index) in published:
-                is_ours = _is_ours(index, published, config, table, read_metadata(directory / EMBEDDINGS_SHARD))
-                (trained.add if is_ours else refused.append)(index)
+                fault = published_fault(index, published, config, origin)
+                (trained.add if fault is None else refused.append)(index)
+                if fault is not None:
+                    logger.warning(f"Block {index} is passed over, as the published {block_shard(index)} {fault}.")
     for index in sorted(trained):
         logger.warning(f"Block {index} is trained already: skipped.")
     waiting = first_says(training_args, [index for index in selected if index not in {*trained, *refused}])
@@ -511,8 +512,8 @@ def train_blocks(
     if place is not None and refused:
         shards = ", ".join(map(block_shard, refused))
         raise ValueError(
-            f"Not trained: {shards} in {place.repo_id} are damaged, or were trained with another table, configuration "
-            "or data, or on another block before them. Remove them there, and run the same command again."
+            f"Not trained: {shards} in {place.repo_id} are no blocks of this model (why, the warnings above say). "
+            "Remove them there, and run the same command again."
         )
     return directory
 
@@ -549,25 +550,6 @@ def _train_waiting(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     first_says(training_args, "written")
-
-
-def _is_ours(
-    block_index: int,
-    published: Mapping[str, Mapping[str, str] | None],
-    config: NoPropConfig,
-    table: TokenTable,
-    origin: Mapping[str, str],
-) -> bool:
-    """Whether a published shard is, by its metadata, a block of the model whose table has the metadata `origin`."""
-    shard, mark = block_shard(block_index), {"fingerprint": fingerprint(config, table.weight)}
-    mark |= {"data": origin["data"]} if "data" in origin else {}
-    if config.context_source == "previous_block" and block_index > 0:
-        mark["previous_block"] = (published.get(block_shard(block_index - 1)) or {}).get(CONTENT_HASH, "")
-    metadata = published[shard] or {}
-    is_ours = CONTENT_HASH in metadata and all(metadata.get(name) == value for name, value in mark.items())
-    if not is_ours:
-        logger.warning(f"Block {block_index} is passed over, as the published {shard} is no block of this model.")
-    return is_ours
 
 
 def check_blocks(

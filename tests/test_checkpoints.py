@@ -1,5 +1,6 @@
 """What interrupts a run, and that it goes on where it was."""
 
+import builtins
 import dataclasses
 import os
 import random
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from conftest import BLOCKS, MODEL, arguments
 from noprop_hf.arguments import PretrainingArguments
@@ -125,6 +126,64 @@ def test_what_is_made_again_from_its_last_checkpoint_takes_no_further_step(data,
     monkeypatch.setattr(DurableTrainer, "training_step", None)
     for _ in range(2):
         assert equal(remake(tmp_path / "model", data), constant)
+
+
+OPERATIONS = [(builtins, "open"), *((os, name) for name in ("open", "fsync", "mkdir", "replace", "rename", "unlink"))]
+OPERATIONS += [(os, "remove"), (os, "rmdir")]
+
+
+def record(directory: Path, states: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before every file operation from here on, copy the directory, if it is not as it was at the last copy.
+
+    A process that is killed leaves what the system has of its files. So each copy is what a SIGKILL leaves there.
+    """
+    seen, copying = set(), False
+
+    def before(operation):
+        def operate(*args, **kwargs):
+            nonlocal copying
+            if not copying:
+                copying = True
+                files = [(str(path), path.lstat().st_size, path.lstat().st_mtime_ns) for path in directory.rglob("*")]
+                if tuple(files) not in seen:
+                    seen.add(tuple(files))
+                    shutil.copytree(directory, states / str(len(seen)))
+                copying = False
+            return operation(*args, **kwargs)
+
+        return operate
+
+    for module, name in OPERATIONS:
+        monkeypatch.setattr(module, name, before(getattr(module, name)))
+
+
+@pytest.mark.slow
+def test_killed_before_any_file_operation_it_ends_with_the_same_bits(data, tmp_path, monkeypatch):
+    """The whole job at a constant learning rate, where a step too many would show.
+
+    With `KILLS=all` in the environment, it goes on from all states, which takes some minutes, else from a sample.
+    """
+    model, phase_1 = dataclasses.replace(MODEL, num_blocks=2), PretrainingArguments(pretraining_max_steps=2)
+
+    def job(directory: Path) -> dict[str, bytes]:
+        args = arguments(directory, lr_scheduler_type="constant", max_steps=2, save_steps=1, eval_strategy="no")
+        pretrain_embeddings(model, data, phase_1, args)
+        train_blocks(data, dataclasses.replace(BLOCKS, sample_prompts=[]), args, model)
+        files = [path for folder in (directory, directory / "masked_lm") for path in folder.iterdir() if path.is_file()]
+        return {str(path.relative_to(directory)): content(path) for path in files}
+
+    def content(path: Path) -> bytes:
+        """Of weights without their metadata, which say how long their training took."""
+        return save(load_file(path)) if path.suffix == ".safetensors" else path.read_bytes()
+
+    (tmp_path / "model").mkdir()
+    with monkeypatch.context() as patch:
+        record(tmp_path / "model", tmp_path / "states", patch)
+        whole = job(tmp_path / "model")
+    states = sorted((tmp_path / "states").iterdir())
+    assert len(states) > 100
+    for state in states if os.environ.get("KILLS") == "all" else random.Random(0).sample(states, 30):
+        assert job(state) == whole, state
 
 
 @pytest.mark.parametrize("save_strategy", ["steps", "no"])

@@ -4,12 +4,14 @@ import json
 import runpy
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors import safe_open
 from safetensors.torch import load, save
 
 from conftest import BLOCKS, MODEL, ROOT, arguments
@@ -134,9 +136,61 @@ def test_files_of_any_name_and_content_are_passed_over(repository, trained, tmp_
     place = worker(tmp_path)
     blocks = place.blocks()
     assert set(blocks) == {"block-01.safetensors", "block-02.safetensors", "block-99.safetensors"}
-    assert blocks["block-01.safetensors"] is None and blocks["block-02.safetensors"]["steps"] == "6"
+    assert blocks["block-01.safetensors"] is None and blocks["block-02.safetensors"].metadata["steps"] == "6"
     assert place.claims() == {} and place.claim(0) is None
     assert [block.state for block in remote_status(NAME)] == ["training", "damaged", "done", "missing"]
+
+
+def without_a_tensor(tensors: dict, metadata: dict) -> None:
+    tensors.pop(next(iter(tensors)))
+
+
+def with_a_tensor_of_another_block(tensors: dict, metadata: dict) -> None:
+    name = next(iter(tensors))
+    tensors[name.replace("blocks.1.", "blocks.0.")] = tensors[name].clone()
+
+
+def of_another_size(tensors: dict, metadata: dict) -> None:
+    tensors["model.blocks.1.head.bias"] = torch.zeros(3)
+
+
+def of_another_type(tensors: dict, metadata: dict) -> None:
+    tensors["model.blocks.1.head.bias"] = tensors["model.blocks.1.head.bias"].half()
+
+
+def noted(**notes: str | None) -> Callable[[dict, dict], None]:
+    def change(tensors: dict, metadata: dict) -> None:
+        metadata |= notes
+        for note in [note for note, value in notes.items() if value is None]:
+            del metadata[note]
+
+    return change
+
+
+CHANGES = {
+    "lacks model.blocks.1": without_a_tensor,
+    "does not belong there": with_a_tensor_of_another_block,
+    "is of size": of_another_size,
+    "of type F16": of_another_type,
+    "trained as block 0": noted(block="0"),
+    "another table": noted(fingerprint="0" * 64),
+    "other data": noted(data="0" * 64),
+    "lack data, fingerprint": noted(fingerprint=None, data=None),
+    "for no step": noted(steps="0"),
+    "diverged": noted(bound_nats="nan"),
+}
+
+
+@pytest.mark.parametrize("fault", CHANGES)
+def test_a_published_block_is_checked_by_its_header(repository, trained, fault):
+    with safe_open(trained / "block-01.safetensors", "pt") as file:
+        metadata = file.metadata()
+    tensors = load(block(trained, 1))
+    CHANGES[fault](tensors, metadata)
+    leave(repository, **{"block-01.safetensors": save(tensors, metadata), "block-02.safetensors": block(trained, 2)})
+    states = remote_status(NAME)
+    assert [block.state for block in states] == ["missing", "unusable", "done", "missing"]
+    assert fault.removeprefix("lacks model.") in states[1].details
 
 
 # --- who trains what --------------------------------------------------------------------------------------------------
