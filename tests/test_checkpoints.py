@@ -48,9 +48,9 @@ def same_bits(directory: Path, other: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def undisturbed(phase1, data, tmp_path_factory) -> Path:
-    """A block trained for 30 steps in one go."""
+    """A block trained for 12 steps in one go."""
     directory = Path(shutil.copytree(phase1, tmp_path_factory.mktemp("undisturbed") / "model"))
-    train_blocks(data, ONE, arguments(directory, **SAVES, max_steps=30))
+    train_blocks(data, ONE, arguments(directory, **SAVES, max_steps=12))
     return directory
 
 
@@ -60,7 +60,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(directory, data, undi
     checkpoints = directory / "checkpoints" / "block-02"
     while True:
         begun = newest_step(checkpoints)
-        process = start(directory, data, max_steps=30)
+        process = start(directory, data, max_steps=12)
         if moments.random() < 0.3:  # before its first step, or a little later
             process.join(timeout=moments.uniform(0, 2))
         else:
@@ -75,7 +75,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(directory, data, undi
         for _, path in checkpoints_of(checkpoints):
             assert read_seal(path) is not None, f"{path} has its name and is not whole"
     assert process.exitcode == 0
-    assert kills >= 5
+    assert kills >= 3
     print(f"{kills} kills")
     assert same_bits(directory, undisturbed)
 
@@ -85,7 +85,7 @@ def newest_step(checkpoints: Path) -> int:
 
 
 def test_sigterm_saves_first(directory, data, undisturbed):
-    process = start(directory, data, max_steps=30, save_strategy="no")
+    process = start(directory, data, max_steps=12, save_strategy="no")
     process.join(timeout=4)
     while process.exitcode is None:
         process.terminate()
@@ -93,7 +93,7 @@ def test_sigterm_saves_first(directory, data, undisturbed):
     saved = checkpoints_of(directory / "checkpoints" / "block-02")
     if process.exitcode == PREEMPTED:
         assert len(saved) == 1 and not (directory / block_shard(2)).exists()
-    train_blocks(data, ONE, arguments(directory, **SAVES, max_steps=30))
+    train_blocks(data, ONE, arguments(directory, **SAVES, max_steps=12))
     assert same_bits(directory, undisturbed)
 
 
@@ -220,7 +220,7 @@ def no_step_of(phase: str, training_step):
 
 
 def interrupted(directory: Path, data) -> Path:
-    """The checkpoints of a block that was stopped after step 6 of 30."""
+    """The checkpoints of a block that was stopped after step 6 of 12."""
 
     class Stopped(Exception):
         pass
@@ -233,7 +233,7 @@ def interrupted(directory: Path, data) -> Path:
     training_step = BlockTrainer.training_step
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(BlockTrainer, "training_step", stop)
-        train_blocks(data, ONE, arguments(directory, **SAVES, max_steps=30))
+        train_blocks(data, ONE, arguments(directory, **SAVES, max_steps=12))
     return directory / "checkpoints" / "block-02"
 
 
@@ -250,7 +250,7 @@ def test_a_damaged_checkpoint_is_passed_over(directory, data, undisturbed, name,
     else:
         content[len(content) // 2] ^= 1
         newest.write_bytes(content)
-    train_blocks(data, ONE, arguments(directory, **SAVES, max_steps=30))
+    train_blocks(data, ONE, arguments(directory, **SAVES, max_steps=12))
     assert same_bits(directory, undisturbed)
 
 
@@ -271,14 +271,14 @@ def test_no_silent_restart_from_zero(directory, data):
     for _, path in checkpoints_of(checkpoints):
         (path / "optimizer.pt").write_bytes(b"")
     with pytest.raises(ValueError, match="None of the checkpoints .* is whole.*Remove that folder to start anew"):
-        train_blocks(data, ONE, arguments(directory, **SAVES, max_steps=30))
+        train_blocks(data, ONE, arguments(directory, **SAVES, max_steps=12))
 
 
 @pytest.mark.parametrize("option", [{"learning_rate": 1e-4}, {"seed": 12}, {"per_device_train_batch_size": 8}])
 def test_other_settings_than_those_it_began_with(directory, data, option):
     interrupted(directory, data)
     with pytest.raises(ValueError, match=f"was another one: {next(iter(option))} was .* and is"):
-        train_blocks(data, ONE, arguments(directory, **(SAVES | {"max_steps": 30} | option)))
+        train_blocks(data, ONE, arguments(directory, **(SAVES | {"max_steps": 12} | option)))
 
 
 def test_other_data_than_those_of_the_table(directory, data):
@@ -298,7 +298,7 @@ def test_a_loss_that_is_no_number_ends_the_run(directory, data, monkeypatch):
 
     monkeypatch.setattr(BlockTrainer, "training_step", explode)
     with pytest.raises(FloatingPointError, match="Lower --learning_rate"):
-        train_blocks(data, ONE, arguments(directory, **SAVES, max_steps=30))
+        train_blocks(data, ONE, arguments(directory, **SAVES, max_steps=12))
     kept = checkpoints_of(directory / "checkpoints" / "block-02")
     assert [step for step, _ in kept] == [8, 7]
     assert all(weight.isfinite().all() for weight in load_file(kept[0][1] / "model.safetensors").values())
@@ -319,11 +319,11 @@ def test_a_full_disk_is_told_and_loses_nothing(directory, data, undisturbed, tmp
                 filler.write(bytes(4096))
                 filler.flush()
         with pytest.raises(OSError, match="The disk is full. Make room and run the same command again"):
-            train_blocks(data, ONE, arguments(full, **SAVES, max_steps=30))
+            train_blocks(data, ONE, arguments(full, **SAVES, max_steps=12))
         assert not (full / block_shard(2)).exists()
         assert checkpoints_of(checkpoints) == kept
         (disk / "filler").unlink()
-        train_blocks(data, ONE, arguments(full, **SAVES, max_steps=30))
+        train_blocks(data, ONE, arguments(full, **SAVES, max_steps=12))
         assert same_bits(full, undisturbed)
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)

@@ -1,8 +1,6 @@
 import gzip
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -22,6 +20,7 @@ from noprop_hf.data import (
     tokenize,
     train_tokenizer,
 )
+from warm_python import WarmPython
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +151,7 @@ def test_tokens_are_cached_for_later_processes(corpus_file, tmp_path):
     folder = str(tmp_path / "tokenizer")
     train = f"tokenizer = train_tokenizer(corpus['train']['text'], 300, 16); tokenizer.save_pretrained({folder!r})"
     load = f"tokenizer = load_tokenizer({folder!r})"
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    python = WarmPython({**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}, ["noprop_hf.data"])
     names = []
     for first in (train, load, f"{load}; tokenizer(['a b c', 'a'], truncation=True, max_length=2, padding=True)"):
         code = f"""
@@ -163,8 +162,10 @@ corpus = load_corpus(args)
 tokens = tokenize(corpus, tokenizer, args)
 print([file["filename"] for rows in tokens.values() for file in rows.cache_files])
 """
-        command = [sys.executable, "-c", code]
-        names.append(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+        status, output = python.run("-c", code, cwd=tmp_path)
+        assert status == 0, output
+        names.append(output.splitlines()[-1])
+    python.close()
     assert names[0] == names[1] == names[2] and names[0].count("cache-") == 2
 
 
@@ -381,7 +382,8 @@ def test_no_source_of_data():
         DataArguments()
 
 
-def test_files_take_the_place_of_splits(corpus_file):
+def test_files_take_the_place_of_splits(corpus_file, docs, monkeypatch):
+    monkeypatch.setattr(data, "cpython_docs", lambda: iter(docs))
     assert DataArguments(dataset_name="no/such-dataset", train_file=corpus_file).dataset_name is None
     own = load_corpus(DataArguments(dataset_name="cpython-docs", test_file=corpus_file))
     plain = load_corpus(DataArguments(dataset_name="cpython-docs"))

@@ -62,7 +62,7 @@ ELSEWHERE = {
     "make demo": "make --dry-run demo",  # installs, and then is the command that makes runs/demo here
     "make test": "make --dry-run test",  # would run this test
     "make lint": "make --dry-run lint",
-    ".venv/bin/python -m pytest": ".venv/bin/python -m pytest --collect-only -qq",
+    ".venv/bin/python -m pytest": ".venv/bin/python -m pytest --collect-only -qq tests/test_noise.py",
     "launch/8_gpus.yaml": None,  # needs eight GPUs; tests/test_parallel.py reads the launch files with accelerate
     "pip install": None,  # would change the environment of the tests, which has it all
     "space/app.py": None,  # serves a page without end; tests/test_space.py opens it

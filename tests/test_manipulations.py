@@ -465,7 +465,7 @@ def test_export_and_compile_after_a_forward_pass(model):
 @pytest.mark.slow
 def test_compiled(model):
     expected = agree(model)
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     cache = StaticCache(config=model.config, max_cache_len=12)
     with torch.no_grad():
         model(INPUT[:, :4], cache=cache)

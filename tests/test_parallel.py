@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import time
 from multiprocessing import get_context
@@ -15,7 +16,7 @@ from safetensors.torch import load, load_file
 from test_hub import environment
 from transformers import TrainingArguments
 
-from conftest import ROOT, run_python, sentences
+from conftest import ROOT, run_python, sentences, warm
 from hub_server import Fault, hub_server
 from noprop_hf.parallel import GROUP_VARIABLES, arrange_processes, claim, holder_of, lock, once
 from warm_python import WarmPython
@@ -137,6 +138,17 @@ def same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) ->
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def together(processes: int, *command: str) -> str:
+    """Run a script in processes that are told of one another as a launcher does; returns all they print."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    ranks = [group | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
+    status, output = warm().run(*command, cwd=ROOT, variables=[{k: str(v) for k, v in rank.items()} for rank in ranks])
+    assert status == 0, output
+    return output
+
+
 def launch(processes: int, *command: str, fails: bool = False) -> str:
     config = str(ROOT / "launch" / "2_processes_cpu.yaml")
     launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", str(processes)]
@@ -162,7 +174,7 @@ def test_data_parallel_is_training_with_a_larger_batch(recipe, tmp_path):
     train = ["scripts/train_blocks.py", str(recipe), *same]
     eight = ["--per_device_train_batch_size", "8"]
     run_python(*train, *eight, "--output_dir", str(tmp_path / "one"))
-    launch(2, *train, "--parallelism", "data", "--output_dir", str(tmp_path / "two"))
+    together(2, *train, "--parallelism", "data", "--output_dir", str(tmp_path / "two"))
     one, two = blocks(tmp_path / "one"), blocks(tmp_path / "two")
     assert one.keys() == two.keys()
     apart = {name: (one[name] - two[name]).abs().max().item() for name in one}
@@ -191,7 +203,7 @@ DurableTrainer(model=Draws(1, 1), args=args, train_dataset=Dataset.from_dict({"x
 def test_processes_of_a_group_share_the_data_and_not_the_noise(tmp_path):
     script = tmp_path / "draws.py"
     script.write_text(DRAWS)
-    told = re.findall(r"DRAW (\S+) (\[.+?\])", launch(2, str(script), str(tmp_path)))
+    told = re.findall(r"DRAW (\S+) (\[.+?\])", together(2, str(script), str(tmp_path)))
     draws = [draw for draw, _ in told]
     rows = [row for _, batch in told for row in json.loads(batch)]
     assert len(draws) == len(set(draws)) == 8
@@ -200,7 +212,7 @@ def test_processes_of_a_group_share_the_data_and_not_the_noise(tmp_path):
 
 @pytest.mark.slow
 def test_groups_of_processes_train_a_block_each(recipe, tmp_path):
-    output = launch(5, "scripts/train.py", str(recipe), "--num_blocks", "2", "--output_dir", str(tmp_path / "model"))
+    output = together(5, "scripts/train.py", str(recipe), "--num_blocks", "2", "--output_dir", str(tmp_path / "model"))
     assert "Process 4 is left over: 2 blocks are trained by 2 processes each" in output
     assert "NoProp, all blocks" in output
     states = sorted((tmp_path / "model" / "checkpoints").glob("block-*/checkpoint-12/rng_state_*.pth"))
