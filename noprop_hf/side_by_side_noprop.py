@@ -264,15 +264,11 @@ def _encode(
         own = all_layers[group]
         first = own[0].attention
         normed = _norm(states, [layer.input_norm for layer in own])
-        projected = [
-            [call(projection, rows) for projection, rows in zip(projections, normed, strict=True)]
-            for projections in zip(*(layer.projections for layer in own), strict=True)
-        ]
         query, key, value = (
-            (torch.cat(parts, -1) if count > 1 else parts[0])  # the heads of all blocks
+            torch.cat([call(linear, rows) for linear, rows in zip(linears, normed, strict=True)], -1)  # of all blocks
             .view(batch, length, -1, first.head_dim)
             .transpose(1, 2)
-            for parts in projected
+            for linears in zip(*(layer.projections for layer in own), strict=True)
         )
         query, key = modeling_llama.apply_rotary_pos_emb(query, key, *position_embeddings)
         if cache is not None:
@@ -282,13 +278,14 @@ def _encode(
             states, query, length = states[:, :, -1:], query[:, :, -1:], 1
             attention_mask = None if attention_mask is None else attention_mask[:, :, -1:]
         mixed, _ = attention_function(first, query, key, value, attention_mask, dropout=0.0, scaling=first.scaling)
+        del query, key, value  # the memory is needed for what follows
         mixed = mixed.reshape(batch, length, count, -1).permute(2, 0, 1, 3).contiguous()
         states = states + _stack([call(layer.output, rows) for layer, rows in zip(own, mixed, strict=True)])
         normed = _norm(states, [layer.output_norm for layer in own])
-        gate = _stack([call(layer.gate, rows) for layer, rows in zip(own, normed, strict=True)])
-        up = _stack([call(layer.up, rows) for layer, rows in zip(own, normed, strict=True)])
-        hidden = own[0].activation(gate).mul_(up)
+        hidden = own[0].activation(_stack([call(layer.gate, rows) for layer, rows in zip(own, normed, strict=True)]))
+        hidden *= _stack([call(layer.up, rows) for layer, rows in zip(own, normed, strict=True)])
         states = states + _stack([call(layer.down, rows) for layer, rows in zip(own, hidden, strict=True)])
+        del hidden
     return _norm(states, [encoder.norm for encoder in encoders[group]])
 
 
