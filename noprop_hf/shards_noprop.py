@@ -275,8 +275,8 @@ def model_fault(folder: Path, config: NoPropConfig, shapes: Mapping[str, tuple[i
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         return (
-            f"is not fully trained: {', '.join(missing)} missing. Train what is missing, or copy those "
-            "files from where they were trained"
+            f"is not fully trained: {', '.join(missing)} missing. Train what is missing, which --blocks "
+            "selects by number, or copy those files from where they were trained"
         )
     read = {name: read_shard(folder / name) for name in files}
     shards = {name: shard for name, shard in read.items() if shard is not None}
