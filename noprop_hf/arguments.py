@@ -1,4 +1,4 @@
-"""Arguments of the scripts: recipes (YAML) and command lines, read by `HfArgumentParser`."""
+"""Arguments of the commands: recipes (YAML) and command lines, read by `HfArgumentParser`."""
 
 import copy
 import dataclasses
@@ -43,6 +43,7 @@ from .shards_noprop import block_shard
 CORPUS_FILE = "corpus.yaml"  # in a model directory: the data arguments it was trained with
 NO_MATPLOTLIB = "pictures are drawn with matplotlib, which is not installed: pip install matplotlib"
 PACKAGE = Path(__file__).parent
+RECIPES = PACKAGE / "recipes"
 # Errors of the operating system that its user can mend: space, permissions, a file for a directory and vice versa.
 MENDABLE = {
     getattr(errno, name) for name in "ENOSPC EDQUOT EACCES EPERM EROFS EISDIR ENOTDIR EEXIST ENAMETOOLONG".split()
@@ -391,8 +392,8 @@ UNSUPPORTED_ARGUMENTS = {
     "label_names": "has no effect, as the labels of both phases are known",
     "length_column_name": "is for sampling by length, which is not supported",
     "debug": "is not supported",
-    "do_train": "has no effect, as the script decides what is done",
-    "do_predict": "has no effect, as the script decides what is done",
+    "do_train": "has no effect, as the command decides what is done",
+    "do_predict": "has no effect, as the command decides what is done",
     "resume_from_checkpoint": "is not needed, as a run resumes from the newest checkpoint in its --output_dir",
 }
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
@@ -424,7 +425,8 @@ def refuse_unsupported(values: Namespace | TrainingArguments) -> None:
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if strtobool(os.environ.get(f"ACCELERATE_USE_{name}", "false")):
             raise ValueError(
-                f"The configuration of accelerate asks for {name}, which is not supported: launch with one of launch/."
+                f"The configuration of accelerate asks for {name}, which is not supported: make another "
+                "with `accelerate config`."
             )
 
 
@@ -638,7 +640,7 @@ def read_config(name_or_path: str | Path, token: str | None = None) -> NoPropCon
     if kind != NoPropConfig.model_type:
         raise ValueError(
             f"{name_or_path} holds a model of type {kind!r}, not a NoProp model. Give a directory that "
-            "scripts/train.py made, or a repository of the Hub with such a model."
+            "`noprop train` made, or a repository of the Hub with such a model."
         )
     try:
         return NoPropConfig.from_dict(fields)
@@ -648,6 +650,20 @@ def read_config(name_or_path: str | Path, token: str | None = None) -> NoPropCon
 
 def _in_order(values: Namespace, config: NoPropConfig) -> bool:
     return (values.context_source or config.context_source) == "previous_block"
+
+
+def command_line(description: str, types: Sequence[type] = (), usage: str | None = None) -> HfArgumentParser:
+    """A parser whose help and errors name the command as it was called.
+
+    Args:
+        description: for `--help`; `%(prog)s` stands for the command.
+        types: dataclasses whose fields are arguments.
+        usage: the first line of the help; that of `argparse` when not given.
+    """
+    called = f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else sys.argv[0]
+    return HfArgumentParser(
+        types, prog=called, usage=usage, description=description, formatter_class=RawDescriptionHelpFormatter
+    )
 
 
 def parse_arguments(
@@ -662,7 +678,7 @@ def parse_arguments(
 
     Args:
         types: the dataclasses to fill.
-        description: what the script does, for `--help`.
+        description: what the command does, for `--help`, as [`command_line`] takes it.
         arguments: `[RECIPE.yaml] [--name value ...]`; those of the process when not given.
         prepare: sees the values before any dataclass is made of them.
         check: called last, with the values, the names of those that are given, and the dataclasses.
@@ -672,17 +688,18 @@ def parse_arguments(
         One instance per dataclass, in order; with `model`, its name comes first.
     """
     first_word = "MODEL" if model else "[RECIPE.yaml]"
-    usage = f"%(prog)s {first_word} [--name value ...]"
-    parser = HfArgumentParser(types, usage=usage, description=description, formatter_class=RawDescriptionHelpFormatter)
+    parser = command_line(description, types, f"%(prog)s {first_word} [--name value ...]")
     _group(parser, types)
     if model:
         parser.add_argument("model", help="A model directory, or a repository of the Hub.")
     else:
-        parser.add_argument("recipe", nargs="?", default=None, help="A recipe: a YAML file of the arguments below.")
+        help = "A recipe: a YAML file of the arguments below, or the name of one, such as demo."
+        parser.add_argument("recipe", nargs="?", default=None, help=help)
     arguments = sys.argv[1:] if arguments is None else arguments
     first = arguments[0] if arguments and not arguments[0].startswith("-") else None
     try:
-        recipe = first if not model or first is None else find_corpus_file(first)
+        find = find_corpus_file if model else find_recipe
+        recipe = None if first is None else find(first)
         defaults = {} if recipe is None else _read_recipe(Path(recipe), parser, types)
         parser.set_defaults(**defaults)
         values, unknown = parser.parse_known_args(arguments)
@@ -711,6 +728,13 @@ def parse_arguments(
     except (OSError, ValueError) as error:
         parser.error(one_line(error))
     return (rest.model, *parsed) if model else tuple(parsed)
+
+
+def find_recipe(word: str) -> Path:
+    """The recipe of a command line: a file, or else one of this package, by a name such as `demo`."""
+    shipped = {name: path for path in RECIPES.glob("*.yaml") for name in (Path(path.stem), Path("recipes", path.name))}
+    path = Path(word)
+    return path if path.is_file() else shipped.get(path, path)
 
 
 def find_corpus_file(model: str) -> str | None:
@@ -752,7 +776,9 @@ def _read_recipe(path: Path, parser: HfArgumentParser, types: Sequence[type]) ->
         ValueError: the file cannot be read, or an argument is unknown, given twice or of the wrong kind.
     """
     if not path.is_file():
-        raise ValueError(f"There is no recipe {str(path)!r}." + " It is a directory." * path.is_dir())
+        names = ", ".join(sorted(shipped.stem for shipped in RECIPES.glob("*.yaml")))
+        fault = f"There is no recipe {str(path)!r}." + " It is a directory." * path.is_dir()
+        raise ValueError(f"{fault} Give a YAML file, or the name of one: {names}.")
     if path.stat().st_size > LARGEST_RECIPE:
         raise ValueError(f"{path} is not a recipe: it has more than {LARGEST_RECIPE:,} bytes.")
     try:
@@ -812,7 +838,7 @@ def _group(parser: HfArgumentParser, types: Sequence[type]) -> None:
 
 
 def entry_point(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorate the `main` of a script: what its user can correct ends it with one sentence and status 1, an
+    """Decorate the `main` of a command: what its user can correct ends it with one sentence and status 1, an
     interruption (Ctrl-C) with status 130. Every other error keeps its traceback."""
 
     @functools.wraps(main)
@@ -833,7 +859,7 @@ def entry_point(main: Callable[[], None]) -> Callable[[], None]:
 
 
 def is_users(error: Exception) -> bool:
-    """Whether the user of a script can correct an error.
+    """Whether the user of a command can correct an error.
 
     These are the errors that a `raise` statement of this package reports, other than of faults in itself; what
     `datasets` says of unreadable data; and lack of memory, of disk space or of permissions. What Python, torch or

@@ -370,14 +370,14 @@ def report(directory: Path, data_args: DataArguments, block_args: BlockArguments
         "samples": samples,
     }
     (directory / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    python, here = Path(sys.executable), Path.cwd()
-    command = python.relative_to(here) if python.is_relative_to(here) else "python"  # such as that of .venv
+    command, here = Path(sys.executable).with_name("noprop"), Path.cwd()
+    command = command.relative_to(here) if command.is_relative_to(here) else Path("noprop")  # such as that of .venv
     prompt = shlex.quote(next(iter(prompts), ""))
     lines += [
         "",
         f"The model is in {directory}. What comes next:",
-        f"  {command} scripts/generate.py {directory} {prompt}",
-        f"  {command} scripts/evaluate_perplexity.py {directory}",
-        f"  {command} scripts/watch.py {directory} {prompt} --save chain.png",
+        f"  {command} generate {directory} {prompt}",
+        f"  {command} evaluate {directory}",
+        f"  {command} watch {directory} {prompt} --save chain.png",
     ]
     return "\n".join(lines)

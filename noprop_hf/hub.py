@@ -292,7 +292,7 @@ class Repository:
         if status in (401, 403):
             raise PermissionError(
                 f"The Hub does not let you write to {self.repo_id}. Log in with `hf auth login`, or pass a token that "
-                "may write there with --hub_token (--token of scripts/push_to_hub.py)."
+                "may write there with --hub_token (--token of `noprop push`)."
             ) from error
         if status >= 300 and status not in TRANSIENT:
             raise ConnectionError(f"The Hub refused {self.repo_id}: {one_line(error)}") from error
@@ -398,18 +398,11 @@ def push_model(
     return repository.insist(push)
 
 
-def model_card(
-    directory: Path,
-    repo_id: str,
-    template: Path,
-    license: str | None = None,
-    language: str | None = None,
-) -> ModelCard:
-    """The card of a model directory, from a template and from what training and evaluation left there.
+def model_card(directory: Path, repo_id: str, license: str | None = None, language: str | None = None) -> ModelCard:
+    """The card of a model directory, from `model_card.md` and from what training and evaluation left there.
 
     Args:
         repo_id: where the model will be found.
-        template: `model_card.md` of the project.
         license: licence of the model, by its identifier on the Hub.
         language: language of the text, by its ISO 639-1 code.
     """
@@ -453,7 +446,7 @@ def model_card(
     )
     return ModelCard.from_template(
         data,
-        template_path=str(template),
+        template_path=str(PACKAGE / "model_card.md"),
         model_name=name,
         model_id=repo_id,
         config=config,
@@ -467,9 +460,7 @@ def model_card(
     )
 
 
-def card_files(
-    directory: Path, repo_id: str, template: Path, license: str | None, language: str | None
-) -> dict[str, bytes]:
+def card_files(directory: Path, repo_id: str, license: str | None, language: str | None) -> dict[str, bytes]:
     """The card of an evaluated model directory, with its picture where matplotlib is installed, by file name.
 
     Raises:
@@ -483,16 +474,16 @@ def card_files(
             with BytesIO() as picture:
                 bound_figure(directory).savefig(picture, format="png", dpi=120)
                 files[PLOT_NAME] = picture.getvalue()
-        card = model_card(directory, repo_id, template, license, language)
+        card = model_card(directory, repo_id, license, language)
     except (OSError, KeyError, json.JSONDecodeError, yaml.YAMLError) as error:
         raise ValueError(
             f"{RESULTS_FILE}, {CORPUS_FILE} or the metadata of a block in {directory} are missing or damaged, so no "
-            f"card can be made ({one_line(error)}). Run scripts/train.py again, or remove {RESULTS_FILE}."
+            f"card can be made ({one_line(error)}). Run `noprop train` again, or remove {RESULTS_FILE}."
         ) from error
     return {CARD_NAME: str(card).encode(), **files}
 
 
-def write_card(directory: Path, repo_id: str, template: Path, license: str | None, language: str | None) -> None:
+def write_card(directory: Path, repo_id: str, license: str | None, language: str | None) -> None:
     """Write the card of an evaluated model directory."""
-    for name, content in card_files(directory, repo_id, template, license, language).items():
+    for name, content in card_files(directory, repo_id, license, language).items():
         (directory / name).write_bytes(content)

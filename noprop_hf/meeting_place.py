@@ -155,7 +155,7 @@ class MeetingPlace(Repository):
             if not path.is_file() or self._table(head).metadata != read_metadata(path):
                 raise FileExistsError(
                     f"{self.repo_id} holds the table of another run than {self.directory}. Choose another "
-                    "--hub_model_id, or train blocks for that table: scripts/train_blocks.py with an empty "
+                    "--hub_model_id, or train blocks for that table: `noprop train-blocks` with an empty "
                     "--output_dir."
                 )
             return True
@@ -196,7 +196,7 @@ class MeetingPlace(Repository):
         if self.insist(lambda: self._table(head)).metadata != table.metadata:
             raise FileExistsError(
                 f"{self.directory} holds another table than {self.repo_id}. Fetch that one, with an empty "
-                "--output_dir, or publish yours elsewhere: scripts/pretrain_embeddings.py with another --hub_model_id."
+                "--output_dir, or publish yours elsewhere: `noprop pretrain` with another --hub_model_id."
             )
         self.check_writable()
         return table
@@ -221,7 +221,7 @@ class MeetingPlace(Repository):
             ) from error
         if EMBEDDINGS_SHARD not in file_names(head):
             raise FileNotFoundError(
-                f"{self.repo_id} holds no {EMBEDDINGS_SHARD}. Publish phase 1 first: scripts/pretrain_embeddings.py "
+                f"{self.repo_id} holds no {EMBEDDINGS_SHARD}. Publish phase 1 first: `noprop pretrain` "
                 "with --push_to_hub true."
             )
         return head
@@ -231,7 +231,7 @@ class MeetingPlace(Repository):
         if table is None:
             raise ValueError(
                 f"{EMBEDDINGS_SHARD} in {self.repo_id} is damaged. Publish phase 1 in another repository, with "
-                "scripts/pretrain_embeddings.py and another --hub_model_id."
+                "`noprop pretrain` and another --hub_model_id."
             )
         return table
 

@@ -213,7 +213,7 @@ def load_table(directory: Path, config: NoPropConfig) -> TokenTable:
     path = directory / EMBEDDINGS_SHARD
     if not path.is_file():
         raise FileNotFoundError(
-            f"{directory} holds no {EMBEDDINGS_SHARD}. Pretrain the embeddings first: scripts/pretrain_embeddings.py."
+            f"{directory} holds no {EMBEDDINGS_SHARD}. Pretrain the embeddings first: `noprop pretrain`."
         )
     shard = check_whole(path)
     fault = shard_fault(shard, shapes_in(EMBEDDINGS_SHARD, config), {})

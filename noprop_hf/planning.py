@@ -321,7 +321,7 @@ class Trial:
 
 @dataclass
 class Plan:
-    """What a run of `scripts/train.py` will be. `str` of it is a text for a person.
+    """What a run of `noprop train` will be. `str` of it is a text for a person.
 
     Attributes:
         recipe: its arguments.
@@ -475,7 +475,7 @@ class Plan:
 
 
 def plan(recipe: Recipe) -> Plan:
-    """Say what `scripts/train.py` would do with a recipe: it reads the data, and trains a few steps of phase 1 and of a
+    """Say what `noprop train` would do with a recipe: it reads the data, and trains a few steps of phase 1 and of a
     block in a temporary folder. Nothing is written to `output_dir`, and nothing is pushed.
 
     Raises:

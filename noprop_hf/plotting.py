@@ -95,7 +95,7 @@ def draw_bound(axes: Axes, results: Path) -> None:
         split, nats = list(json.loads(results.read_text(encoding="utf-8"))["details"].items())[-1]
         totals = np.cumsum(nats["block_nats"])
     except (ValueError, LookupError, AttributeError, TypeError) as error:
-        raise ValueError(f"{results} is damaged. Remove it and run scripts/train.py again, which evaluates.") from error
+        raise ValueError(f"{results} is damaged. Remove it and run `noprop train` again, which evaluates.") from error
     blocks = range(len(totals))
     axes.errorbar(blocks, totals, yerr=nats["block_errors"], marker="o", capsize=4, label="bound of the chain so far")
     for block, (total, part) in enumerate(zip(totals, nats["block_nats"], strict=True)):

@@ -39,7 +39,7 @@ HIDDEN_SHARDS = (
 )
 BAD_INDEX = f"holds no {SAFE_WEIGHTS_INDEX_NAME} that can be read: restore it"
 CHANGED_CONFIG = "holds a table and a config.json that do not belong together: restore those of its training"
-NO_MODEL = "Give the directory of a whole model, such as the --output_dir of scripts/train.py"
+NO_MODEL = "Give the directory of a whole model, such as the --output_dir of its training"
 MASKED_LM_FOLDER = "masked_lm"  # in a model directory: the model of phase 1, which its table comes from
 
 
@@ -275,8 +275,8 @@ def model_fault(folder: Path, config: NoPropConfig, shapes: Mapping[str, tuple[i
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         return (
-            f"is not fully trained: {', '.join(missing)} missing. Train what is missing with scripts/train_blocks.py, "
-            "whose --blocks selects blocks by number"
+            f"is not fully trained: {', '.join(missing)} missing. Train what is missing, which --blocks "
+            "selects by number, or copy those files from where they were trained"
         )
     read = {name: read_shard(folder / name) for name in files}
     shards = {name: shard for name, shard in read.items() if shard is not None}

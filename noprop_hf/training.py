@@ -715,7 +715,7 @@ def new_block(directory: Path, config: NoPropConfig, table: TokenTable, block_in
     if not (directory / MASKED_LM_FOLDER).is_dir():
         raise FileNotFoundError(
             f"{directory / MASKED_LM_FOLDER} is not there, and blocks start from it. Copy it together with the "
-            "embeddings, or make both with scripts/pretrain_embeddings.py."
+            "embeddings, or make both with `noprop pretrain`."
         )
     start = NoPropForMaskedLM.from_pretrained(directory)
     block.encoder.load_state_dict(start.encoder.state_dict(), strict=False)  # `state_projection` starts at zero

@@ -1,61 +1,7 @@
 #!/usr/bin/env python
-"""Perplexity of a model, in nats per token, and the variational bound of its chain, split by block.
+"""The command `noprop evaluate`."""
 
-    python scripts/evaluate_perplexity.py runs/demo
-    python scripts/evaluate_perplexity.py runs/demo --test_file my_text.txt
-
-The corpus is the one the model was trained on, unless another one is named. With `--packing false`, each row is a text
-of its own, and what is printed is what the `perplexity` metric of `evaluate` gives for these texts.
-"""
-
-from dataclasses import dataclass, field
-
-from noprop_hf.arguments import entry_point, parse_arguments
-from noprop_hf.data import DataArguments, load_corpus, load_tokenizer, tokenize
-from noprop_hf.evaluation import Perplexity, evaluate_model, load_model, perplexity
-
-
-@dataclass
-class EvaluationArguments:
-    split: str = field(
-        default="test", metadata={"help": "What to measure.", "choices": ["test", "validation", "train"]}
-    )
-    batch_size: int = field(default=32, metadata={"help": "Windows evaluated at once."})
-    seed: int = field(default=0, metadata={"help": "Seed of the noise of the bound."})
-
-    def __post_init__(self):
-        if self.batch_size < 1:
-            raise ValueError(f"--batch_size must be at least 1, got {self.batch_size}.")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed must be between 0 and 2^63 - 1, got {self.seed}.")
-
-
-@entry_point
-def main() -> None:
-    name, args, data_args = parse_arguments((EvaluationArguments, DataArguments), __doc__, model=True)
-    model, tokenizer = load_model(name), load_tokenizer(name)
-    corpus = load_corpus(data_args)
-    if args.split not in corpus:
-        raise SystemExit(f"The corpus has no {args.split!r} split, only {', '.join(corpus)}: choose one with --split.")
-    corpus = {args.split: corpus[args.split]}
-    if not data_args.packing:
-        texts = [row[data_args.text_column_name] or "" for row in corpus[args.split]]
-        lengths = map(len, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
-        shortest = 2 if tokenizer.bos_token_id is None else 1  # without a start, the first token is not predicted
-        texts = [text for text, length in zip(texts, lengths, strict=True) if length >= shortest]
-        if not texts:
-            raise SystemExit(f"No text of the {args.split} split has a token to predict: choose another --split.")
-        result = Perplexity().compute(predictions=texts, model=model, tokenizer=tokenizer, batch_size=args.batch_size)
-        print(f"{len(result['perplexities'])} texts of {args.split}")
-        print(f"  mean perplexity          {result['mean_perplexity']:.6f}")
-        return
-    rows = tokenize(corpus, tokenizer, data_args)[args.split]
-    nats = evaluate_model(model, rows, tokenizer, args.batch_size, args.seed)
-    print(f"{nats.num_tokens} tokens of {args.split}")
-    for name, value in (("predictive distribution", nats.predictive), ("bound of the chain", nats.bound)):
-        print(f"  {name:24} {value:.4f} nats per token, perplexity {perplexity(value):.2f}")
-    for block, (gain, error) in enumerate(zip(nats.block_nats, nats.block_errors, strict=True)):
-        print(f"    block {block}: {gain:+.4f} ± {error:.4f} (alone on pure noise: {nats.context[block]:.4f})")
+from noprop_hf.commands.evaluate import main
 
 
 if __name__ == "__main__":

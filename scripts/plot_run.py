@@ -1,33 +1,7 @@
 #!/usr/bin/env python
-"""Draw the learning curves of a run that is going on or has ended: phase 1, all blocks, and the bound by block.
+"""The command `noprop plot`."""
 
-python scripts/plot_run.py runs/demo
-python scripts/plot_run.py runs/demo --save curves.png
-"""
-
-import argparse
-from pathlib import Path
-
-from noprop_hf.arguments import NO_MATPLOTLIB, entry_point, picture
-
-
-@entry_point
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, help="a model directory")
-    parser.add_argument("--save", type=picture, help="write the picture here; curves.png in the directory if not given")
-    args = parser.parse_args()
-    if not args.directory.is_dir():
-        parser.error(f"{args.directory} is not a directory: give the --output_dir of a run.")
-    try:
-        from noprop_hf.plotting import draw_run
-    except ModuleNotFoundError as error:
-        if "matplotlib" not in str(error):
-            raise
-        parser.error(NO_MATPLOTLIB)
-    path = args.save or args.directory / "curves.png"
-    draw_run(args.directory).savefig(path, dpi=120)
-    print(f"The picture is in {path}.")
+from noprop_hf.commands.plot import main
 
 
 if __name__ == "__main__":

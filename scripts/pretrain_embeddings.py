@@ -1,28 +1,7 @@
 #!/usr/bin/env python
-"""Phase 1: make the frozen embedding table and the model directory around it.
+"""The command `noprop pretrain`."""
 
-python scripts/pretrain_embeddings.py recipes/demo.yaml
-accelerate launch scripts/pretrain_embeddings.py recipes/demo.yaml --push_to_hub true --hub_model_id user/name
-"""
-
-from noprop_hf.arguments import entry_point, parse_recipe
-from noprop_hf.hub import check_sharing
-from noprop_hf.meeting_place import meeting_place
-from noprop_hf.training import pretrain_embeddings
-
-
-@entry_point
-def main() -> None:
-    recipe = parse_recipe(__doc__, parallelism="data")
-    if recipe.run.dry_run:
-        raise SystemExit("Only scripts/train.py plans, both phases at once: call that with --dry_run.")
-    check_sharing(recipe.training)
-    place = meeting_place(recipe.training)
-    if place is not None and recipe.training.should_save:
-        place.prepare(recipe.training.hub_private_repo)
-    pretrain_embeddings(recipe.model, recipe.data, recipe.pretraining, recipe.training, recipe.blocks)
-    if place is not None and recipe.training.should_save:
-        place.publish_table(recipe.training.hub_private_repo)
+from noprop_hf.commands.pretrain import main
 
 
 if __name__ == "__main__":

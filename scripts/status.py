@@ -1,29 +1,7 @@
 #!/usr/bin/env python
-"""Which blocks of a model are there: a line per block, of a directory or of a repository of the Hub.
+"""The command `noprop status`."""
 
-python scripts/status.py runs/demo
-python scripts/status.py user/name
-"""
-
-import argparse
-from pathlib import Path
-
-from noprop_hf.arguments import entry_point
-from noprop_hf.status import local_status, remote_status
-
-
-@entry_point
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a model directory, or a repository of the Hub")
-    parser.add_argument("--token", help="access token of a private repository")
-    args = parser.parse_args()
-    is_local = Path(args.model).is_dir()
-    blocks = local_status(Path(args.model)) if is_local else remote_status(args.model, args.token)
-    for index, block in enumerate(blocks):
-        print(f"block {index:2d}  {block.state:8s}  {block.details}".rstrip())
-    done = sum(block.state == "done" for block in blocks)
-    print(f"{done} of {len(blocks)} blocks are done")
+from noprop_hf.commands.status import main
 
 
 if __name__ == "__main__":

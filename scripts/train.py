@@ -1,74 +1,7 @@
 #!/usr/bin/env python
-"""The main job from one recipe: pretrain the table, train all blocks, evaluate, write samples.
+"""The command `noprop train`."""
 
-python scripts/train.py recipes/demo.yaml --dry_run    # what that would be, and nothing is trained
-python scripts/train.py recipes/demo.yaml
-python scripts/train.py recipes/demo.yaml --max_steps 1000 --output_dir runs/longer
-accelerate launch scripts/train.py recipes/demo.yaml
-python scripts/train.py recipes/demo.yaml --push_to_hub true --hub_model_id user/name --license apache-2.0
-"""
-
-import time
-from pathlib import Path
-
-from noprop_hf.arguments import Recipe, entry_point, parse_recipe
-from noprop_hf.checkpoints import CHECKPOINTS_FOLDER
-from noprop_hf.evaluation import RESULTS_FILE, report
-from noprop_hf.hub import check_sharing, files_left_out, files_to_push, push_model, write_card
-from noprop_hf.meeting_place import meeting_place
-from noprop_hf.model_directory import missing_blocks
-from noprop_hf.parallel import claim
-from noprop_hf.planning import plan
-from noprop_hf.tracking import track_results
-from noprop_hf.training import pretrain_embeddings, train_blocks
-
-
-TEMPLATE = Path(__file__).parent.parent / "model_card.md"
-
-
-@entry_point
-def main() -> None:
-    begin = time.time()
-    recipe = parse_recipe(__doc__)
-    training = recipe.training
-    check_sharing(training)
-    if recipe.run.dry_run:
-        print(plan(recipe))
-        return
-    place = meeting_place(training)
-    if place is not None and training.should_save:
-        place.prepare(training.hub_private_repo)
-    pretrain_embeddings(recipe.model, recipe.data, recipe.pretraining, training, recipe.blocks)
-    directory = train_blocks(recipe.data, recipe.blocks, training, recipe.model)
-    missing = missing_blocks(directory)
-    if missing:
-        print(f"The model in {directory} still misses {', '.join(missing)}, so it is not evaluated by this process.")
-        return
-
-    def is_evaluated() -> bool:  # by another process of this launch
-        results = directory / RESULTS_FILE
-        return results.is_file() and results.stat().st_mtime > begin
-
-    with claim(directory / CHECKPOINTS_FOLDER / "evaluation.lock", training, is_evaluated) as mine:
-        if mine and training.should_save:
-            finish(recipe, directory)
-
-
-def finish(recipe: Recipe, directory: Path) -> None:
-    """Measure the model that all processes together made, and share it if that is asked for."""
-    training = recipe.training
-    print(report(directory, recipe.data, recipe.blocks, training.per_device_eval_batch_size, training.seed))
-    track_results(training, directory)
-    place = meeting_place(training)
-    if place is not None:
-        place.prepare(training.hub_private_repo, place.patience)  # others may have published something meanwhile
-        write_card(directory, training.hub_model_id, TEMPLATE, recipe.share.license, recipe.share.language)
-        left_out = files_left_out(directory, files_to_push(directory))
-        if left_out:
-            print(f"Not uploaded, as no part of the model: {', '.join(left_out)}")
-        private, token = training.hub_private_repo, training.hub_token
-        url = push_model(directory, training.hub_model_id, private, token, update=True, patience=place.patience)
-        print(f"Uploaded: {url}")
+from noprop_hf.commands.train import main
 
 
 if __name__ == "__main__":

@@ -1,27 +1,7 @@
 #!/usr/bin/env python
-"""Phase 2: train all denoising blocks, or some of them, beside a table that phase 1 made.
+"""The command `noprop train-blocks`."""
 
-python scripts/train_blocks.py recipes/demo.yaml --blocks 0,2-3
-accelerate launch scripts/train_blocks.py recipes/demo.yaml
-
-Workers that never meet share a repository of the Hub. Each takes the table from there and publishes its blocks:
-
-python scripts/train_blocks.py recipes/demo.yaml --blocks 3 --push_to_hub true --hub_model_id user/name
-"""
-
-from noprop_hf.arguments import entry_point, parse_recipe
-from noprop_hf.hub import check_sharing
-from noprop_hf.meeting_place import meeting_place
-from noprop_hf.training import train_blocks
-
-
-@entry_point
-def main() -> None:
-    recipe = parse_recipe(__doc__)
-    if recipe.run.dry_run:
-        raise SystemExit("Only scripts/train.py plans, both phases at once: call that with --dry_run.")
-    check_sharing(recipe.training)
-    train_blocks(recipe.data, recipe.blocks, recipe.training, recipe.model, meeting_place(recipe.training))
+from noprop_hf.commands.train_blocks import main
 
 
 if __name__ == "__main__":

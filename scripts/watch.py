@@ -1,52 +1,7 @@
 #!/usr/bin/env python
-"""See the chain of blocks turn noise into tokens: in the terminal, and as a picture.
+"""The command `noprop watch`."""
 
-python scripts/watch.py runs/demo "Return the "
-python scripts/watch.py runs/demo "Return the " --save chain.png
-"""
-
-import argparse
-
-from rich.console import Console
-
-from noprop_hf.arguments import entry_point, number, picture
-from noprop_hf.data import load_tokenizer
-from noprop_hf.evaluation import load_model
-from noprop_hf.watching import figure, table, watch
-
-
-LEGEND = (
-    "For every token, each block says what it believes. Block 0 sees the text so far and pure noise. Then a token is "
-    "drawn from its belief, the noise moves a little towards that token (\u03b3: signal-to-noise ratio), and the next "
-    "block believes anew. The token is drawn from the last belief."
-)
-
-
-@entry_point
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a model directory, or a repository of the Hub")
-    parser.add_argument("prompt", help="the text to continue")
-    parser.add_argument("--max_new_tokens", type=number(int, 1), default=8)
-    parser.add_argument("--num_candidates", type=number(int, 1), default=4, help="tokens shown for each block")
-    parser.add_argument("--num_inference_blocks", type=number(int, 1), help="run only the first blocks")
-    parser.add_argument("--num_trajectories", type=number(int, 1), default=1, help="chains to average")
-    parser.add_argument("--temperature", type=number(float, 0), default=1.0, help="0 takes the likeliest token")
-    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
-    parser.add_argument("--save", type=picture, help="write the picture here, such as chain.png")
-    args = vars(parser.parse_args())
-
-    name, save = args.pop("model"), args.pop("save")
-    console, tokens = Console(), []
-    model, tokenizer = load_model(name, args["num_inference_blocks"]), load_tokenizer(name)
-    console.print(LEGEND, markup=False)
-    for token in watch(model, tokenizer, **args):
-        tokens.append(token)
-        console.print(table(token))
-    console.print(args["prompt"] + (tokens[-1].text if tokens else ""), markup=False)
-    if save and tokens:
-        figure(args["prompt"], tokens).savefig(save, dpi=120)
-        console.print(f"The picture is in {save}.", markup=False)
+from noprop_hf.commands.watch import main
 
 
 if __name__ == "__main__":

@@ -183,6 +183,15 @@ def warm() -> WarmPython:
     return WarmPython()
 
 
+def copy_project(folder: Path) -> None:
+    """Copy the project as somebody has it who cloned it, without the results of benchmarks."""
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in names:
+        if not name.startswith("benchmarks/results"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name, follow_symlinks=False)
+
+
 def run_process(command: Sequence[str], cwd: Path, env: Mapping[str, str] | None = None) -> tuple[int, str]:
     """Run a command; returns its exit status and all it prints."""
     done = subprocess.run(

@@ -83,6 +83,20 @@ def test_shipped_recipes_are_read(request):
         parse_recipe("test", [str(recipe), "--fp16", "false"])
 
 
+def test_recipes_of_the_package_have_names(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for word in ("demo", "recipes/demo.yaml", "./recipes/demo.yaml"):
+        assert parse_recipe("test", [word, "--use_cpu", "true"]).model.hidden_size == 128
+    for path in (tmp_path / "demo", tmp_path / "recipes" / "demo.yaml"):  # a file has precedence
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("hidden_size: 32\ntrain_file: text.txt\n")
+        assert parse_recipe("test", [str(path.relative_to(tmp_path)), "--use_cpu", "true"]).model.hidden_size == 32
+    for word in ("demos", "runs/demo.yaml", "../recipes/demo", "recipes"):
+        with pytest.raises(SystemExit):
+            parse_recipe("test", [word, "--use_cpu", "true"])
+        assert "no recipe" in (said := capsys.readouterr().err) and "demo, t4_wikitext103" in said
+
+
 IN_ORDER = "context_source: previous_block\nnum_blocks: 4\n"
 REFUSED = [
     ("push_to_hub: true", "--hub_model_id user/name"),

@@ -7,7 +7,6 @@ cannot run here (`ELSEWHERE`) is named with what is run in its place.
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conftest import ROOT, run_process, sentences
+from conftest import ROOT, copy_project, run_process, sentences
 from hub_server import TOKEN, hub_server
 from warm_python import WarmPython
 
@@ -64,6 +63,7 @@ ELSEWHERE = {
     "make lint": "make --dry-run lint",
     ".venv/bin/python -m pytest": ".venv/bin/python -m pytest --collect-only -qq tests/test_noise.py",
     "launch/8_gpus.yaml": None,  # needs eight GPUs; tests/test_parallel.py reads the launch files with accelerate
+    "noprop train demo": None,  # the whole demo; tests/test_packaging.py installs the command and runs it small
     "pip install": None,  # would change the environment of the tests, which has it all
     "space/app.py": None,  # serves a page without end; tests/test_space.py opens it
     "hf upload": None,  # needs an account on the Hub
@@ -89,11 +89,7 @@ ALL = [(document, command) for document in DOCUMENTS for command in commands(doc
 def copy(tmp_path_factory) -> Path:
     """The project as somebody has it who cloned it, installed it and ran the demo."""
     folder = tmp_path_factory.mktemp("copy")
-    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    for name in names:
-        if not name.startswith("benchmarks/results"):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
+    copy_project(folder)
     (folder / ".venv").symlink_to(sys.prefix)
     for recipe in (folder / "recipes").glob("*.yaml"):
         output_dir = yaml.safe_load(recipe.read_text())["output_dir"]

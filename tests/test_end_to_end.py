@@ -69,9 +69,11 @@ def test_train_evaluates_and_samples(trained):
 
 def test_the_commands_that_come_next_work(trained, tmp_path):
     commands = [shlex.split(line) for line in trained[1].split("What comes next:\n")[1].splitlines()[:3]]
-    assert [words[1] for words in commands] == [f"scripts/{n}.py" for n in ("generate", "evaluate_perplexity", "watch")]
-    for _, *words in commands:
-        run_python(*[str(tmp_path / word) if word == "chain.png" else word for word in words])
+    assert [words[1] for words in commands] == ["generate", "evaluate", "watch"]
+    for command, *words in commands:
+        assert Path(command).name == "noprop"
+        words = [str(tmp_path / word) if word == "chain.png" else word for word in words]
+        run_python("-c", "from noprop_command import main; main()", *words)
     assert (tmp_path / "chain.png").is_file()
 
 
@@ -126,7 +128,7 @@ def test_phases_apart_and_accelerate(recipe, tmp_path):
     target = ["--output_dir", str(tmp_path / "model")]
     run_python("scripts/pretrain_embeddings.py", str(recipe), *target)
     launch = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
-    run_python(*launch, "scripts/train_blocks.py", str(recipe), *target, "--blocks", "1")
+    run_python(*launch, "-m", "noprop_hf", "train-blocks", str(recipe), *target, "--blocks", "1")
     assert not (tmp_path / "model" / "block-00.safetensors").exists()
     message = run_python("scripts/evaluate_perplexity.py", str(tmp_path / "model"), fails=True)
     assert "not fully trained: block-00.safetensors missing" in message

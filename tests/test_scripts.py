@@ -171,8 +171,8 @@ REFUSED: list[tuple[str, str, str]] = [  # script, options, a word of the senten
         for script in TRAINING
         for name in ("tokenizer_name", "embeddings_from")
     ),
-    ("train_blocks", "good.yaml --output_dir new", "pretrain_embeddings.py"),
-    ("train_blocks", "good.yaml --dry_run", "scripts/train.py"),
+    ("train_blocks", "good.yaml --output_dir new", "`noprop pretrain`"),
+    ("train_blocks", "good.yaml --dry_run", "`noprop train`"),
     *((script, f"good.yaml --output_dir {where} --push_to_hub true {options}", word)
       for script, where in (("train", "new"), ("train", "model --dry_run true"), ("pretrain_embeddings", "new"),
                             ("train_blocks", "model"))

@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerState
 from conftest import BLOCKS, MODEL, ROOT, arguments, reconfigure
 from noprop_hf import training as training_module
 from noprop_hf.arguments import PretrainingArguments
+from noprop_hf.commands.train import finish
 from noprop_hf.plotting import draw_run
 from noprop_hf.tracking import TrackingCallback
 from noprop_hf.training import BlockTrainer, pretrain_embeddings, train_blocks
@@ -236,7 +237,6 @@ def test_wandb(directory, data, stop_at_5, tmp_path, monkeypatch):
 
 
 def test_the_results_of_the_main_job_are_tracked(trained, data, tmp_path):
-    finish = runpy.run_path(str(ROOT / "scripts" / "train.py"))["finish"]
     directory = Path(shutil.copytree(trained, tmp_path / "model"))
     training = arguments(directory, report_to=["tensorboard"])
     finish(SimpleNamespace(data=data, blocks=BLOCKS, training=training), directory)

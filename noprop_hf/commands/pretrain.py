@@ -1,0 +1,24 @@
+"""Phase 1: make the frozen embedding table and the model directory around it.
+
+%(prog)s recipes/demo.yaml
+accelerate launch -m noprop_hf pretrain recipes/demo.yaml --push_to_hub true --hub_model_id user/name
+"""
+
+from ..arguments import entry_point, parse_recipe
+from ..hub import check_sharing
+from ..meeting_place import meeting_place
+from ..training import pretrain_embeddings
+
+
+@entry_point
+def main() -> None:
+    recipe = parse_recipe(__doc__, parallelism="data")
+    if recipe.run.dry_run:
+        raise SystemExit("Only `noprop train` plans, both phases at once: call that with --dry_run.")
+    check_sharing(recipe.training)
+    place = meeting_place(recipe.training)
+    if place is not None and recipe.training.should_save:
+        place.prepare(recipe.training.hub_private_repo)
+    pretrain_embeddings(recipe.model, recipe.data, recipe.pretraining, recipe.training, recipe.blocks)
+    if place is not None and recipe.training.should_save:
+        place.publish_table(recipe.training.hub_private_repo)

@@ -1,0 +1,23 @@
+"""Phase 2: train all denoising blocks, or some of them, beside a table that phase 1 made.
+
+%(prog)s recipes/demo.yaml --blocks 0,2-3
+accelerate launch -m noprop_hf train-blocks recipes/demo.yaml
+
+Workers that never meet share a repository of the Hub. Each takes the table from there and publishes its blocks:
+
+%(prog)s recipes/demo.yaml --blocks 3 --push_to_hub true --hub_model_id user/name
+"""
+
+from ..arguments import entry_point, parse_recipe
+from ..hub import check_sharing
+from ..meeting_place import meeting_place
+from ..training import train_blocks
+
+
+@entry_point
+def main() -> None:
+    recipe = parse_recipe(__doc__)
+    if recipe.run.dry_run:
+        raise SystemExit("Only `noprop train` plans, both phases at once: call that with --dry_run.")
+    check_sharing(recipe.training)
+    train_blocks(recipe.data, recipe.blocks, recipe.training, recipe.model, meeting_place(recipe.training))

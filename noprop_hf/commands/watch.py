@@ -1,0 +1,46 @@
+"""See the chain of blocks turn noise into tokens: in the terminal, and as a picture.
+
+%(prog)s runs/demo "Return the "
+%(prog)s runs/demo "Return the " --save chain.png
+"""
+
+from rich.console import Console
+
+from ..arguments import command_line, entry_point, number, picture
+from ..data import load_tokenizer
+from ..evaluation import load_model
+from ..watching import figure, table, watch
+
+
+LEGEND = (
+    "For every token, each block says what it believes. Block 0 sees the text so far and pure noise. Then a token is "
+    "drawn from its belief, the noise moves a little towards that token (\u03b3: signal-to-noise ratio), and the next "
+    "block believes anew. The token is drawn from the last belief."
+)
+
+
+@entry_point
+def main() -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("model", help="a model directory, or a repository of the Hub")
+    parser.add_argument("prompt", help="the text to continue")
+    parser.add_argument("--max_new_tokens", type=number(int, 1), default=8)
+    parser.add_argument("--num_candidates", type=number(int, 1), default=4, help="tokens shown for each block")
+    parser.add_argument("--num_inference_blocks", type=number(int, 1), help="run only the first blocks")
+    parser.add_argument("--num_trajectories", type=number(int, 1), default=1, help="chains to average")
+    parser.add_argument("--temperature", type=number(float, 0), default=1.0, help="0 takes the likeliest token")
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
+    parser.add_argument("--save", type=picture, help="write the picture here, such as chain.png")
+    args = vars(parser.parse_args())
+
+    name, save = args.pop("model"), args.pop("save")
+    console, tokens = Console(), []
+    model, tokenizer = load_model(name, args["num_inference_blocks"]), load_tokenizer(name)
+    console.print(LEGEND, markup=False)
+    for token in watch(model, tokenizer, **args):
+        tokens.append(token)
+        console.print(table(token))
+    console.print(args["prompt"] + (tokens[-1].text if tokens else ""), markup=False)
+    if save and tokens:
+        figure(args["prompt"], tokens).savefig(save, dpi=120)
+        console.print(f"The picture is in {save}.", markup=False)
