@@ -62,6 +62,7 @@ ELSEWHERE = {
     "make demo": "make --dry-run demo",  # installs, and then is the command that makes runs/demo here
     "make test": "make --dry-run test",  # would run this test
     "make lint": "make --dry-run lint",
+    "make gpu": "make --dry-run gpu",  # tests/test_benchmarks.py runs what it starts
     ".venv/bin/python -m pytest": ".venv/bin/python -m pytest --collect-only -qq",
     "launch/8_gpus.yaml": None,  # needs eight GPUs; tests/test_parallel.py reads the launch files with accelerate
     "pip install": None,  # would change the environment of the tests, which has it all

@@ -193,7 +193,7 @@ def test_one_term_alone(model, weight):
 
 
 class Waits(TorchDispatchMode):
-    """The operations that make the host wait for a device: the data decide the size of their result, or it is a number."""
+    """The operations that make the host wait for a device: their result is a number, or its size depends on data."""
 
     def __init__(self):
         super().__init__()
