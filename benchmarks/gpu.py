@@ -317,19 +317,22 @@ def speed(setting: Setting) -> Iterator[dict[str, Any]]:
         result[name] = rows
         for kind, make in {**PHASES, **VARIANTS}.items():
             release()
-            training = prepare(make, setting, PRECISIONS[name])
-            tokens = setting.text(setting.batch_size)
-            try:
-                rows[kind] = {"tokens_per_second": tokens_per_second(training, tokens, setting)}
-                rows[kind]["waits"] = waits(partial(training.step, tokens), setting)
-            except torch.OutOfMemoryError as error:
-                rows[kind] = {"tokens_per_second": no_memory(error)}
+            rows[kind] = speed_and_waits(make, setting, PRECISIONS[name])
             tell(f"speed: {kind} in {name}: tokens per second: {shown(rows[kind]['tokens_per_second'])}")
             yield result
         block, whole = (rows[kind]["tokens_per_second"] for kind in ("block", "end_to_end"))
         if isinstance(block, float) and isinstance(whole, float):
             rows["ratio_time_per_token"] = setting.config.num_blocks * whole / block
             yield result
+
+
+def speed_and_waits(make: Make, setting: Setting, precision: torch.dtype) -> dict[str, Any]:
+    try:
+        training, tokens = prepare(make, setting, precision), setting.text(setting.batch_size)
+        rate = tokens_per_second(training, tokens, setting)
+        return {"tokens_per_second": rate, "waits": waits(partial(training.step, tokens), setting)}
+    except torch.OutOfMemoryError as error:
+        return {"tokens_per_second": no_memory(error)}
 
 
 def tokens_per_second(training: Training, tokens: torch.Tensor, setting: Setting) -> float:
