@@ -1,7 +1,8 @@
 # make demo   the main job: pretrain, train, evaluate, sample (two cores, ten to fifteen minutes after the installation)
 # make test   lint, types and all tests
 # make matrix the versions of matrix/cells.yaml, oldest to newest (25 GB of virtual environments, which are kept)
-# Both create .venv and install the tested versions of constraints.txt when they are missing.
+# make gpu    what only an NVIDIA GPU can tell, with the Python at hand (under ten minutes; at toy size without a GPU)
+# All but the last create .venv and install the tested versions of constraints.txt when they are missing.
 
 # Threads that wait give the processor back. Where other processes are busy, too, they slow training down otherwise.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -9,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 
-.PHONY: demo test matrix lint clean
+.PHONY: demo test matrix gpu lint clean
 
 demo: $(VENV)/demo.installed
 	$(VENV)/bin/python scripts/train.py recipes/demo.yaml
@@ -19,6 +20,9 @@ test: lint
 
 matrix: $(VENV)/demo.installed
 	$(VENV)/bin/python matrix/run.py
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 lint: $(VENV)/dev.installed
 	$(VENV)/bin/ruff check .

@@ -25,16 +25,12 @@ from unittest.mock import patch
 
 import torch
 import yaml
-from matplotlib.figure import Figure
-from memory import Peak, device_name
-from quality import num_parameters, stock_model
+from memory import Peak, device_name, num_parameters, stock_model
 from torch.nn import functional as F
 from transformers import HfArgumentParser, PreTrainedModel
 from transformers.generation import BaseStreamer
 
 from noprop_hf import NoPropConfig, NoPropForCausalLM, modeling_noprop
-from noprop_hf.arguments import CORPUS_FILE
-from noprop_hf.data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize
 
 
 SHAPES = {
@@ -75,12 +71,12 @@ class DecodingArguments:
             self.new_tokens, self.repeats = 16, 2
 
 
-def models(shape: str, device: torch.device) -> dict[str, PreTrainedModel]:
+def models(config: NoPropConfig, device: torch.device) -> dict[str, PreTrainedModel]:
     """Ours, and a stock model as deep and with as many parameters."""
     torch.manual_seed(0)
-    config = NoPropConfig(max_position_embeddings=2048, **SHAPES[shape])
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    stock = stock_model(config, max_position_embeddings=2048, bos_token_id=None, eos_token_id=None)
+    length = config.max_position_embeddings
+    stock = stock_model(config, max_position_embeddings=length, bos_token_id=None, eos_token_id=None)
     found = {"ours": NoPropForCausalLM(config), "stock": stock}
     return {name: model.to(device, dtype).eval() for name, model in found.items()}
 
@@ -103,8 +99,8 @@ class Clock(BaseStreamer):
         pass
 
 
-def generate(model: PreTrainedModel, prompts: torch.Tensor, count: int) -> dict[str, float]:
-    """Seconds to the first token, and from there to the last."""
+def generate(model: PreTrainedModel, prompts: torch.Tensor, count: int, **options: Any) -> dict[str, float]:
+    """Seconds to the first token, and from there to the last; `options` are those of the model's `generate`."""
     clock = Clock()
     model.generate(
         prompts,
@@ -113,6 +109,7 @@ def generate(model: PreTrainedModel, prompts: torch.Tensor, count: int) -> dict[
         min_new_tokens=count,
         pad_token_id=0,
         streamer=clock,
+        **options,
     )
     prompt, first, *_, last = clock.marks  # the prompt is put first
     return {"first": first - prompt, "others": last - first}
@@ -212,6 +209,9 @@ def table_row(row: dict[str, Any]) -> str:
 @torch.no_grad()
 def quality_and_cost(directory: Path, device: torch.device) -> list[dict[str, Any]]:
     """Nats per token on held-out text, and the time of a token, with fewer blocks or more trajectories."""
+    from noprop_hf.arguments import CORPUS_FILE  # here, since `gpu.py` does without what the package needs
+    from noprop_hf.data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize
+
     model = NoPropForCausalLM.from_pretrained(directory).eval().to(device)
     tokenizer = load_tokenizer(str(directory))
     data_args = DataArguments(**yaml.safe_load((directory / CORPUS_FILE).read_text(encoding="utf-8")))
@@ -251,6 +251,8 @@ def quality_and_cost(directory: Path, device: torch.device) -> list[dict[str, An
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Tokens per second over those of the stock model, one picture per device and shape."""
+    from matplotlib.figure import Figure
+
     runs = sorted({(row["device"], row["shape"]) for row in rows})
     figure = Figure(figsize=(5.5 * len(runs), 4), layout="constrained")
     for axes, run in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
@@ -268,6 +270,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_quality(rows: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     titles = {"block": "predictive: the first blocks alone", "traject": "chain: averaged trajectories"}
     for axes, (kind, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
@@ -292,7 +296,7 @@ def main() -> None:
         path.write_text(json.dumps({"device": device_name(device), "rows": rows}, indent=1) + "\n")
         plot_quality(rows, path.with_suffix(".png"))
         return
-    found = models(args.shape, device)
+    found = models(NoPropConfig(max_position_embeddings=2048, **SHAPES[args.shape]), device)
     parameters = ", ".join(f"{name} {num_parameters(model):,}" for name, model in found.items())
     print(f"{device_name(device)}, shape of {args.shape}; parameters: {parameters}")
     print("\n".join(HEADER))

@@ -23,13 +23,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM
 from noprop_hf.modeling_noprop import TokenTable
-from noprop_hf.planning import saved_bytes
+from noprop_hf.noise_noprop import standardize
 
 
 SLACK = 1.25  # the bar: this much of 1/N, and the table's share
@@ -66,6 +65,7 @@ class OneBlock(nn.Module):
         super().__init__()
         self.block = DenoisingBlock(config, config.num_blocks - 1)
         self.table = TokenTable(config)
+        self.table.weight.copy_(standardize(torch.randn_like(self.table.weight)))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.block(tokens, tokens, self.table).loss
@@ -76,19 +76,42 @@ class EndToEnd(nn.Module):
 
     def __init__(self, config: NoPropConfig):
         super().__init__()
-        self.model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=config.vocab_size,
-                hidden_size=config.hidden_size,
-                intermediate_size=config.intermediate_size,
-                num_hidden_layers=config.num_hidden_layers,
-                num_attention_heads=config.num_attention_heads,
-                tie_word_embeddings=True,
-            )
-        )
+        self.model = LlamaForCausalLM(stock_config(config))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.model(tokens, labels=tokens, use_cache=False).loss
+
+
+def stock_config(config: NoPropConfig, **options: Any) -> LlamaConfig:
+    """A stock configuration of the same sizes, as deep as all blocks together; `options` are further arguments."""
+    return LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        tie_word_embeddings=True,
+        **options,
+    )
+
+
+def stock_model(config: NoPropConfig, **options: Any) -> LlamaForCausalLM:
+    """A stock model as deep as all blocks together, its feed-forward layers widened to their parameters.
+
+    Args:
+        options: further arguments of [`LlamaConfig`].
+    """
+    stock = stock_config(config, **options)
+    with torch.device("meta"):
+        missing = num_parameters(NoPropForCausalLM(config)) - num_parameters(LlamaForCausalLM(stock))
+    stock.intermediate_size += round(missing / (3 * stock.num_hidden_layers * stock.hidden_size))
+    return LlamaForCausalLM(stock)
+
+
+def num_parameters(model: PreTrainedModel) -> int:
+    """All parameters, the frozen table among them, tied ones once."""
+    table = model.model.embed_tokens.weight
+    return model.num_parameters() + (0 if isinstance(table, nn.Parameter) else table.numel())
 
 
 KINDS: dict[str, Callable[[NoPropConfig], nn.Module]] = {"block": OneBlock, "end_to_end": EndToEnd}
@@ -106,23 +129,59 @@ def random_text(vocab_size: int, *shape: int) -> torch.Tensor:
     return torch.multinomial(frequencies, math.prod(shape), replacement=True).view(shape)
 
 
+class Training:
+    """A model of [`KINDS`] with its optimizer, for steps as `Trainer` makes them: AdamW, under autocast where that is
+    asked for, with scaled losses in float16.
+
+    Args:
+        precision: of autocast; float32 is none.
+        max_grad_norm: to which gradients are clipped; they are left alone when not given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        precision: torch.dtype = torch.float32,
+        learning_rate: float = 1e-3,
+        max_grad_norm: float | None = None,
+    ):
+        device_type = next(model.parameters()).device.type
+        self.model, self.max_grad_norm = model, max_grad_norm
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, learning_rate, fused=True)
+        self.scaler = torch.amp.GradScaler(device_type, enabled=precision == torch.float16)
+        self.autocast = torch.autocast(device_type, precision, enabled=precision != torch.float32)
+
+    def loss(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The loss of a batch of tokens `(batch, sequence)`, in nats."""
+        with self.autocast:
+            return self.model(tokens)
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Make a step with a batch of tokens `(batch, sequence)`; returns its loss, still on the device."""
+        loss = self.loss(tokens)
+        self.scaler.scale(loss).backward()
+        if self.max_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
 def train(model: nn.Module, tokens: torch.Tensor, steps: int = 2) -> torch.optim.Optimizer:
-    """Some steps as `Trainer` makes them: AdamW, on a GPU under float16 autocast with scaled losses."""
-    optimizer = torch.optim.AdamW(model.parameters())
-    half = tokens.device.type == "cuda"
-    scaler = torch.amp.GradScaler(tokens.device.type, enabled=half)
+    """Some steps on one batch, on a GPU in float16."""
+    training = Training(model, torch.float16 if tokens.device.type == "cuda" else torch.float32)
     for _ in range(steps):
-        with torch.autocast(tokens.device.type, torch.float16, enabled=half):
-            loss = model(tokens)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-    return optimizer
+        training.step(tokens)
+    return training.optimizer
 
 
 def counted(kind: str, args: MemoryArguments, num_blocks: int) -> dict[str, int]:
     """Bytes by what they hold, on the CPU."""
+    from noprop_hf.planning import saved_bytes  # here, since `gpu.py` does without what the package needs
+
     model, tokens = prepare(kind, args, num_blocks, "cpu")
     activations = saved_bytes(lambda: model(tokens), [model])
     optimizer = train(model, tokens, 1)
@@ -225,6 +284,8 @@ def measure(args: MemoryArguments, num_blocks: int) -> dict[str, Any]:
 
 def largest_batches(args: MemoryArguments, budget: float = 0.9 * 16e9) -> str:
     """The memory model of a block on a card of 16 GB: what is fixed, what a token adds, and what then fits."""
+    from noprop_hf.planning import saved_bytes
+
     model, _ = prepare("block", args, 4, "cpu")
     few, many = (random_text(args.vocab_size, batch_size, args.max_length) for batch_size in (2, 4))
     with torch.autocast("cpu", torch.bfloat16):  # as large as float16, which a CPU lacks products for
@@ -246,6 +307,8 @@ def largest_batches(args: MemoryArguments, budget: float = 0.9 * 16e9) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     blocks = [row["num_blocks"] for row in rows]

@@ -24,14 +24,12 @@ import numpy as np
 import torch
 from datasets import DatasetDict, disable_progress_bars
 from matplotlib.figure import Figure
-from torch import nn
+from memory import num_parameters, stock_model
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     HfArgumentParser,
-    LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
@@ -308,33 +306,6 @@ class Bench:
             losses = F.cross_entropy(logits.transpose(1, 2), texts[:, start:], reduction="none")
             nats[name] = [losses.mean().item(), losses.mean(1).std().item() / len(texts) ** 0.5]
         return nats
-
-
-def stock_model(config: NoPropConfig, **options: Any) -> LlamaForCausalLM:
-    """A stock model as deep as all blocks together, its feed-forward layers widened to their parameters.
-
-    Args:
-        options: further arguments of [`LlamaConfig`].
-    """
-    stock = LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        tie_word_embeddings=True,
-        **options,
-    )
-    with torch.device("meta"):
-        missing = num_parameters(NoPropForCausalLM(config)) - num_parameters(LlamaForCausalLM(stock))
-    stock.intermediate_size += round(missing / (3 * stock.num_hidden_layers * stock.hidden_size))
-    return LlamaForCausalLM(stock)
-
-
-def num_parameters(model: PreTrainedModel) -> int:
-    """All parameters, the frozen table among them, tied ones once."""
-    table = model.model.embed_tokens.weight
-    return model.num_parameters() + (0 if isinstance(table, nn.Parameter) else table.numel())
 
 
 def count_flops(compute: Callable[[], torch.Tensor], backward: bool = True) -> float:

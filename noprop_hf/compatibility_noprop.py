@@ -56,7 +56,7 @@ def create_mask(
     config: Any,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor,
+    position_ids: torch.Tensor | None,
     cache: Any,
     is_causal: bool,
 ) -> Any:

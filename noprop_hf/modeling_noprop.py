@@ -100,6 +100,14 @@ def vocabulary_nats(
     return nats.view(targets.shape) if reduction == "none" else nats
 
 
+def places(mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The indices where a mask is true, which select the same rows as the mask.
+
+    The host waits for the device once, to learn how many there are. With a mask it waits for every tensor.
+    """
+    return mask.nonzero(as_tuple=True)
+
+
 def sampled_candidates(
     targets: torch.Tensor, log_prior: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -202,10 +210,11 @@ class ContextEncoder(nn.Module):
         Args:
             is_causal: whether a position sees only itself and earlier ones; phase 1 looks both ways as well.
         """
+        # Given positions may be those of packed texts, and to find that out the host waits for the device.
+        mask = create_mask(self.config, inputs_embeds, attention_mask, position_ids, cache, is_causal)
         if position_ids is None:
             seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
-        mask = create_mask(self.config, inputs_embeds, attention_mask, position_ids, cache, is_causal)
         inputs = {
             "attention_mask": mask,
             "position_ids": position_ids,
@@ -536,25 +545,26 @@ class DenoisingBlock(NoPropPreTrainedModel):
         attention_inputs = self.encoder.attention_inputs(inputs_embeds, attention_mask, position_ids)
         context = self.encoder(inputs_embeds, previous_states, **attention_inputs)[:, :-1]
         targets = labels[:, 1:]
-        kept = targets != -100
+        kept = places(targets != -100)
         context, targets = context[kept], targets[kept]
         count = len(targets) if num_items_in_batch is None else num_items_in_batch
         weight = self.config.denoising_weight if self.level > 0 else 0.0  # on pure noise the two terms are one
 
         if self.training:
-            noised = torch.rand(targets.shape, generator=generator, device=targets.device) < weight
+            is_noised = torch.rand(targets.shape, generator=generator, device=targets.device) < weight
+            noised, clean = places(is_noised), places(~is_noised)
             evidence = sample_evidence(table(targets[noised]), self.level, generator)
-            (alone, bias), (informed, _) = self.head(context[~noised]), self.head(context[noised], evidence)
+            (alone, bias), (informed, _) = self.head(context[clean]), self.head(context[noised], evidence)
             embeddings = table.weight
             if self.config.sampled_softmax and self.config.loss_type == "cross_entropy":
                 tokens, targets, correction = sampled_candidates(targets, table.log_prior)
                 embeddings, bias = embeddings[tokens], bias[tokens] + correction
-            context_sum = self._local_loss(alone, embeddings, bias, targets[~noised])
+            context_sum = self._local_loss(alone, embeddings, bias, targets[clean])
             denoising_sum = self._local_loss(informed, embeddings, bias, targets[noised])
             return DenoisingBlockOutput(
                 loss=(context_sum + denoising_sum) / count,
-                context_loss=context_sum / (~noised).sum(),
-                denoising_loss=denoising_sum / noised.sum(),
+                context_loss=context_sum / (~is_noised).sum(),
+                denoising_loss=denoising_sum / is_noised.sum(),
             )
 
         evidence = sample_evidence(table(targets), self.level, generator)
@@ -884,7 +894,7 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
             labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
         outputs = self.model(input_ids, attention_mask=attention_mask, use_cache=False)
         targets = labels[:, 1:]
-        kept = targets != -100
+        kept = places(targets != -100)
         targets = targets[kept]
         table, blocks = self.model.embed_tokens.forward, self.model.blocks
         clean = table(targets)
@@ -1020,7 +1030,7 @@ class NoPropForMaskedLM(NoPropPreTrainedModel):
         return self.readout(states) / math.sqrt(states.shape[-1])  # as in [`DenoisingHead`]
 
     def _mean_nats(self, prediction: torch.Tensor, table: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        kept = targets != -100
+        kept = places(targets != -100)
         return vocabulary_nats(prediction[kept], table, self.bias, targets[kept], reduction="mean")
 
 

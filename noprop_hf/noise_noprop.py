@@ -44,7 +44,8 @@ def sample_evidence(
     evidence at `g + level`. The draw is in float32 whatever the dtype of `embeds`.
     """
     embeds = embeds.float()
-    level = torch.as_tensor(level, dtype=torch.float32, device=embeds.device)
+    # A number is filled in on the device: to copy it there, the host would wait for all that the device has to do.
+    level = level.to(embeds) if isinstance(level, torch.Tensor) else embeds.new_full((), level)
     if generator is None:
         noise = torch.randn_like(embeds)
     else:  # drawn where the generator lives, so that one seed gives one sequence on every device

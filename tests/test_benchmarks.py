@@ -2,19 +2,23 @@
 
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import ROOT, run_python, sentences
 
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import gpu  # noqa: E402
 from ablation import GROUPS  # noqa: E402
-from quality import MODELS, Bench, QualityArguments, num_parameters  # noqa: E402
+from memory import OneBlock, Training, num_parameters  # noqa: E402
+from quality import MODELS, Bench, QualityArguments  # noqa: E402
 
-from noprop_hf import NoPropForCausalLM  # noqa: E402
+from noprop_hf import NoPropConfig, NoPropForCausalLM  # noqa: E402
 
 
 SMALL = "--hidden_size 16 --intermediate_size 24 --num_attention_heads 2 --num_layers_per_block 1 --num_blocks 2"
@@ -106,3 +110,88 @@ def test_memory_speed_and_decoding_against_a_stock_model(tmp_path):
     assert block["optimizer"] == pytest.approx(2 * block["parameters"], rel=0.01)
     assert results["training_speed"]["ratio_time_per_token"] > 0
     assert results["decoding"]["ratio_tokens_per_second"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it would be no toy")
+def test_what_only_a_gpu_can_tell_runs_at_toy_size_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    sections = ["precision", "memory", "speed", "t4", "decoding"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--results", str(tmp_path), "--only", *sections])
+    gpu.main()
+    files = {name: tmp_path / f"{name}.json" for name in sections}
+    found = {name: json.loads(path.read_text()) for name, path in files.items()}
+    assert all(record["complete"] and record["is_toy"] and "error" not in record for record in found.values())
+    results = {name: record["result"] for name, record in found.items()}
+    for phase in ("phase_1", "block"):
+        whole = results["precision"][phase]["float32"]["nats"]
+        assert results["precision"][phase]["float32"]["last_nats"] < whole[0] - 0.2
+        for name in ("bfloat16", "float16"):
+            half = results["precision"][phase][name]
+            assert half["nats"] == pytest.approx(whole, abs=0.05) and half["nats"] != whole
+            assert half["largest_gap"] == pytest.approx(
+                max(abs(a - b) for a, b in zip(half["nats"], whole, strict=True))
+            )
+            assert half["overflow_steps"] == half["steps_not_finite"] == 0
+        assert all(rows["fits"] for rows in results["t4"][phase].values())
+    saved = {kind: rows["4_windows"]["saved_bytes"] for kind, rows in results["memory"].items()}
+    assert saved["block_checkpointed"] < saved["block"] < saved["end_to_end"]
+    assert saved["end_to_end_checkpointed"] < saved["end_to_end"]
+    assert "GPU" in results["memory"]["block"]["4_windows"]["peak_bytes"]["reason"]
+    for precision in ("float16", "bfloat16"):
+        assert all(results["speed"][precision][kind]["tokens_per_second"] > 0 for kind in gpu.VARIANTS)
+    rows = results["decoding"]["batch_2"]
+    kinds = ("ours", "one_by_one", "stock", "ours_compiled", "stock_compiled")
+    assert all(rows[kind]["tokens_per_second"] > 0 for kind in kinds)
+
+    capsys.readouterr()
+    times = {path: path.stat().st_mtime_ns for path in files.values()}
+    old = found["t4"] | {"versions": found["t4"]["versions"] | {"torch": "1.0"}}
+    files["t4"].write_text(json.dumps(old))  # of other circumstances
+    files["speed"].write_text(json.dumps(found["speed"] | {"complete": False}))
+    monkeypatch.setitem(gpu.SECTIONS, "speed", broken)
+    with pytest.raises(SystemExit, match="Failed: speed"):
+        gpu.main()
+    assert capsys.readouterr().out.count("is measured already") == 3
+    assert all(
+        path.stat().st_mtime_ns == times[path] for path in (files[name] for name in ("precision", "memory", "decoding"))
+    )
+    assert json.loads(files["t4"].read_text())["versions"] == found["t4"]["versions"]
+    broken_off = json.loads(files["speed"].read_text())
+    assert broken_off["result"] == {"known": 1} and "no such card" in broken_off["error"]
+
+
+def broken(setting):
+    yield {"known": 1}
+    raise RuntimeError("no such card")
+
+
+def test_steps_that_overflow_are_counted():
+    """Gradients above what float16 holds: the scale is halved until they fit."""
+    torch.manual_seed(0)
+    config = NoPropConfig(vocab_size=50, hidden_size=16, num_blocks=2, num_layers_per_block=1, intermediate_size=24)
+    training = Training(OneBlock(config).train(), torch.float16)
+    training.scaler = torch.amp.GradScaler("cpu", 2.0**30)
+    before = [parameter.clone() for parameter in training.parameters]
+    found = gpu.losses_and_overflows(training, torch.randint(50, (20, 2, 8)), 1e-3)
+    assert 0 < found["overflow_steps"] < 20
+    assert found["final_scale"] == 2.0 ** (30 - found["overflow_steps"])
+    assert found["steps_not_finite"] == 0 and len(found["nats"]) == 20
+    assert any(not torch.equal(old, new) for old, new in zip(before, training.parameters, strict=True))
+
+
+def test_waits_for_the_gpu_are_recorded_with_their_place():
+    def copies() -> None:
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)  # in torch's words
+
+    with gpu.recorded_waits() as stacks:
+        warnings.warn("something else", stacklevel=1)
+        copies()
+        copies()
+    assert len(stacks) == 2 and stacks[0] != stacks[1]  # called from two lines
+    assert all("warnings.warn(" in stack[0] and "copies()" in stack[1] for stack in stacks)
+
+
+def test_without_pytest_the_section_of_tests_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytest", None)
+    (result,) = gpu.tests(None)
+    assert "pytest is not installed" in result["skipped"]

@@ -62,6 +62,7 @@ ELSEWHERE = {
     "make test": "make --dry-run test",  # would run this test
     "make lint": "make --dry-run lint",
     ".venv/bin/python -m pytest": ".venv/bin/python -m pytest --collect-only -qq tests/test_noise.py",
+    "make gpu": "make --dry-run gpu",  # tests/test_benchmarks.py runs what it starts
     "launch/8_gpus.yaml": None,  # needs eight GPUs; tests/test_parallel.py reads the launch files with accelerate
     "noprop train demo": None,  # the whole demo; tests/test_packaging.py installs the command and runs it small
     "pip install": None,  # would change the environment of the tests, which has it all

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from conftest import tokens
@@ -189,6 +190,39 @@ def test_one_term_alone(model, weight):
     name = "denoising_loss" if weight else "context_loss"
     assert torch.allclose(output.loss, output[name])
     assert all(parameter.grad is not None for parameter in block.parameters())
+
+
+class Waits(TorchDispatchMode):
+    """The operations that make the host wait for a device: their result is a number, or its size depends on data."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_by_mask = func is torch.ops.aten.index.Tensor and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        is_decided = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & {*func.tags}
+        if is_by_mask or (is_decided and func is not torch.ops.aten.index.Tensor):
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("labels_are_cut", [False, True])
+def test_training_waits_for_a_device_only_to_learn_sizes(model, config, labels_are_cut):
+    """Once for the predicted tokens, once for each of the two terms, and once for the tokens of the softmax."""
+    input_ids = tokens(3, 9)
+    labels = input_ids.masked_fill(input_ids < 10, -100) if labels_are_cut else input_ids
+    with Waits() as block:
+        model.model.blocks[1].train()(input_ids, labels, model.model.embed_tokens).loss.backward()
+    assert sorted(block.names) == ["_unique2", "nonzero", "nonzero", "nonzero"]
+    with Waits() as phase_1:
+        NoPropForMaskedLM(config).train()(input_ids, labels=labels).loss.backward()
+    assert phase_1.names == ["nonzero"]
+    with Waits() as masks:
+        input_ids[input_ids < 10], input_ids.sum().item()
+    assert masks.names == ["index", "_local_scalar_dense"]
 
 
 def test_bound_of_a_block_alone_is_that_of_its_answers_on_pure_noise_and_at_its_level(model):

@@ -355,6 +355,7 @@ def test_settings_that_are_not_the_directory_s(directory, data):
         train_blocks(data, BLOCKS, arguments(directory), dataclasses.replace(MODEL, num_blocks=5))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_half_precision_training_on_a_gpu(directory, data):
     """fp16 with loss scaling; the device holds the block and the table, and little else between steps."""
