@@ -785,6 +785,11 @@ class OutputEmbeddings(nn.Module):
         super().__init__()
         self.__dict__["model"] = model  # not as a submodule, under which its weights had a second name
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refused but for the table, which transformers 4 ties by setting it as the weight."""
+        if name != "weight" or param is not self.weight:
+            raise ValueError("The output layer is the frozen table with the blocks' biases: it takes no parameters.")
+
     @property
     def weight(self) -> nn.Parameter:
         return self.model.embed_tokens.weight

@@ -362,13 +362,18 @@ def test_grpo_of_trl(directory, tokenizer, tmp_path):
         drawn.append((completion_ids, torch.tensor(rewards)))
         return rewards
 
-    trainer = trl.GRPOTrainer(
-        copy.deepcopy(model),
-        reward_funcs=reward,
-        args=trl.GRPOConfig(**trl_arguments(tmp_path), num_generations=4, max_completion_length=6),
-        train_dataset=Dataset.from_dict({"prompt": ["the cat"] * 4}),
-        processing_class=tokenizer,
-    )
+    def make_trainer(**options) -> Trainer:
+        return trl.GRPOTrainer(
+            copy.deepcopy(model),
+            reward_funcs=reward,
+            args=trl.GRPOConfig(**trl_arguments(tmp_path), num_generations=4, max_completion_length=6, **options),
+            train_dataset=Dataset.from_dict({"prompt": ["the cat"] * 4}),
+            processing_class=tokenizer,
+        )
+
+    with pytest.raises(AttributeError, match="no attribute 'lm_head'"):
+        make_trainer(cast_lm_head_to_fp32=True)
+    trainer = make_trainer()
     trainer.train()
     prompt = tokenizer("the cat")["input_ids"]
 

@@ -580,6 +580,9 @@ def test_the_output_embeddings_are_the_table_and_the_mean_bias(model):
         torch.testing.assert_close(logits.log_softmax(-1), on(model), atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(output(states), logits, atol=1e-4, rtol=1e-3)
     model.config.num_hidden_layers = 6
+    output.weight = table.weight
+    with pytest.raises(ValueError, match="takes no parameters"):
+        output.weight = nn.Parameter(table.weight.clone())
     weights = torch.randn(50)
     (output.bias @ weights).backward()
     for block in model.model.blocks:
