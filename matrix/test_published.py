@@ -13,7 +13,14 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    pipeline,
+)
 
 
 PROMPT = "The model is "
@@ -121,6 +128,28 @@ def test_sampling_follows_the_logits(model, tokenizer):
         probabilities = model(**prompt).logits[0, -1].exp()
     error = (probabilities * (1 - probabilities) / 4000).sqrt()
     assert ((drawn - probabilities).abs() <= 5 * error + 1e-3).all()
+
+
+def test_output_embeddings(model, tokenizer):
+    """What a tool computes with the weight and the bias of the output layer is what the model answers."""
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    output = model.get_output_embeddings()
+    with torch.no_grad():
+        logits = model.model(ids).last_hidden_state @ output.weight.T + output.bias
+        torch.testing.assert_close(logits.log_softmax(-1), model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("auto", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
+def test_classifiers(directory, tmp_path, model, tokenizer, auto):
+    classifier = auto.from_pretrained(directory, num_labels=3, trust_remote_code=True).eval()
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logits = classifier(ids).logits
+        expected = classifier.score(model.model(ids).last_hidden_state)
+        expected = expected[:, -1] if auto is AutoModelForSequenceClassification else expected
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+        classifier.save_pretrained(tmp_path)
+        assert torch.equal(auto.from_pretrained(tmp_path, trust_remote_code=True)(ids).logits, logits)
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])

@@ -1,19 +1,44 @@
 """NoProp-HF: language models trained block by block, without end-to-end backpropagation."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from .configuration_noprop import NoPropConfig
-from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForMaskedLM, NoPropModel
+from .modeling_noprop import (
+    DenoisingBlock,
+    NoPropForCausalLM,
+    NoPropForMaskedLM,
+    NoPropForSequenceClassification,
+    NoPropForTokenClassification,
+    NoPropModel,
+)
 
 
 AutoConfig.register(NoPropConfig.model_type, NoPropConfig)
-AutoModel.register(NoPropConfig, NoPropModel)
-AutoModelForCausalLM.register(NoPropConfig, NoPropForCausalLM)
-AutoModelForMaskedLM.register(NoPropConfig, NoPropForMaskedLM)
 NoPropConfig.register_for_auto_class()
-NoPropModel.register_for_auto_class("AutoModel")
-NoPropForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-NoPropForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
+for auto, model in (
+    (AutoModel, NoPropModel),
+    (AutoModelForCausalLM, NoPropForCausalLM),
+    (AutoModelForMaskedLM, NoPropForMaskedLM),
+    (AutoModelForSequenceClassification, NoPropForSequenceClassification),
+    (AutoModelForTokenClassification, NoPropForTokenClassification),
+):
+    auto.register(NoPropConfig, model)
+    model.register_for_auto_class(auto.__name__)
 
 __version__ = "0.1.0"
-__all__ = ["DenoisingBlock", "NoPropConfig", "NoPropForCausalLM", "NoPropForMaskedLM", "NoPropModel"]
+__all__ = [
+    "DenoisingBlock",
+    "NoPropConfig",
+    "NoPropForCausalLM",
+    "NoPropForMaskedLM",
+    "NoPropForSequenceClassification",
+    "NoPropForTokenClassification",
+    "NoPropModel",
+]

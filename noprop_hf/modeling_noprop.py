@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import (
@@ -323,8 +324,11 @@ class NoPropPreTrainedModel(PreTrainedModel):
     ) -> None:
         """Save as every model of transformers, with one file for the embeddings and one per block under the index."""
         self.config.auto_map = dict(AUTO_MAP)
-        has_blocks = isinstance(self, NoPropModel | NoPropForCausalLM)
-        if not has_blocks or kwargs.get("variant") or getattr(self, "_hf_peft_config_loaded", False):
+        if (
+            not isinstance(self.base_model, NoPropModel)
+            or kwargs.get("variant")
+            or getattr(self, "_hf_peft_config_loaded", False)
+        ):
             super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub=push_to_hub, **kwargs)
             return
         commit_arguments = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
@@ -779,22 +783,66 @@ def log_probability_loss(
     return nats if num_items_in_batch is None else nats / torch.as_tensor(num_items_in_batch, device=nats.device)
 
 
+class OutputEmbeddings(nn.Module):
+    """The output layer: from points in embedding space to logits, `u E^T + b`.
+
+    It holds no weights, so that a checkpoint has none of them twice. `weight` (`(vocab_size, hidden_size)`) is the
+    frozen table and `bias` (`(vocab_size,)`) the mean of the blocks' biases, differentiable, for tools that compute
+    logits from `last_hidden_state` themselves.
+    """
+
+    def __init__(self, model: NoPropModel):
+        super().__init__()
+        self.__dict__["model"] = model  # not as a submodule, under which its weights had a second name
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refused but for the table, which transformers 4 ties by setting it as the weight."""
+        if name != "weight" or param is not self.weight:
+            raise ValueError("The output layer is the frozen table with the blocks' biases: it takes no parameters.")
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.model.embed_tokens.weight
+
+    @property
+    def bias(self) -> torch.Tensor:
+        config, device = self.model.config, self.weight.device  # blocks may lie on several
+        blocks = self.model.blocks[: config.num_hidden_layers // config.num_layers_per_block]
+        return torch.stack([block.head.bias.to(device) for block in blocks]).mean(0)
+
+    def forward(self, points: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            points (`(..., hidden_size)`).
+            bias (`(vocab_size,)`, *optional*): another one, as when only some blocks run.
+
+        Returns:
+            The logits `(..., vocab_size)`.
+        """
+        # `forward`, since hooks on the input embeddings are not meant for logits.
+        return self.model.embed_tokens.forward(points, self.bias if bias is None else bias)
+
+
 class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
     """The language model: a predictive distribution over the next token, a chain that samples it, and a bound."""
 
     def __init__(self, config: NoPropConfig):
         super().__init__(config)
         self.model = NoPropModel(config)
+        self.output_embeddings = OutputEmbeddings(self.model)
         self.loss_function = log_probability_loss
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module:
-        """The frozen table, which is tied: for points in embedding space it gives logits."""
-        return self.get_input_embeddings()
+    def get_output_embeddings(self) -> OutputEmbeddings:
+        """The frozen table with the mean of the blocks' biases: for points in embedding space it gives logits."""
+        if self.output_embeddings.model is not self.model:  # replaced, or replicated by `nn.DataParallel`
+            self.output_embeddings.__dict__["model"] = self.model
+        return self.output_embeddings
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Refused for other embeddings; see `set_input_embeddings`."""
-        self.set_input_embeddings(new_embeddings)
+        if new_embeddings is not self.output_embeddings:
+            self.set_input_embeddings(new_embeddings)
 
     @can_return_tuple
     def forward(
@@ -840,8 +888,7 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
             **kwargs,
         )
         if decoding_mode == "predictive":
-            # `forward`, since hooks on the input embeddings are not meant for logits.
-            logits = self.model.embed_tokens.forward(outputs.last_hidden_state, outputs.bias).float()
+            logits = self.get_output_embeddings()(outputs.last_hidden_state, outputs.bias).float()
             # In place where nothing follows the logits, the largest tensor there is: no gradient, vmap or forward mode.
             is_followed = (
                 logits.requires_grad
@@ -923,6 +970,33 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
             context_nats=torch.stack(context_nats),
             predictive_nats=table(mean_answer, outputs.bias, targets).mean(),
         )
+
+
+# The stock heads make their base model with `AutoModel`, which does not know the code of a model directory: both
+# classes below skip that constructor and keep the rest.
+
+
+class NoPropForSequenceClassification(GenericForSequenceClassification, NoPropPreTrainedModel):
+    """The stock classifier of texts, which reads `last_hidden_state` at the last token."""
+
+    def __init__(self, config: NoPropConfig):
+        super(GenericForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = NoPropModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class NoPropForTokenClassification(GenericForTokenClassification, NoPropPreTrainedModel):
+    """The stock classifier of tokens, which reads `last_hidden_state` at each of them."""
+
+    def __init__(self, config: NoPropConfig):
+        super(GenericForTokenClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = NoPropModel(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", 0.1))
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
 
 
 class NoPropForMaskedLM(NoPropPreTrainedModel):
@@ -1038,6 +1112,8 @@ __all__ = [
     "DenoisingBlock",
     "NoPropForCausalLM",
     "NoPropForMaskedLM",
+    "NoPropForSequenceClassification",
+    "NoPropForTokenClassification",
     "NoPropModel",
     "NoPropPreTrainedModel",
 ]

@@ -22,6 +22,8 @@ AUTO_MAP = {  # what `trust_remote_code` loads from a directory with these files
     "AutoModel": "modeling_noprop.NoPropModel",
     "AutoModelForCausalLM": "modeling_noprop.NoPropForCausalLM",
     "AutoModelForMaskedLM": "modeling_noprop.NoPropForMaskedLM",
+    "AutoModelForSequenceClassification": "modeling_noprop.NoPropForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_noprop.NoPropForTokenClassification",
 }
 CONTENT_HASH = "content_sha256"  # in the metadata of a shard, where training wrote it
 EMBEDDINGS_SHARD = "embeddings.safetensors"

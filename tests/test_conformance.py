@@ -10,11 +10,18 @@ import torch
 from transformers import AutoConfig
 from transformers.utils import ModelOutput
 
-from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM, NoPropModel
+from noprop_hf import (
+    DenoisingBlock,
+    NoPropConfig,
+    NoPropForCausalLM,
+    NoPropForMaskedLM,
+    NoPropForTokenClassification,
+    NoPropModel,
+)
 
 
 INPUT = torch.tensor([[3, 7, 11, 4, 30, 2], [9, 2, 5, 8, 1, 49]])
-CLASSES = [NoPropModel, NoPropForCausalLM, NoPropForMaskedLM]
+CLASSES = [NoPropModel, NoPropForCausalLM, NoPropForMaskedLM, NoPropForTokenClassification]
 
 
 @pytest.fixture(params=CLASSES, ids=lambda cls: cls.__name__)
@@ -156,8 +163,9 @@ def test_gradients_reach_every_parameter(any_model):
     first(any_model, INPUT).pow(2).sum().backward()
     missing = [name for name, parameter in any_model.named_parameters() if parameter.grad is None]
     missing = [name for name in missing if "embed_tokens" not in name]  # frozen
-    # the base model has no vocabulary, and so no token bias
-    assert all(name.endswith("head.bias") for name in missing) if isinstance(any_model, NoPropModel) else not missing
+    # without the vocabulary, there is no token bias
+    without = isinstance(any_model, NoPropModel | NoPropForTokenClassification)
+    assert all(name.endswith("head.bias") for name in missing) if without else not missing
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ DOCUMENTS = (
     "docs/method.md",
     "docs/quality.md",
     "docs/performance.md",
+    "docs/tools.md",
     "space/README.md",
 )
 SMALL = {
@@ -135,6 +136,15 @@ def test_documents_have_commands():
     assert len(ALL) > 20
     missing = [part for part in ELSEWHERE if not any(part in command for _, command in ALL)]
     assert not missing, f"no document speaks of {missing} any more"
+
+
+def test_tests_that_documents_name_exist():
+    named = [
+        name for document in DOCUMENTS for name in re.findall(r"(tests/\w+\.py)::(\w+)", (ROOT / document).read_text())
+    ]
+    assert len(named) > 20
+    missing = [name for name in named if f"def {name[1]}(" not in (ROOT / name[0]).read_text()]
+    assert not missing
 
 
 @pytest.mark.parametrize("command", list(dict.fromkeys(command for _, command in ALL)))

@@ -1,18 +1,27 @@
-"""Tools that other people wrote, on a model directory: the perplexity metric, lm-eval, peft, the stock Trainer."""
+"""Tools that other people wrote, on a model directory: the perplexity metric, lm-eval, peft, trainers, the server."""
 
+import copy
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     DataCollatorForLanguageModeling,
     Trainer,
     TrainingArguments,
+    pipeline,
 )
 
 from conftest import run_python, sentences
@@ -242,3 +251,227 @@ def test_lora_on_one_block(directory, tokenizer, tmp_path):
     assert torch.allclose(merged(input_ids).logits, fresh(input_ids).logits, atol=1e-5)
     output = fresh.generate(input_ids=input_ids, max_new_tokens=3, do_sample=False)
     assert output.shape == (1, 13)
+
+
+# --- trl: each trainer against as many steps of plain gradient descent, written out -----------------------------------
+
+
+def trl_arguments(output_dir: Path) -> dict:
+    return {
+        "output_dir": str(output_dir),
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,  # all rows, so that their order is of no matter
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+    }
+
+
+def check_descent(trainer: Trainer, model: nn.Module, losses: list[Callable[[nn.Module], torch.Tensor]]) -> None:
+    """Compare a trainer that has trained with as many steps of a copy of its model from before, by `losses`."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer, expected = torch.optim.SGD(model.train().parameters(), lr=0.1), []
+    for loss in losses:
+        optimizer.zero_grad()
+        expected.append(loss(model))
+        expected[-1].backward()
+        optimizer.step()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx([loss.item() for loss in expected], abs=2e-4)
+    after = trainer.model.state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(after[name], tensor, atol=1e-5, rtol=1e-4)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(name.endswith("q_proj.weight") for name in moved)
+    assert not any("embed_tokens" in name for name in moved)
+
+
+def padded(rows: list[list[int]], value: int = 0) -> torch.Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+
+
+def completion_nats(model: nn.Module, prompts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
+    """The negative log-probabilities of completions, `(batch, longest)`, zero where there is none."""
+    rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    labels = [[-100] * len(prompt) + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    mask = padded([[1] * len(row) for row in rows])
+    logits = model(padded(rows), attention_mask=mask).logits[:, :-1]
+    return F.cross_entropy(logits.transpose(1, 2), padded(labels, -100)[:, 1:], reduction="none")
+
+
+@pytest.mark.parametrize("by_path", [False, True])
+def test_sft_of_trl(directory, tokenizer, tmp_path, by_path):
+    trl = pytest.importorskip("trl")
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    trainer = trl.SFTTrainer(
+        directory if by_path else copy.deepcopy(model),
+        args=trl.SFTConfig(**trl_arguments(tmp_path), max_length=24),
+        train_dataset=Dataset.from_dict({"text": sentences(4)}),
+        processing_class=tokenizer,
+    )
+    rows = trainer.train_dataset["input_ids"]
+    trainer.train()
+
+    def loss(model: nn.Module) -> torch.Tensor:
+        nats = completion_nats(model, [row[:1] for row in rows], [row[1:] for row in rows])
+        return nats.sum() / sum(len(row) - 1 for row in rows)
+
+    check_descent(trainer, model, [loss] * 3)
+
+
+def test_dpo_of_trl(directory, tokenizer, tmp_path):
+    trl = pytest.importorskip("trl")
+    model, reference = (AutoModelForCausalLM.from_pretrained(directory) for _ in range(2))
+    texts, worse = sentences(4), sentences(4, seed=1)
+    rows = {"prompt": ["the cat"] * 4, "chosen": [f" {text}" for text in texts], "rejected": [f" {t}" for t in worse]}
+    trainer = trl.DPOTrainer(
+        copy.deepcopy(model),
+        args=trl.DPOConfig(**trl_arguments(tmp_path), beta=0.5),
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=tokenizer,
+    )
+    prompts, chosen, rejected = (trainer.train_dataset[f"{name}_ids"] for name in ("prompt", "chosen", "rejected"))
+    trainer.train()
+
+    def loss(model: nn.Module) -> torch.Tensor:
+        gains = []
+        for completions in (chosen, rejected):
+            with torch.no_grad():
+                nats = completion_nats(reference, prompts, completions)
+            gains.append((nats - completion_nats(model, prompts, completions)).sum(1))
+        return -F.logsigmoid(0.5 * (gains[0] - gains[1])).mean()
+
+    check_descent(trainer, model, [loss] * 3)
+
+
+def test_grpo_of_trl(directory, tokenizer, tmp_path):
+    """Completions are drawn by `generate`; what the reward was given is what the written-out steps learn from."""
+    trl = pytest.importorskip("trl")
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    drawn = []
+
+    def reward(completion_ids: list[list[int]], **kwargs) -> list[float]:
+        rewards = [float(sum(token % 7 for token in row)) for row in completion_ids]
+        drawn.append((completion_ids, torch.tensor(rewards)))
+        return rewards
+
+    def make_trainer(**options) -> Trainer:
+        return trl.GRPOTrainer(
+            copy.deepcopy(model),
+            reward_funcs=reward,
+            args=trl.GRPOConfig(**trl_arguments(tmp_path), num_generations=4, max_completion_length=6, **options),
+            train_dataset=Dataset.from_dict({"prompt": ["the cat"] * 4}),
+            processing_class=tokenizer,
+        )
+
+    with pytest.raises(AttributeError, match="no attribute 'lm_head'"):
+        make_trainer(cast_lm_head_to_fp32=True)
+    trainer = make_trainer()
+    trainer.train()
+    prompt = tokenizer("the cat")["input_ids"]
+
+    def loss(model: nn.Module, completions: list[list[int]], rewards: torch.Tensor) -> torch.Tensor:
+        advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+        nats = completion_nats(model, [prompt] * 4, completions).sum(1)
+        count = sum(len(completion) for completion in completions)
+        value = -sum(a * len(c) for a, c in zip(advantages, completions, strict=True))  # the ratio of the policies is 1
+        return (advantages @ (nats - nats.detach()) + value) / count
+
+    assert len(drawn) == 3
+    check_descent(trainer, model, [lambda model, drawn=one: loss(model, *drawn) for one in drawn])
+
+
+def test_reward_trainer_of_trl(directory, tokenizer, tmp_path):
+    trl = pytest.importorskip("trl")
+    trainer = trl.RewardTrainer(
+        directory,
+        args=trl.RewardConfig(**trl_arguments(tmp_path)),
+        train_dataset=Dataset.from_dict({"chosen": sentences(4), "rejected": sentences(4, seed=1)}),
+        processing_class=tokenizer,
+    )
+    model = copy.deepcopy(trainer.model)
+    chosen, rejected = (trainer.train_dataset[f"{name}_ids"] for name in ("chosen", "rejected"))
+    trainer.train()
+
+    def loss(model: nn.Module) -> torch.Tensor:
+        scores = [torch.cat([model(torch.tensor([row])).logits[:, 0] for row in rows]) for rows in (chosen, rejected)]
+        return -F.logsigmoid(scores[0] - scores[1]).mean()
+
+    check_descent(trainer, model, [loss] * 3)
+
+
+# --- classifiers ------------------------------------------------------------------------------------------------------
+
+
+def test_a_classifier_of_texts_learns(directory, tokenizer, tmp_path):
+    """Whether a text speaks of a cat, from a directory of a causal model, saved and loaded again."""
+    model, info = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=2, output_loading_info=True)
+    assert info["missing_keys"] == {"score.weight"}
+    texts = sentences(120)
+    rows = [{**tokenizer(text), "labels": int("cat" in text)} for text in texts]
+    assert 30 < sum(row["labels"] for row in rows) < 90
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=60,
+        per_device_train_batch_size=16,
+        learning_rate=1e-2,
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=0,
+    )
+    Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer).train()
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-60")
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model.eval()(**batch).logits
+        assert torch.equal(loaded(**batch).logits, logits)
+    labels = torch.tensor([row["labels"] for row in rows])
+    assert (logits.argmax(-1) == labels).float().mean() > 0.9
+    found = pipeline("text-classification", model=model, tokenizer=tokenizer)(texts[:20])
+    assert [one["label"] for one in found] == [f"LABEL_{label}" for label in logits[:20].argmax(-1).tolist()]
+
+
+def test_a_classifier_of_tokens(directory):
+    model, info = AutoModelForTokenClassification.from_pretrained(directory, num_labels=3, output_loading_info=True)
+    assert info["missing_keys"] == {"score.weight", "score.bias"}
+    base, input_ids = AutoModel.from_pretrained(directory), torch.arange(1, 15).view(2, 7)
+    labels = (input_ids % 3).masked_fill(input_ids == 4, -100)
+    expected = F.linear(base(input_ids).last_hidden_state, model.score.weight, model.score.bias)
+    output = model.eval()(input_ids, labels=labels)
+    torch.testing.assert_close(output.logits, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(output.loss, F.cross_entropy(expected.flatten(0, 1), labels.flatten()))
+
+
+@pytest.mark.slow
+def test_sentence_transformers(directory):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.models import Pooling, Transformer
+
+    words = Transformer(directory)
+    embedder = sentence_transformers.SentenceTransformer(
+        modules=[words, Pooling(words.get_word_embedding_dimension(), "mean")], device="cpu"
+    )
+    found = embedder.encode(TEXTS, convert_to_tensor=True)
+    base, tokenizer = AutoModel.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    with torch.no_grad():
+        encoded = [tokenizer(text, truncation=True, return_tensors="pt") for text in TEXTS]
+        states = [base(**inputs).last_hidden_state[0] for inputs in encoded]
+    torch.testing.assert_close(found, torch.stack([one.mean(0) for one in states]), atol=1e-5, rtol=1e-4)
+
+
+# --- what cannot work -------------------------------------------------------------------------------------------------
+
+
+def test_the_server_of_transformers_knows_stock_classes_alone(directory):
+    """So does `transformers chat`, its client. When this fails, they may work, and `docs/tools.md` changes."""
+    from transformers.cli.serving.model_manager import ModelManager
+
+    with pytest.raises(AttributeError, match="transformers has no attribute NoPropForCausalLM"):
+        ModelManager(device="cpu", trust_remote_code=True).load_model_and_processor(directory)

@@ -15,7 +15,16 @@ from accelerate import Accelerator, cpu_offload, disk_offload
 from safetensors.torch import load_file, load_model, save_model
 from torch import nn
 from torch.nn.utils import parametrize, prune
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    DynamicCache,
+    QuantoConfig,
+    StaticCache,
+    TorchAoConfig,
+    pipeline,
+)
 from transformers.integrations.executorch import register_dynamic_cache_export_support
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -319,6 +328,30 @@ def test_dynamic_quantization_acts(model):
     assert 0 < (off(quantized) - before).abs().max() < 0.6
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tool", ["quanto", "torchao", "bitsandbytes"])
+def test_quantization_to_8_bits_acts(config, tmp_path, tool):
+    """By its configuration, from a directory. Where a tool is not installed, its test is skipped."""
+    pytest.importorskip({"quanto": "optimum.quanto"}.get(tool, tool))
+    config = NoPropConfig(**config.to_dict() | {"hidden_size": 64, "head_dim": 32, "correction_size": 64})
+    model = NoPropForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.model.blocks.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    if tool == "torchao":
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
+        quantization = TorchAoConfig(Int8DynamicActivationInt8WeightConfig())
+    else:
+        quantization = QuantoConfig("int8") if tool == "quanto" else BitsAndBytesConfig(load_in_8bit=True)
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization, device_map="cpu")
+    assert type(by_name(quantized, LINEARS[1]).weight) is not nn.Parameter or tool == "bitsandbytes"
+    torch.testing.assert_close(off(quantized), on(quantized), atol=1e-3, rtol=1e-3)
+    assert 0 < (off(quantized) - off(model)).abs().max() < 0.6
+    assert quantized.generate(INPUT, max_new_tokens=2, do_sample=False).shape == (2, 9)
+
+
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 TARGETS = ["v_proj", "down_proj", "input_projection", "readout", "correction.0"]
@@ -463,6 +496,25 @@ def test_export_and_compile_after_a_forward_pass(model):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_onnx(config):
+    """For any batch and any length, run by the reference implementation of ONNX."""
+    pytest.importorskip("onnxscript")
+    from onnx.reference import ReferenceEvaluator
+
+    small = {"num_blocks": 2, "num_layers_per_block": 1, "noise_levels": None}
+    model = NoPropForCausalLM(NoPropConfig(**config.to_dict() | small)).eval()
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=32)}
+    shapes, options = {"input_ids": sizes, "use_cache": None}, {"use_cache": False}
+    program = torch.onnx.export(model, (INPUT,), kwargs=options, dynamic_shapes=shapes, dynamo=True, verbose=False)
+    evaluator = ReferenceEvaluator(program.model_proto)
+    for input_ids in (INPUT, tokens(3, 5)):
+        (logits,) = evaluator.run(None, {"input_ids": input_ids.numpy()})
+        expected = on_ids(model, input_ids)
+        torch.testing.assert_close(torch.from_numpy(logits), expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
 def test_compiled(model):
     expected = agree(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -516,21 +568,53 @@ def test_device_maps(model, tmp_path, device_map):
     torch.testing.assert_close(use(loaded), use(model), atol=1e-5, rtol=1e-4)
 
 
-def test_the_table_is_the_output_embedding(model):
-    table = model.get_output_embeddings()
-    assert table is model.get_input_embeddings() and table.num_embeddings == model.config.vocab_size
-    points = torch.randn(3, 16)
-    assert torch.equal(table(points), points @ table.weight.T)
-    for replace, other in (
-        (model.set_output_embeddings, nn.Linear(16, 50)),
-        (model.set_input_embeddings, nn.Embedding(50, 16)),
+def test_the_output_embeddings_are_the_table_and_the_mean_bias(model):
+    """What tools compute with the weight and the bias of an output layer is what the model answers."""
+    table, output = model.get_input_embeddings(), model.get_output_embeddings()
+    assert table.num_embeddings == model.config.vocab_size and output.weight is table.weight
+    assert dict(model.named_modules())["output_embeddings"] is output and not output.state_dict()
+    for layers in (6, 2):  # all blocks, and the first alone
+        model.config.num_hidden_layers = layers
+        states = model.model(INPUT).last_hidden_state
+        logits = torch.nn.functional.linear(states, output.weight, output.bias)
+        torch.testing.assert_close(logits.log_softmax(-1), on(model), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(output(states), logits, atol=1e-4, rtol=1e-3)
+    model.config.num_hidden_layers = 6
+    output.weight = table.weight
+    with pytest.raises(ValueError, match="takes no parameters"):
+        output.weight = nn.Parameter(table.weight.clone())
+    weights = torch.randn(50)
+    (output.bias @ weights).backward()
+    for block in model.model.blocks:
+        torch.testing.assert_close(block.head.bias.grad, weights / 3)
+    for replace, same, other in (
+        (model.set_output_embeddings, output, nn.Linear(16, 50)),
+        (model.set_input_embeddings, table, nn.Embedding(50, 16)),
     ):
-        replace(table)
+        replace(same)
         with pytest.raises(ValueError, match="frozen table"):
             replace(other)
     assert model.resize_token_embeddings(50) is model.resize_token_embeddings(pad_to_multiple_of=10) is table
     with pytest.raises(ValueError, match="resized to 56"):
         model.resize_token_embeddings(pad_to_multiple_of=8)
+
+
+@pytest.mark.parametrize("change", [hook, replace_forward], ids=lambda change: change.__name__)
+def test_the_output_embeddings_act(model, change):
+    before = agree(model)
+    change(model.get_output_embeddings())
+    assert not torch.allclose(agree(model), before, atol=1e-3)
+
+
+def test_the_output_embeddings_follow_the_model(model):
+    """Into copies, and to a base model that is put in the place of the first."""
+    other = copy.deepcopy(model)
+    assert other.output_embeddings.weight is other.get_input_embeddings().weight is not model.output_embeddings.weight
+    other.model = NoPropForCausalLM(model.config).eval().model
+    output = other.get_output_embeddings()
+    assert output.weight is other.model.embed_tokens.weight
+    logits = output(other.model(INPUT).last_hidden_state)
+    torch.testing.assert_close(logits.log_softmax(-1), on(other), atol=1e-4, rtol=1e-3)
 
 
 def test_early_exit_drafts_for_the_whole_model(model):
@@ -583,3 +667,8 @@ def test_a_directory_of_an_earlier_version_is_the_same_model():
     torch.testing.assert_close(denoised, expected["denoised"], atol=1e-4, rtol=1e-4)
     phase_1 = NoPropForMaskedLM.from_pretrained(directory)
     torch.testing.assert_close(phase_1(input_ids).logits, expected["phase1_logits"], atol=1e-5, rtol=1e-4)
+    classifier, info = AutoModelForSequenceClassification.from_pretrained(directory, output_loading_info=True)
+    assert info["missing_keys"] == {"score.weight"} and not info["unexpected_keys"]
+    states = classifier.model(input_ids).last_hidden_state
+    logits = model.get_output_embeddings()(states).log_softmax(-1)
+    torch.testing.assert_close(logits, expected["logits"], atol=1e-5, rtol=1e-4)

@@ -64,11 +64,13 @@ def test_a_directory_loads_without_the_package(model, tokenizer, directory, tmp_
 import sys
 sys.modules["noprop_hf"] = None  # importing it is an error
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, pipeline
+from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM,
+    AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer)
 directory, options = {str(directory)!r}, dict(trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(directory, **options)
 names = [type(auto.from_pretrained(directory, **options)).__name__
-         for auto in (AutoConfig, AutoModel, AutoModelForMaskedLM)]
+         for auto in (AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification,
+                      AutoModelForTokenClassification)]
 torch.save(model(torch.arange(12).view(2, 6)).logits, {str(tmp_path / "logits.pt")!r})
 names.append(str(tuple(model.generate(torch.tensor([[1, 2]]), max_new_tokens=3, do_sample=False).shape)))
 AutoTokenizer.from_pretrained(directory, **options)
@@ -78,7 +80,8 @@ print(*names)
 """
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
     output = run_python("-c", code, cwd=tmp_path, env=environment)
-    assert output.split()[-5:] == ["NoPropConfig", "NoPropModel", "NoPropForMaskedLM", "(1,", "5)"]
+    heads = ["NoPropForMaskedLM", "NoPropForSequenceClassification", "NoPropForTokenClassification"]
+    assert output.split()[-7:] == ["NoPropConfig", "NoPropModel", *heads, "(1,", "5)"]
     assert torch.equal(torch.load(tmp_path / "logits.pt"), model(INPUT).logits)
 
 
