@@ -15,6 +15,8 @@ VENV ?= .venv
 demo: $(VENV)/demo.installed
 	$(VENV)/bin/python scripts/train.py recipes/demo.yaml
 
+# Two test processes share two cores.
+test: export OMP_NUM_THREADS = 1
 test: lint
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow or not slow" --durations 5
 
