@@ -99,7 +99,7 @@ def environment(server: HubServer, tmp_path: Path, token: str | None = TOKEN) ->
 def push(server: HubServer, directory: Path, *options: str, token: str | None = TOKEN, fails: bool = False) -> str:
     command = ["scripts/push_to_hub.py", str(directory), "user/tiny", *options]
     variables = {} if token is None else {"HF_TOKEN": token}
-    status, output = server.with_package.run(*command, cwd=ROOT, variables=variables)
+    status, output = server.with_package.run(*command, cwd=ROOT, variables=[variables])
     assert (status != 0) == fails, output
     return output
 

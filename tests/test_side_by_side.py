@@ -278,7 +278,7 @@ def test_a_cache_that_grows_is_the_stock_one(together):
 
 def test_the_cache_is_made_and_changed_as_the_stock_one(model):
     expected = with_gradients(model, torch.cat([PREFIX, REST], 1))[:, 5:]
-    filled = model(PREFIX, use_cache=True).cache
+    filled = model(PREFIX, use_cache=True)[CACHE]
     states = [(layer.keys.clone(), layer.values.clone()) for layer in filled.layers]
     changed, static = copy.deepcopy(filled), StaticCache(config=model.config, max_cache_len=20)
     changed.layers[2] = DynamicCache(states).layers[2]
@@ -289,7 +289,7 @@ def test_the_cache_is_made_and_changed_as_the_stock_one(model):
     for cache in (BlockCache(states), BlockCache(states, config=model.config), changed, replaced):
         pieces = [model(piece, cache=cache).logits for piece in REST.split([1, 2], 1)]
         close(torch.cat(pieces, 1), expected)
-    close(model(REST, cache=model(PREFIX, cache=BlockCache(), use_cache=True).cache).logits, expected)
+    close(model(REST, cache=model(PREFIX, cache=BlockCache(), use_cache=True)[CACHE]).logits, expected)
 
 
 class Quantized(torch.Tensor):
