@@ -434,7 +434,7 @@ def steps_in_limit(make: Make, setting: Setting, batch_size: int) -> dict[str, A
 
 def decoding(setting: Setting) -> Iterator[dict[str, Any]]:
     """A stock model as deep and with as many parameters, in the same precision (float16 on a GPU), both with random
-    weights. A compiled model decodes with a static cache; the time of compiling is told apart."""
+    weights. A compiled model decodes with a static cache; the time of compiling is reported apart."""
     setting.config.max_position_embeddings = max(
         setting.config.max_position_embeddings, setting.prompt_length + setting.new_tokens + 1
     )

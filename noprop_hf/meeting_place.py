@@ -192,8 +192,8 @@ class MeetingPlace(Repository):
             FileNotFoundError: the repository is not there, or holds no table.
             PermissionError: the token does not allow to write there.
         """
-        table, head = check_whole(self.directory / EMBEDDINGS_SHARD), self._begun()
-        if self.insist(lambda: self._table(head)).metadata != table.metadata:
+        table = check_whole(self.directory / EMBEDDINGS_SHARD)
+        if self.table().metadata != table.metadata:
             raise FileExistsError(
                 f"{self.directory} holds another table than {self.repo_id}. Fetch that one, with an empty "
                 "--output_dir, or publish yours elsewhere: `noprop pretrain` with another --hub_model_id."
@@ -418,7 +418,7 @@ def published_fault(
 
     Args:
         published: the headers of the published blocks, by the names of their shards.
-        table: the header of the model's table.
+        table: the header of the model's table. What its metadata note, those of a block must note as well.
 
     Returns:
         The fault, as the predicate of a sentence about the shard, or None.
@@ -430,7 +430,7 @@ def published_fault(
     mark = {note: value for note, value in table.metadata.items() if note in ("fingerprint", "data")}
     if config.context_source == "previous_block" and block_index > 0:
         mark["previous_block"] = noted_hash(published.get(block_shard(block_index - 1))) or ""
-    lacking = sorted(mark.keys() - shard.metadata.keys())
+    lacking = sorted({CONTENT_HASH, *mark} - shard.metadata.keys()) if mark else []
     if lacking:
         return f"does not say what it was trained on: its metadata lack {', '.join(lacking)}"
     return placement_fault(shard, shapes_in(name, config), mark | {"block": str(block_index)}, weight_type(table))

@@ -567,8 +567,8 @@ class DenoisingBlock(NoPropPreTrainedModel):
             denoising_sum = self._local_loss(informed, embeddings, bias, targets[noised])
             return DenoisingBlockOutput(
                 loss=(context_sum + denoising_sum) / count,
-                context_loss=context_sum / (~is_noised).sum(),
-                denoising_loss=denoising_sum / is_noised.sum(),
+                context_loss=context_sum / len(alone),
+                denoising_loss=denoising_sum / len(informed),
             )
 
         evidence = sample_evidence(table(targets), self.level, generator)

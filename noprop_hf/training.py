@@ -77,7 +77,14 @@ from .model_directory import (
 from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForMaskedLM, TokenTable
 from .noise_noprop import information_levels, standardize
 from .parallel import claim, first_says, holder_of, once
-from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, MASKED_LM_FOLDER, block_shard, without_progress_bar
+from .shards_noprop import (
+    CONTENT_HASH,
+    EMBEDDINGS_SHARD,
+    MASKED_LM_FOLDER,
+    block_shard,
+    fingerprint,
+    without_progress_bar,
+)
 from .tracking import TrackingCallback, track
 
 
@@ -493,6 +500,7 @@ def train_blocks(
     trained = {index for index in selected if block_is_trained(directory, config, table, index)}
     refused: list[int] = []  # whose published shards are no blocks of this model
     if place is not None:
+        origin.metadata.setdefault("fingerprint", fingerprint(config, table.weight))  # a table of another saver
         published = first_says(training_args, place.blocks() if training_args.process_index == 0 else {})
         for index in sorted(trained):
             ours = read_metadata(directory / block_shard(index)).get(CONTENT_HASH)

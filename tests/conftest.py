@@ -184,7 +184,7 @@ def warm() -> WarmPython:
 
 
 def copy_project(folder: Path) -> None:
-    """Copy the project as somebody has it who cloned it, without the results of benchmarks."""
+    """Copy the tracked files of the project, without the results of benchmarks."""
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in names:
         if not name.startswith("benchmarks/results"):

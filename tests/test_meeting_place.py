@@ -176,6 +176,7 @@ CHANGES = {
     "another table": noted(fingerprint="0" * 64),
     "other data": noted(data="0" * 64),
     "lack data, fingerprint": noted(fingerprint=None, data=None),
+    "lack content_sha256": noted(content_sha256=None),
     "for no step": noted(steps="0"),
     "diverged": noted(bound_nats="nan"),
 }

@@ -139,7 +139,7 @@ def same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) ->
 
 
 def together(processes: int, *command: str) -> str:
-    """Run a script in processes that are told of one another as a launcher does; returns all they print."""
+    """Run a script in processes whose environment is that of a launched group; returns all they print."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     group = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
@@ -203,9 +203,9 @@ DurableTrainer(model=Draws(1, 1), args=args, train_dataset=Dataset.from_dict({"x
 def test_processes_of_a_group_share_the_data_and_not_the_noise(tmp_path):
     script = tmp_path / "draws.py"
     script.write_text(DRAWS)
-    told = re.findall(r"DRAW (\S+) (\[.+?\])", together(2, str(script), str(tmp_path)))
-    draws = [draw for draw, _ in told]
-    rows = [row for _, batch in told for row in json.loads(batch)]
+    printed = re.findall(r"DRAW (\S+) (\[.+?\])", together(2, str(script), str(tmp_path)))
+    draws = [draw for draw, _ in printed]
+    rows = [row for _, batch in printed for row in json.loads(batch)]
     assert len(draws) == len(set(draws)) == 8
     assert sorted(rows) == list(range(16))
 
