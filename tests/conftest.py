@@ -38,6 +38,15 @@ def quiet_and_cached(tmp_path_factory):
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def trackio_folder(tmp_path_factory):
+    """Where trackio writes. It asks for that when it is imported, which other libraries do as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("trackio")
+        patch.setenv("TRACKIO_DIR", str(folder))
+        yield folder
+
+
 @pytest.fixture
 def config() -> NoPropConfig:
     return NoPropConfig(

@@ -188,18 +188,9 @@ def test_tensorboard_forgets_what_an_interrupted_block_logged_after_its_checkpoi
     assert [step for step, _ in run["block_02/loss_nats"]] == [2, 4, 6]
 
 
-@pytest.fixture(scope="module")
-def trackio_folder(tmp_path_factory):
-    """Where trackio writes. It asks for that when it is imported."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("trackio")
-        patch.setenv("TRACKIO_DIR", str(folder))
-        utils = pytest.importorskip("trackio.utils")
-        assert folder == utils.TRACKIO_DIR
-        yield folder
-
-
 def test_trackio(directory, data, stop_at_5, trackio_folder):
+    utils = pytest.importorskip("trackio.utils")
+    assert trackio_folder == utils.TRACKIO_DIR
     options = {"report_to": ["trackio"], "project": "blocks"}
     train_blocks(data, only("1"), arguments(directory, **options))
     stop_at_5(data, only("2"), arguments(directory, **options))
