@@ -72,6 +72,8 @@ PHASE_1_FILES = (
 SHARED_FILES = {EMBEDDINGS_SHARD, *PHASE_1_FILES, *CODE_FILES, RESULTS_FILE, CARD_NAME, PLOT_NAME}
 
 TRANSIENT = (408, 409, 412, 425, 429, 500, 502, 503, 504)
+# What the Hub answers with status 400 where an upload was answered by something between, and never arrived.
+LOST_UPLOAD = "LFS pointer pointed to a file that does not exist"
 # What the client makes of answers that are not the Hub's, such as the page of a captive portal.
 WRONG_ANSWERS = (ValueError, LookupError, TypeError, AttributeError, AssertionError)
 LONGEST_PAUSE = 300.0  # seconds between two attempts, also where the Hub asks for more
@@ -294,7 +296,7 @@ class Repository:
                 f"The Hub does not let you write to {self.repo_id}. Log in with `hf auth login`, or pass a token that "
                 "may write there with --hub_token (--token of `noprop push`)."
             ) from error
-        if status >= 300 and status not in TRANSIENT:
+        if status >= 300 and status not in TRANSIENT and LOST_UPLOAD not in str(error):
             raise ConnectionError(f"The Hub refused {self.repo_id}: {one_line(error)}") from error
 
     def head(self) -> ModelInfo:

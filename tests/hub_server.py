@@ -25,6 +25,8 @@ TOKEN = "hf_test_token"
 
 
 PORTAL = b"<!DOCTYPE html><html><body>Please accept the terms of this network.</body></html>"
+# As the Hub says it, which the package must recognize.
+LOST_UPLOAD = "Your push was rejected because an LFS pointer pointed to a file that does not exist."
 
 
 @dataclass
@@ -275,7 +277,7 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif operation["key"] == "lfsFile":
                 if value["oid"] not in self.server.objects:
-                    return self.fail(400, "BadObject", f"{value['path']}: its content was not uploaded")
+                    return self.fail(400, "BadObject", LOST_UPLOAD)
                 files[value["path"]] = self.server.objects[value["oid"]]
             elif operation["key"] == "deletedFile":
                 del files[value["path"]]

@@ -283,6 +283,7 @@ def test_ages_are_of_one_clock(server, repository, tmp_path, monkeypatch):
 LASTING = [
     Fault("PUT", "/lfs/", None, 9),
     Fault("PUT", "/lfs/", 500, 9),
+    Fault("PUT", "/lfs/", 200, 2, content=PORTAL),
     Fault("POST", "/objects/batch", 200, 2, content=PORTAL),
     Fault("POST", "/preupload/", 200, 2, content=[]),
     Fault("POST", "/commit/", 200, 2, content=PORTAL),
