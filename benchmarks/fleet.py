@@ -41,7 +41,7 @@ class FleetArguments:
     num_kills: int = field(default=200, metadata={"help": "Kills."})
     life: float = field(default=8.0, metadata={"help": "Seconds a worker lives, on average, while there are kills."})
     steps: int = field(default=40, metadata={"help": "Steps of training per block; every other is saved."})
-    fault_rate: float = field(default=0.1, metadata={"help": "Share of the requests that go wrong."})
+    fault_rate: float = field(default=0.15, metadata={"help": "Share of the requests that go wrong."})
     timeout: float = field(default=2.0, metadata={"help": "Seconds after which a worker gives a request up."})
     clocks: float = field(default=1e6, metadata={"help": "Seconds, at most, by which the clock of a worker is wrong."})
     seed: int = field(default=0, metadata={"help": "Seed of kills, faults and clocks."})
