@@ -265,7 +265,7 @@ def _encode(
         first = own[0].attention
         normed = _norm(states, [layer.input_norm for layer in own])
         query, key, value = (
-            torch.cat([call(linear, rows) for linear, rows in zip(linears, normed, strict=True)], -1)  # of all blocks
+            _concatenate([call(linear, rows) for linear, rows in zip(linears, normed, strict=True)])  # of all blocks
             .view(batch, length, -1, first.head_dim)
             .transpose(1, 2)
             for linears in zip(*(layer.projections for layer in own), strict=True)
@@ -325,6 +325,10 @@ def _call(linear: nn.Module, rows: torch.Tensor) -> torch.Tensor:
 
 def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]
+
+
+def _concatenate(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(tensors, -1) if len(tensors) > 1 else tensors[0]
 
 
 def _norm(states: torch.Tensor, norms: Sequence[nn.Module]) -> torch.Tensor:
