@@ -209,8 +209,8 @@ def table_row(row: dict[str, Any]) -> str:
 @torch.no_grad()
 def quality_and_cost(directory: Path, device: torch.device) -> list[dict[str, Any]]:
     """Nats per token on held-out text, and the time of a token, with fewer blocks or more trajectories."""
-    from noprop_hf.arguments import CORPUS_FILE  # here, since `gpu.py` does without what the package needs
     from noprop_hf.data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize
+    from noprop_hf.layout import CORPUS_FILE  # here, since `gpu.py` does without what the package needs
 
     model = NoPropForCausalLM.from_pretrained(directory).eval().to(device)
     tokenizer = load_tokenizer(str(directory))

@@ -84,7 +84,8 @@ def prepare(args: FleetArguments, folder: Path) -> None:
     """Phase 1, published; and all blocks in order, without the Hub."""
     from noprop_hf.arguments import ModelArguments, PretrainingArguments
     from noprop_hf.meeting_place import MeetingPlace
-    from noprop_hf.training import pretrain_embeddings, train_blocks
+    from noprop_hf.pretraining import pretrain_embeddings
+    from noprop_hf.training import train_blocks
 
     one = settings(args, folder, folder / "in_order")
     model_args = ModelArguments(
@@ -108,16 +109,16 @@ def plant(checkpoints: Path, target: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from noprop_hf.checkpoints import SEAL_NAME, checkpoints_of, seal
+    from noprop_hf.checkpoints import MANIFEST_NAME, checkpoints_of, write_manifest
 
     for block in checkpoints.glob("block-??"):
         _, path = checkpoints_of(block)[-1]
-        identity = json.loads((path / SEAL_NAME).read_text())["identity"]
+        identity = json.loads((path / MANIFEST_NAME).read_text())["identity"]
         planted = Path(shutil.copytree(path, target / block.name / path.name))
         (weights,) = planted.glob("*.safetensors")
         zeros = {name: torch.zeros_like(tensor) for name, tensor in load_file(weights).items()}
         save_file(zeros, weights, metadata={"format": "pt"})
-        seal(planted, identity)
+        write_manifest(planted, identity)
     (target / "worker").write_text("everybody")
 
 

@@ -54,7 +54,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the package need not be
 from decoding import DecodingArguments, generate, measure, models
 from memory import EndToEnd, OneBlock, Peak, Training, device_name, random_text
 
-from noprop_hf import NoPropConfig, NoPropForMaskedLM
+from noprop_hf import NoPropConfig, NoPropForPreTraining
 
 
 ROOT = Path(__file__).parent.parent
@@ -124,7 +124,7 @@ class PhaseOne(nn.Module):
 
     def __init__(self, config: NoPropConfig):
         super().__init__()
-        self.model = NoPropForMaskedLM(config)
+        self.model = NoPropForPreTraining(config)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.model(tokens, labels=tokens).loss

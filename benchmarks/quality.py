@@ -36,14 +36,15 @@ from transformers import (
     set_seed,
 )
 
-from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM
+from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForPreTraining
 from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments
 from noprop_hf.data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize, train_tokenizer
 from noprop_hf.evaluation import evaluate_model
 from noprop_hf.model_directory import create_model_directory, load_table
 from noprop_hf.modeling_noprop import TokenTable
-from noprop_hf.shards_noprop import MASKED_LM_FOLDER
-from noprop_hf.training import pretrain_embeddings, train_blocks
+from noprop_hf.pretraining import pretrain_embeddings
+from noprop_hf.shards_noprop import PRETRAINING_FOLDER
+from noprop_hf.training import train_blocks
 
 
 MODELS = {
@@ -166,7 +167,7 @@ class Bench:
         tokens = torch.randint(args.vocab_size, (args.batch_size, args.max_length))
         block, table = DenoisingBlock(config, config.num_blocks - 1).train(), TokenTable(config)
         hierarchical = DenoisingBlock(self.config(context_source="previous_block"), config.num_blocks - 1).train()
-        phase1 = NoPropForMaskedLM(self.config(pretraining_objective="clm")).train()
+        phase1 = NoPropForPreTraining(self.config(pretraining_objective="clm")).train()
         baseline = self.baseline()
         for model in (block, hierarchical, phase1, baseline):
             model.set_attn_implementation("eager")  # whose products the counter knows
@@ -264,7 +265,7 @@ class Bench:
             setattr(config, key, value)
         create_model_directory(directory, config, tokenizer, load_table(self.phase1, config))
         if config.block_initialization == "pretraining":
-            shutil.copytree(self.phase1 / MASKED_LM_FOLDER, directory / MASKED_LM_FOLDER, dirs_exist_ok=True)
+            shutil.copytree(self.phase1 / PRETRAINING_FOLDER, directory / PRETRAINING_FOLDER, dirs_exist_ok=True)
         begin = time.perf_counter()
         training_args = args.training(directory, self.seed, tokens, args.block_learning_rate)
         train_blocks(args.data(self.corpus), BlockArguments(sample_prompts=[]), training_args)

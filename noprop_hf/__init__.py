@@ -5,6 +5,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForPreTraining,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
@@ -14,6 +15,7 @@ from .modeling_noprop import (
     DenoisingBlock,
     NoPropForCausalLM,
     NoPropForMaskedLM,
+    NoPropForPreTraining,
     NoPropForSequenceClassification,
     NoPropForTokenClassification,
     NoPropModel,
@@ -25,7 +27,8 @@ NoPropConfig.register_for_auto_class()
 for auto, model in (
     (AutoModel, NoPropModel),
     (AutoModelForCausalLM, NoPropForCausalLM),
-    (AutoModelForMaskedLM, NoPropForMaskedLM),
+    (AutoModelForMaskedLM, NoPropForPreTraining),
+    (AutoModelForPreTraining, NoPropForPreTraining),
     (AutoModelForSequenceClassification, NoPropForSequenceClassification),
     (AutoModelForTokenClassification, NoPropForTokenClassification),
 ):
@@ -38,6 +41,7 @@ __all__ = [
     "NoPropConfig",
     "NoPropForCausalLM",
     "NoPropForMaskedLM",
+    "NoPropForPreTraining",
     "NoPropForSequenceClassification",
     "NoPropForTokenClassification",
     "NoPropModel",

@@ -7,6 +7,7 @@ import errno
 import functools
 import inspect
 import json
+import logging
 import math
 import os
 import sys
@@ -36,11 +37,11 @@ from transformers.utils import CONFIG_NAME, cached_file, strtobool
 from .checkpoints import CHECKPOINTING
 from .configuration_noprop import NoPropConfig
 from .data import SMALLEST_VOCABULARY, DataArguments
+from .layout import CORPUS_FILE
 from .parallel import GROUP_VARIABLES, arrange_processes
 from .shards_noprop import block_shard
 
 
-CORPUS_FILE = "corpus.yaml"  # in a model directory: the data arguments it was trained with
 NO_MATPLOTLIB = "pictures are drawn with matplotlib, which is not installed: pip install matplotlib"
 PACKAGE = Path(__file__).parent
 RECIPES = PACKAGE / "recipes"
@@ -847,7 +848,8 @@ def entry_point(main: Callable[[], None]) -> Callable[[], None]:
             if isinstance(stream, TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # a terminal may have no sign for a word of a text
         try:
-            main()
+            with _logging_to_stderr():
+                main()
         except KeyboardInterrupt:
             raise SystemExit(128 + 2) from None  # as of a process that SIGINT ended
         except Exception as error:
@@ -856,6 +858,22 @@ def entry_point(main: Callable[[], None]) -> Callable[[], None]:
             raise SystemExit(one_line(error)) from error
 
     return run
+
+
+@contextmanager
+def _logging_to_stderr() -> Iterator[None]:
+    """Print what this package logs, from INFO on."""
+    logger, handler = logging.getLogger(PACKAGE.name), logging.StreamHandler()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def is_users(error: Exception) -> bool:

@@ -1,10 +1,11 @@
 """Checkpoints of runs that may be killed at any moment.
 
-A checkpoint is written aside and gets its name when it is whole. In it lies a seal: what its files were, and what the
-run was that wrote them. A run that starts again therefore knows which states it can trust, and refuses those that
-belong to other settings.
+A checkpoint is written aside and gets its name when it is complete. Its manifest records the hashes of its files and
+the identity of the run that wrote them. A run that starts again therefore knows which checkpoints are intact, and
+refuses those of other settings.
 """
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -19,22 +20,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import TorchDynamoPlugin
-from datasets import IterableDataset
-from torch import distributed
+from accelerate.utils import TorchDynamoPlugin, reduce
+from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
+from .data import data_fingerprint
+from .layout import checkpoint_folder
 from .shards_noprop import without_progress_bar
 
 
 logger = logging.get_logger(__name__)
 
-CHECKPOINTS_FOLDER = "checkpoints"  # in a model directory: what is not finished, and who is at it
-SEAL_NAME = "seal.json"
+MANIFEST_NAME = "manifest.json"
 STAGING_FOLDER = "unfinished"
 PREEMPTED = 128 + signal.SIGTERM  # the exit status of a process that SIGTERM ended
 
@@ -144,7 +145,7 @@ class DurableTrainer(Trainer):
 
     def _resume(self, checkpoint: str) -> TrainOutput:
         """Train on from a checkpoint; one of the last step only has its weights loaded."""
-        logger.warning(f"Resuming from {checkpoint}.")
+        logger.info(f"Resuming from {checkpoint}.")
         state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
         if self.args.load_best_model_at_end and state.best_global_step:
             self._intact_checkpoint(state.best_global_step)
@@ -158,7 +159,7 @@ class DurableTrainer(Trainer):
 
     def _intact_checkpoint(self, best_step: int) -> str:
         path = checkpoint_at(Path(self.args.output_dir), best_step)
-        if read_seal(path) is None:
+        if read_manifest(path) is None:
             raise ValueError(
                 f"The checkpoint {path} with the best weights is missing or damaged. Remove the folder {path.parent} "
                 "to start from the beginning."
@@ -240,15 +241,15 @@ class DurableTrainer(Trainer):
         name = checkpoint_at(directory, self.state.global_step).name
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
-        self._wait_for_all()
+        self.accelerator.wait_for_everyone()
         self._staging = str(staging)
         try:
             super()._save_checkpoint(model, trial)
-            self._wait_for_all()
+            self.accelerator.wait_for_everyone()
             self.state.best_model_checkpoint = None  # a path in the staging folder: `best_global_step` is enough
             if self.args.should_save:
                 self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
-                seal(staging / name, self.run_identity())
+                write_manifest(staging / name, self.run_identity())
         except Exception as error:
             raise_if_disk_is_full(directory, error)
             raise
@@ -273,9 +274,46 @@ class DurableTrainer(Trainer):
         with without_progress_bar():
             super()._save(output_dir, state_dict)
 
-    def _wait_for_all(self) -> None:
-        if self.args.world_size > 1:
-            distributed.barrier()
+
+def trainer_arguments(training_args: TrainingArguments, name: str, **fields: Any) -> TrainingArguments:
+    """Derive the arguments of one [`DurableTrainer`] from those of the run.
+
+    Its checkpoints hold a copy of them, so the token of the Hub is left out.
+
+    Args:
+        name: the subfolder of checkpoints.
+        fields: values that replace those of the run.
+    """
+    folder = checkpoint_folder(Path(training_args.output_dir), name)
+    fields |= {"output_dir": str(folder), "push_to_hub": False, "hub_token": None, "prediction_loss_only": True}
+    return use_one_device(dataclasses.replace(training_args, **fields))
+
+
+def use_one_device(args: TrainingArguments) -> TrainingArguments:
+    """Set the arguments of a `Trainer` that uses one device in each process."""
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # as `Trainer` does itself for models that must not be wrapped in `DataParallel`
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False  # every step uses all parameters
+    if not torch.accelerator.is_available():
+        args.dataloader_pin_memory = False  # torch warns at every evaluation where there is no device to pin it for
+    return args
+
+
+def data_identity(
+    data: str, dataset: Mapping[str, Dataset | IterableDataset], args: TrainingArguments
+) -> dict[str, str]:
+    """Identify the data that a result depends on.
+
+    The validation split is among them if it decides which weights are kept.
+
+    Args:
+        data: the fingerprint of the training split.
+    """
+    identity = {"data": data}
+    if args.load_best_model_at_end:
+        identity["validation_data"] = data_fingerprint(dataset["validation"])
+    return identity
 
 
 def run_identity(args: TrainingArguments, identity: Mapping[str, Any], streams: bool) -> dict[str, Any]:
@@ -318,8 +356,7 @@ class PreemptionCallback(TrainerCallback):
         """Whether any process of the group received SIGTERM: it may reach only some, and all must stop together."""
         if args.world_size > 1:
             came = torch.tensor(float(self.came), device=args.device)
-            distributed.all_reduce(came)
-            self.came = bool(came)
+            self.came = bool(reduce(came, "sum"))
         return self.came
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
@@ -340,7 +377,7 @@ def _ends_epoch(state: TrainerState) -> bool:
     return state.global_step >= state.max_steps or (state.epoch or 0) % 1 == 0
 
 
-def seal(checkpoint: Path, identity: Mapping[str, Any]) -> None:
+def write_manifest(checkpoint: Path, identity: Mapping[str, Any]) -> None:
     """Flush the files of a checkpoint to disk, and record their hashes and the run they belong to."""
     files = {path.relative_to(checkpoint).as_posix(): path for path in sorted(checkpoint.rglob("*")) if path.is_file()}
     hashes = {}
@@ -349,7 +386,7 @@ def seal(checkpoint: Path, identity: Mapping[str, Any]) -> None:
             hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
     record = {"identity": dict(identity), "threads": torch.get_num_threads(), "files": hashes}
-    with open(checkpoint / SEAL_NAME, "w", encoding="utf-8") as file:
+    with open(checkpoint / MANIFEST_NAME, "w", encoding="utf-8") as file:
         json.dump({**record, "hash": _hash(record)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
@@ -370,10 +407,10 @@ def flush(path: Path) -> None:
             raise
 
 
-def read_seal(checkpoint: Path) -> dict[str, Any] | None:
-    """Read the seal of a checkpoint; None if the seal or a file is damaged."""
+def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
+    """Read the manifest of a checkpoint; None if the manifest or a file is damaged."""
     try:
-        kept = json.loads((checkpoint / SEAL_NAME).read_text(encoding="utf-8"))
+        kept = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
         if kept.pop("hash") != _hash(kept):
             return None
         for name, expected in kept["files"].items():
@@ -412,7 +449,7 @@ def newest_checkpoint(directory: Path, identity: Mapping[str, Any]) -> str | Non
     """
     checkpoints = checkpoints_of(directory)
     for step, path in checkpoints:
-        kept = read_seal(path)
+        kept = read_manifest(path)
         if kept is None:
             logger.warning(f"{path} is damaged: the state before it is taken instead.")
             continue

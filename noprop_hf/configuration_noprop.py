@@ -10,7 +10,7 @@ from .noise_noprop import prior_levels
 
 class NoPropConfig(PreTrainedConfig):
     r"""
-    Configuration of [`NoPropForCausalLM`], [`NoPropModel`], [`DenoisingBlock`] and [`NoPropForMaskedLM`].
+    Configuration of [`NoPropForCausalLM`], [`NoPropModel`], [`DenoisingBlock`] and [`NoPropForPreTraining`].
 
     The defaults give ten blocks of three layers over a BERT vocabulary.
 

@@ -707,7 +707,7 @@ class CausalCollator(DataCollatorWithPadding):
 
 
 @dataclass
-class MaskedCollator(DataCollatorForLanguageModeling):
+class PretrainingCollator(DataCollatorForLanguageModeling):
     """The stock collator for masked language modelling, with masks drawn from `run_seed` and the batch itself.
 
     Batches are collated ahead of the step that uses them, so masks from torch's global random numbers would not come

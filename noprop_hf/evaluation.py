@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from .arguments import BlockArguments, one_line, read_config
 from .data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize
+from .layout import RESULTS_FILE
 from .modeling_noprop import NoPropForCausalLM
 
 
-RESULTS_FILE = "results.json"  # in a model directory: what `report` found
 MODEL_ROW = "NoProp, all blocks"
 
 

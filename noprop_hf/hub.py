@@ -41,12 +41,13 @@ from huggingface_hub.utils.sha import git_hash
 from transformers import TrainingArguments
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from .arguments import CORPUS_FILE, PACKAGE, is_users, one_line, read_config
+from .arguments import PACKAGE, is_users, one_line, read_config
 from .configuration_noprop import NoPropConfig
-from .evaluation import MODEL_ROW, RESULTS_FILE, perplexity
+from .evaluation import MODEL_ROW, perplexity
+from .layout import CORPUS_FILE, RESULTS_FILE
 from .model_directory import read_metadata
 from .modeling_noprop import weight_shapes
-from .shards_noprop import EMBEDDINGS_SHARD, MASKED_LM_FOLDER, block_shard, index_fault, model_fault
+from .shards_noprop import EMBEDDINGS_SHARD, PRETRAINING_FOLDERS, block_shard, index_fault, model_fault
 
 
 logger = logging.get_logger(__name__)
@@ -55,19 +56,21 @@ CARD_NAME = "README.md"
 PLOT_NAME = "bound.png"
 LOCAL_SOURCE = "local "  # a hash follows
 CODE_NAMES = sorted(path.name for path in PACKAGE.glob("*_noprop.py"))
-CODE_FILES = (*CODE_NAMES, *(f"{MASKED_LM_FOLDER}/{name}" for name in CODE_NAMES))
+CODE_FILES = (*CODE_NAMES, *(f"{folder}/{name}" for folder in PRETRAINING_FOLDERS for name in CODE_NAMES))
 # Of all stock tokenizers: what every one has, and vocabularies.
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "dict.txt", "spiece.model", "spm.model", "spm_char.model"),
     *("tokenizer.model", "sentencepiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm"),
 )
-MASKED_LM_FILES = tuple(
-    f"{MASKED_LM_FOLDER}/{name}" for name in (CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME)
+PRETRAINING_FILES = tuple(
+    f"{folder}/{name}"
+    for folder in PRETRAINING_FOLDERS
+    for name in (CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME)
 )
 # What phase 1 makes and a worker needs, but for the table.
 PHASE_1_FILES = (
-    *(CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, *TOKENIZER_FILES, CORPUS_FILE, *MASKED_LM_FILES),
+    *(CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, *TOKENIZER_FILES, CORPUS_FILE, *PRETRAINING_FILES),
 )
 SHARED_FILES = {EMBEDDINGS_SHARD, *PHASE_1_FILES, *CODE_FILES, RESULTS_FILE, CARD_NAME, PLOT_NAME}
 
@@ -110,9 +113,11 @@ def _existing(directory: Path, names: set[str]) -> dict[str, Path]:
 
 def files_left_out(directory: Path, files: dict[str, Path]) -> list[str]:
     """What else lies in a model directory, folders by their name alone."""
-    found = [path for folder in (directory, directory / MASKED_LM_FOLDER) for path in folder.glob("*")]
+    found = [
+        path for folder in (directory, *(directory / name for name in PRETRAINING_FOLDERS)) for path in folder.glob("*")
+    ]
     names = [path.relative_to(directory).as_posix() + "/" * path.is_dir() for path in found]
-    return sorted(set(names) - set(files) - {f"{MASKED_LM_FOLDER}/"})
+    return sorted(set(names) - set(files) - {f"{folder}/" for folder in PRETRAINING_FOLDERS})
 
 
 def operation(name: str, path: Path) -> CommitOperationAdd:

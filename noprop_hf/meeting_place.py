@@ -30,7 +30,6 @@ from transformers import TrainingArguments
 from transformers.utils import CONFIG_NAME, logging
 
 from .arguments import PACKAGE
-from .checkpoints import CHECKPOINTS_FOLDER
 from .configuration_noprop import NoPropConfig
 from .hub import (
     CODE_FILES,
@@ -43,7 +42,16 @@ from .hub import (
     files_of_phase_1,
     operation,
 )
-from .model_directory import check_whole, flush_files, read_metadata, shapes_in, write_atomically
+from .layout import CHECKPOINTS_FOLDER, block_name
+from .model_directory import (
+    check_whole,
+    flush_files,
+    missing_table,
+    read_metadata,
+    shapes_in,
+    trained_shard,
+    write_atomically,
+)
 from .shards_noprop import (
     CONTENT_HASH,
     EMBEDDINGS_SHARD,
@@ -67,7 +75,7 @@ LARGEST_CLAIM = 10_000  # bytes
 
 
 @dataclass
-class Claim:
+class BlockClaim:
     """Who trains a block, and how far it is.
 
     Attributes:
@@ -261,10 +269,10 @@ class MeetingPlace(Repository):
             self._fetch(block_shard(block_index), head)
         return is_published
 
-    def claims(self) -> dict[int, Claim]:
+    def claims(self) -> dict[int, BlockClaim]:
         """Who works on which block."""
 
-        def look() -> dict[int, Claim]:
+        def look() -> dict[int, BlockClaim]:
             head = self.head()
             indices = [int(match[1]) for match in map(CLAIM_NAME.fullmatch, file_names(head)) if match is not None]
             found = {index: self._claim_of(index, head) for index in sorted(indices)}
@@ -272,7 +280,7 @@ class MeetingPlace(Repository):
 
         return self.insist(look)
 
-    def claim(self, block_index: int, take_over: bool = False) -> str | None:
+    def claim_block(self, block_index: int, take_over: bool = False) -> str | None:
         """Say that this worker trains a block.
 
         Args:
@@ -351,7 +359,7 @@ class MeetingPlace(Repository):
         claim = {"worker": self.worker, "step": step, "time": self.now()}
         return CommitOperationAdd(_claim_name(block_index), json.dumps(claim).encode())
 
-    def _claim_of(self, block_index: int, head: ModelInfo) -> Claim | None:
+    def _claim_of(self, block_index: int, head: ModelInfo) -> BlockClaim | None:
         """The claim of a block, or none where there is none that a worker could have made."""
         name = _claim_name(block_index)
         if name not in file_names(head):
@@ -367,7 +375,7 @@ class MeetingPlace(Repository):
                 raise ValueError("not of a worker")
             if not -REPORT_EVERY < age < math.inf:
                 raise ValueError("of no time that was")
-            return Claim(worker, step, max(age, 0))
+            return BlockClaim(worker, step, max(age, 0))
         except (*WRONG_ANSWERS, RecursionError, OverflowError) as error:
             logger.warning(f"{name} in {self.repo_id} is no claim, and passed over: {type(error).__name__} {error}")
             return None
@@ -411,6 +419,53 @@ class MeetingPlace(Repository):
             os.replace(path, target)
 
 
+class NoMeetingPlace:
+    """The counterpart of [`MeetingPlace`] for a run that shares nothing."""
+
+    repo_id = "no repository"
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def fetch_table(self) -> None:
+        """Raise, since a table can only come from phase 1.
+
+        Raises:
+            FileNotFoundError: always.
+        """
+        raise FileNotFoundError(missing_table(self.directory))
+
+    def check_table(self) -> Shard:
+        """Return an empty header: no table is published."""
+        return Shard({}, {})
+
+    def blocks(self) -> dict[str, Shard | None]:
+        """Return no block."""
+        return {}
+
+    def fetch_block(self, block_index: int) -> bool:
+        """Raise, since a block that another one reads can only come from its training.
+
+        Raises:
+            FileNotFoundError: always.
+        """
+        trained_shard(self.directory, block_index)
+        return True
+
+    def claim_block(self, block_index: int, take_over: bool = False) -> str | None:
+        """Accept: processes of one machine exclude one another by locks."""
+        return None
+
+    def report(self, block_index: int, step: int) -> None:
+        """Do nothing."""
+
+    def release(self, block_index: int) -> None:
+        """Do nothing."""
+
+    def publish_block(self, block_index: int) -> None:
+        """Do nothing."""
+
+
 def published_fault(
     block_index: int, published: Mapping[str, Shard | None], config: NoPropConfig, table: Shard
 ) -> str | None:
@@ -427,13 +482,13 @@ def published_fault(
     shard = published[name]
     if shard is None:
         return "is damaged"
-    mark = {note: value for note, value in table.metadata.items() if note in ("fingerprint", "data")}
+    provenance = {note: value for note, value in table.metadata.items() if note in ("fingerprint", "data")}
     if config.context_source == "previous_block" and block_index > 0:
-        mark["previous_block"] = noted_hash(published.get(block_shard(block_index - 1))) or ""
-    lacking = sorted({CONTENT_HASH, *mark} - shard.metadata.keys()) if mark else []
+        provenance["previous_block"] = noted_hash(published.get(block_shard(block_index - 1))) or ""
+    lacking = sorted({CONTENT_HASH, *provenance} - shard.metadata.keys()) if provenance else []
     if lacking:
         return f"does not say what it was trained on: its metadata lack {', '.join(lacking)}"
-    return placement_fault(shard, shapes_in(name, config), mark | {"block": str(block_index)}, weight_type(table))
+    return placement_fault(shard, shapes_in(name, config), provenance | {"block": str(block_index)}, weight_type(table))
 
 
 def noted_hash(shard: Shard | None) -> str | None:
@@ -458,4 +513,4 @@ def _worker_of(directory: Path) -> str:
 
 
 def _claim_name(block_index: int) -> str:
-    return f"{CLAIMS_FOLDER}/block-{block_index:02d}.json"
+    return f"{CLAIMS_FOLDER}/{block_name(block_index)}.json"

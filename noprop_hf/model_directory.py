@@ -18,16 +18,16 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from .arguments import CORPUS_FILE, read_config
+from .arguments import read_config
 from .checkpoints import flush, raise_if_disk_is_full
 from .configuration_noprop import NoPropConfig
+from .layout import CORPUS_FILE
 from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, TokenTable, weight_shapes
 from .shards_noprop import (
     AUTO_MAP,
     CHANGED_CONFIG,
     CONTENT_HASH,
     EMBEDDINGS_SHARD,
-    MASKED_LM_FOLDER,
     TABLE_WEIGHT,
     Shard,
     block_shard,
@@ -35,6 +35,7 @@ from .shards_noprop import (
     fingerprint,
     index_fault,
     plain_name,
+    pretraining_folder,
     read_shard,
     shard_fault,
     shard_index,
@@ -151,9 +152,9 @@ def create_model_directory(
     remove_unfinished(directory / SAFE_WEIGHTS_INDEX_NAME)
     _write_text(directory / SAFE_WEIGHTS_INDEX_NAME, json.dumps(shard_index(model.state_dict()), indent=2) + "\n")
     tensors = {TABLE_PREFIX + name: tensor for name, tensor in table.state_dict().items()}
-    mark = {"fingerprint": fingerprint(config, table.weight)}
+    provenance = {"fingerprint": fingerprint(config, table.weight)}
     flush_files(directory)
-    save_shard(directory / EMBEDDINGS_SHARD, tensors, {**mark, **(metadata or {})})
+    save_shard(directory / EMBEDDINGS_SHARD, tensors, {**provenance, **(metadata or {})})
 
 
 def _save_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -170,7 +171,7 @@ def _save_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase) -> None
 
 def flush_files(directory: Path) -> None:
     """Flush to disk all that the embedding shard stands for: the files and folders of phase 1, and their names."""
-    folders = [folder for folder in (directory / MASKED_LM_FOLDER, directory) if folder.is_dir()]
+    folders = [folder for folder in (pretraining_folder(directory), directory) if folder.is_dir()]
     for path in (*(path for folder in folders for path in folder.iterdir() if path.is_file()), *folders):
         flush(path)
     for parent in directory.resolve().parents:  # some of which may be new
@@ -202,6 +203,11 @@ def shapes_in(shard: str, config: NoPropConfig) -> dict[str, torch.Size]:
     return {name: shape for name, shape in weight_shapes(config).items() if shard_of(name) == shard}
 
 
+def missing_table(directory: Path) -> str:
+    """The message for a model directory without a table."""
+    return f"{directory} holds no {EMBEDDINGS_SHARD}. Pretrain the embeddings first: `noprop pretrain`."
+
+
 def load_table(directory: Path, config: NoPropConfig) -> TokenTable:
     """Read the frozen table of a model directory.
 
@@ -212,9 +218,7 @@ def load_table(directory: Path, config: NoPropConfig) -> TokenTable:
     """
     path = directory / EMBEDDINGS_SHARD
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{directory} holds no {EMBEDDINGS_SHARD}. Pretrain the embeddings first: `noprop pretrain`."
-        )
+        raise FileNotFoundError(missing_table(directory))
     shard = check_whole(path)
     fault = shard_fault(shard, shapes_in(EMBEDDINGS_SHARD, config), {})
     if fault:
@@ -236,9 +240,9 @@ def save_block(directory: Path, block: DenoisingBlock, table: TokenTable, metada
     """Write the shard of one trained block."""
     prefix = block_prefix(block.block_index)
     tensors = {prefix + name: tensor for name, tensor in block.state_dict().items()}
-    mark = block_mark(directory, block.config, table, block.block_index)
+    provenance = block_provenance(directory, block.config, table, block.block_index)
     own = {"block": str(block.block_index)}
-    save_shard(directory / block_shard(block.block_index), tensors, {**own, **mark, **metadata})
+    save_shard(directory / block_shard(block.block_index), tensors, {**own, **provenance, **metadata})
 
 
 def load_block(directory: Path, config: NoPropConfig, block_index: int) -> DenoisingBlock:
@@ -263,17 +267,17 @@ def trained_shard(directory: Path, block_index: int) -> Path:
     return path
 
 
-def block_mark(directory: Path, config: NoPropConfig, table: TokenTable, block_index: int) -> dict[str, str]:
+def block_provenance(directory: Path, config: NoPropConfig, table: TokenTable, block_index: int) -> dict[str, str]:
     """What a block is trained on, as metadata of its shard: the fingerprint, and the block that it reads if it does.
 
     Raises:
         FileNotFoundError: it reads the block before it, which is not there.
         ValueError: that block is damaged.
     """
-    mark = {"fingerprint": fingerprint(config, table.weight)}
+    provenance = {"fingerprint": fingerprint(config, table.weight)}
     if config.context_source == "previous_block" and block_index > 0:
-        mark["previous_block"] = check_whole(trained_shard(directory, block_index - 1)).content_hash
-    return mark
+        provenance["previous_block"] = check_whole(trained_shard(directory, block_index - 1)).content_hash
+    return provenance
 
 
 def block_fault(
@@ -282,8 +286,8 @@ def block_fault(
     """What keeps the content of a block's shard from its place in a model directory, as the predicate of a sentence
     about the shard: damage, other tensors, weights that are not finite, another origin, or no training. None if nothing
     does."""
-    mark = {"block": str(block_index), **block_mark(directory, config, table, block_index)}
-    return shard_fault(shard, shapes_in(block_shard(block_index), config), mark, stored_type(directory))
+    provenance = {"block": str(block_index), **block_provenance(directory, config, table, block_index)}
+    return shard_fault(shard, shapes_in(block_shard(block_index), config), provenance, stored_type(directory))
 
 
 def block_is_trained(directory: Path, config: NoPropConfig, table: TokenTable, block_index: int) -> bool:

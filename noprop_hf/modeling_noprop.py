@@ -57,7 +57,7 @@ from .generation_noprop import Beliefs, NoPropGenerationMixin
 from .noise_noprop import sample_evidence, standardize
 from .shards_noprop import (
     AUTO_MAP,
-    MASKED_LM_FOLDER,
+    PRETRAINING_FOLDERS,
     listed,
     model_fault,
     plain_name,
@@ -999,13 +999,13 @@ class NoPropForTokenClassification(GenericForTokenClassification, NoPropPreTrain
         self.post_init()
 
 
-class NoPropForMaskedLM(NoPropPreTrainedModel):
+class NoPropForPreTraining(NoPropPreTrainedModel):
     """Phase 1: a shallow encoder whose tied input and output table becomes the frozen table of the blocks.
 
     With `config.pretraining_objective="mlm"` it learns to fill in masks, looking both ways; with `"clm"` to tell the
     next token, looking back only; with `"mixed"` the same layers do both, each for half of the rows of a batch. The
     rows of the table are centred and scaled on the way in *and* out, so that the table is trained in the very geometry
-    in which it is used afterwards. [`~NoPropForMaskedLM.token_table`] gives it.
+    in which it is used afterwards. [`~NoPropForPreTraining.token_table`] gives it.
     """
 
     def __init__(self, config: NoPropConfig):
@@ -1028,8 +1028,10 @@ class NoPropForMaskedLM(NoPropPreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """Load the model of phase 1, also when the directory is that of the causal model made with it."""
         nested = pretrained_model_name_or_path is not None and not kwargs.get("subfolder")
-        if nested and find_config(pretrained_model_name_or_path, MASKED_LM_FOLDER, kwargs) is not None:
-            kwargs["subfolder"] = MASKED_LM_FOLDER
+        for folder in PRETRAINING_FOLDERS if nested else ():
+            if find_config(pretrained_model_name_or_path, folder, kwargs) is not None:
+                kwargs["subfolder"] = folder
+                break
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     @classmethod
@@ -1108,10 +1110,14 @@ class NoPropForMaskedLM(NoPropPreTrainedModel):
         return vocabulary_nats(prediction[kept], table, self.bias, targets[kept], reduction="mean")
 
 
+NoPropForMaskedLM = NoPropForPreTraining  # its name until 0.1
+
+
 __all__ = [
     "DenoisingBlock",
     "NoPropForCausalLM",
     "NoPropForMaskedLM",
+    "NoPropForPreTraining",
     "NoPropForSequenceClassification",
     "NoPropForTokenClassification",
     "NoPropModel",

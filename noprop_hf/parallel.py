@@ -1,12 +1,10 @@
-"""Several processes, and who trains which block.
+"""Processes of one launch, and which blocks they train.
 
-`accelerate launch` (torchrun underneath) starts the processes; nothing else does. Blocks know nothing of one another,
-and by default neither do the processes: each takes the next block that nobody trains, and all they share is the model
-directory. Where a block is trained by several (`--parallelism data`, or more processes than blocks), those form a
-process group of their own, and that is ordinary data-parallel training by the `Trainer`.
+`accelerate launch` (torchrun underneath) starts the processes. By default they share the model directory only: each
+takes the next block that no other process trains. Where several processes train a block together (`--parallelism data`,
+or more processes than blocks), they form a process group, and the `Trainer` runs ordinary data-parallel training.
 """
 
-import fcntl
 import os
 import socket
 import time
@@ -17,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 from torch import distributed
 from transformers import TrainingArguments
 from transformers.utils import logging
@@ -24,12 +24,12 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# What torchrun and accelerate tell a process of the others.
+# Variables in which torchrun and accelerate describe the process group.
 GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def group_processes(parallelism: str, processes: int, num_blocks: int) -> tuple[int, int]:
-    """How many blocks are trained at a time, and by how many processes each.
+    """Divide processes among blocks.
 
     Args:
         parallelism: `"blocks"` (each process trains blocks of its own), `"data"` (all processes train one block
@@ -38,8 +38,11 @@ def group_processes(parallelism: str, processes: int, num_blocks: int) -> tuple[
         processes: how many were launched together.
         num_blocks: how many blocks there are to train.
 
+    Returns:
+        How many blocks are trained at a time, and by how many processes each.
+
     Raises:
-        ValueError: there are fewer blocks than processes, and `"blocks"` is asked for.
+        ValueError: if there are fewer blocks than processes, and `parallelism` is `"blocks"`.
     """
     if parallelism == "data":
         return 1, processes
@@ -53,10 +56,10 @@ def group_processes(parallelism: str, processes: int, num_blocks: int) -> tuple[
 
 
 def arrange_processes(parallelism: str, num_blocks: int) -> None:
-    """Tell this process, through its environment, whom it works with. Before any `TrainingArguments` are made.
+    """Assign this process to its group, through its environment.
 
-    A process that trains a block alone knows of no other; those that train one together are a process group. The
-    arguments, and what is raised, are those of [`group_processes`].
+    This must precede `TrainingArguments`, which initialise `torch.distributed` from the environment. A process that
+    trains a block alone leaves the launch group. Arguments and errors are those of [`group_processes`].
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if not torch.accelerator.is_available():
@@ -65,13 +68,13 @@ def arrange_processes(parallelism: str, num_blocks: int) -> None:
     if world_size == 1 or parallelism == "data":  # as it is
         return
     if groups == world_size:
-        _leave_the_others()
+        _detach()
     else:
         _join_a_group(groups, size)
 
 
-def _leave_the_others() -> None:
-    """Make of a process of a launch one that knows of no other, on a device of its own."""
+def _detach() -> None:
+    """Detach this process from its launch group and pin it to one device."""
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         devices = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -82,11 +85,11 @@ def _leave_the_others() -> None:
 
 
 def _join_a_group(num_groups: int, size: int) -> None:
-    """Join one of `num_groups` process groups of `size` processes; what is left over has nothing to do."""
+    """Join one of `num_groups` process groups of `size` processes, or exit if this process is in excess."""
     rank = int(os.environ["RANK"])
     group, rank_in_group = divmod(rank, size)
     if group >= num_groups:
-        logger.warning(f"Process {rank} is left over: {num_groups} blocks are trained by {size} processes each.")
+        logger.warning(f"Process {rank} exits: {num_groups} blocks are trained by {size} processes each.")
         raise SystemExit(0)
     # torchrun keeps the store in which processes meet; under other launchers, process 0 does.
     has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -106,85 +109,89 @@ def _join_a_group(num_groups: int, size: int) -> None:
     os.environ |= {"RANK": str(rank_in_group), "WORLD_SIZE": str(size)}
 
 
-def first_says(args: TrainingArguments, value: Any) -> Any:
-    """The value that the first process of the group has."""
-    if args.world_size == 1:
-        return value
-    told = [value]
-    distributed.broadcast_object_list(told, src=0)
-    return told[0]
+def broadcast_from_first(args: TrainingArguments, value: Any) -> Any:
+    """Return the value of the first process of the group, in each of its processes."""
+    return broadcast_object_list([value])[0] if args.world_size > 1 else value
 
 
 @contextmanager
-def claim(
-    path: Path, args: TrainingArguments, is_done: Callable[[], bool] = lambda: False, tell: bool = True
+def hold_lock(
+    path: Path, args: TrainingArguments, is_done: Callable[[], bool] = lambda: False, warn: bool = True
 ) -> Iterator[bool]:
-    """Claim a piece of work for this process or its group: nobody else has it while the context lasts.
-
-    The claim is a lock of the operating system, so it ends with its process, however that ends.
+    """Hold the lock of a piece of work for this process or its group, while the context lasts.
 
     Args:
-        path: the file of the lock.
-        is_done: whether the work was done by somebody else before.
-        tell: whether to log who else has it.
+        path: the lock file.
+        is_done: whether another process has done the work.
+        warn: whether to log which other process holds the lock.
 
     Yields:
-        Whether there is something to do.
+        Whether the lock is held and the work is to be done.
     """
     with ExitStack() as stack:
         is_first = args.process_index == 0
         holder = stack.enter_context(lock(path)) if is_first else None
-        if holder is not None and tell:
-            logger.warning(f"{path.stem} is being worked on by {holder}: left to it.")
-        yield first_says(args, is_first and holder is None and not is_done())
+        if holder is not None and warn:
+            logger.warning(f"{path.stem} is skipped: {holder} works on it.")
+        yield broadcast_from_first(args, is_first and holder is None and not is_done())
 
 
-def once(path: Path, args: TrainingArguments, is_done: Callable[[], bool], work: Callable[[], None]) -> None:
-    """Do what one process, or one group, must do before all can go on; the others wait for it.
+def run_once(path: Path, args: TrainingArguments, is_done: Callable[[], bool], work: Callable[[], None]) -> None:
+    """Run work in one process or group, while the others wait for its end.
 
     Args:
-        path: the file of the lock.
-        is_done: whether it is done.
-        work: what to do.
+        path: the lock file.
+        is_done: whether the work is done.
+        work: the work.
     """
-    tell = True
-    while not first_says(args, is_done()):
-        with claim(path, args, is_done, tell) as mine:
-            if mine:
+    warn = True
+    while not broadcast_from_first(args, is_done()):
+        with hold_lock(path, args, is_done, warn) as is_ours:
+            if is_ours:
                 work()
-        if not mine:
+        if not is_ours:
             time.sleep(1)
-            tell = False
+            warn = False
 
 
 @contextmanager
 def lock(path: Path) -> Iterator[str | None]:
-    """Hold the lock of a file, if nobody does.
+    """Try to hold the lock of a file. The lock ends with its process, however that ends.
 
     Yields:
-        None where the lock is ours; else who holds it.
+        None if the lock is held, else the process that holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            yield file.read() or "another process"
-            return
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield None  # closing the file gives the lock back
+    file_lock = FileLock(path)
+    try:
+        file_lock.acquire(blocking=False)
+    except Timeout:
+        yield _holder(path)
+        return
+    try:
+        _holder_file(path).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        yield None
+    finally:
+        file_lock.release()
 
 
 def holder_of(path: Path) -> str | None:
-    """Who holds the lock of a file; None where nobody does."""
+    """Return the process that holds the lock of a file, or None."""
     if not path.is_file():
         return None
-    with open(path, encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return file.read() or "another process"
-    return None
+    try:
+        with FileLock(path, blocking=False):
+            return None
+    except Timeout:
+        return _holder(path)
+    except PermissionError:  # of another user, in a directory that this one may only read
+        return None
+
+
+def _holder(path: Path) -> str:
+    file = _holder_file(path)
+    return (file.read_text(encoding="utf-8") if file.is_file() else "") or "another process"
+
+
+def _holder_file(path: Path) -> Path:
+    return path.with_suffix(".holder")  # since some versions of filelock truncate the lock file itself

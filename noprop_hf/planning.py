@@ -1,7 +1,7 @@
-"""What a run will be, before it: its data, model, steps, memory, time and disk, and what is done of it already.
+"""Plan a run without training: data, model size, steps, memory, time, disk, and progress so far.
 
-Sizes are computed, activations and seconds per step measured in a few real steps. All that is written goes into a
-temporary folder.
+Sizes are computed; activations and seconds per step are measured in a few real steps. All files go into a temporary
+folder.
 """
 
 import copy
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import StringIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,35 +22,40 @@ from typing import Any
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
 
 from .arguments import Recipe, check_training_arguments, parse_blocks
-from .checkpoints import DurableTrainer, newest_checkpoint, run_identity
+from .checkpoints import DurableTrainer, newest_checkpoint, run_identity, use_one_device
 from .configuration_noprop import NoPropConfig
-from .data import CausalCollator, load_corpus, load_tokenizer, tokenize, training_fingerprint
+from .data import load_corpus, load_tokenizer, tokenize, training_fingerprint
+from .meeting_place import NoMeetingPlace
 from .model_directory import block_is_trained, check_data, load_table
-from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForMaskedLM, TokenTable
+from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForPreTraining, TokenTable
 from .noise_noprop import standardize
 from .parallel import group_processes
-from .shards_noprop import EMBEDDINGS_SHARD
-from .training import (
-    BlockTrainer,
-    begin,
-    block_checkpoint,
-    check_blocks,
+from .pretraining import (
+    check_block_data,
     load_config,
     log_prior,
-    masked_collator,
-    masked_lm_run,
-    one_device,
+    prepare_pretraining,
+    pretraining_run,
+    pretraining_trainer,
 )
+from .shards_noprop import EMBEDDINGS_SHARD
+from .training import BlockRun, BlockTrainer, block_trainer
 
+
+Section = tuple[tuple[str, ...], Sequence[tuple[str, ...]]]  # the title with the names of columns, and rows
 
 TIMED_STEPS = 5
 TIME_LIMIT = 10  # seconds of timed steps
 SAMPLE_ROWS = 8  # whose activations are counted
 SMALL_FILES = 1_000_000  # bytes of code, configurations, results and card in a model directory
+WIDEST_LINE = 500
 CHECKPOINT_FILES = 100_000  # bytes of a checkpoint's states and logs, without weights, moments and tokenizer
 
 
@@ -72,7 +78,7 @@ class Sizes:
         with torch.device("meta"):
             modules = (
                 TokenTable(config),
-                NoPropForMaskedLM(config),
+                NoPropForPreTraining(config),
                 DenoisingBlock(config, config.num_blocks - 1),
                 NoPropForCausalLM(config),
             )
@@ -207,25 +213,33 @@ def memory(trainer: DurableTrainer, config: NoPropConfig, frozen: Sequence[nn.Mo
 
 
 @dataclass
-class Split:
-    """Rows of text, windows (or padded samples) and tokens of a split; None where it is a stream."""
+class SplitSize:
+    """Rows of text, windows (or padded samples) and tokens of a split; None if it is a stream."""
 
     rows: int | None = None
     windows: int | None = None
     tokens: int | None = None
 
+    @classmethod
+    def of(cls, texts: Dataset | IterableDataset, windows: Dataset | IterableDataset) -> "SplitSize":
+        """Count the rows of a split, before and after tokenization, and its tokens."""
+        if isinstance(texts, IterableDataset):
+            return cls()
+        lengths = pc.list_value_length(windows.with_format("arrow")[:]["input_ids"])
+        return cls(len(texts), len(windows), pc.sum(lengths).as_py())
+
 
 @dataclass
-class Training:
-    """One training: that of phase 1, or of one block.
+class TrainingCost:
+    """The cost of training phase 1, or one block.
 
     Attributes:
         steps: optimizer steps.
-        tokens: tokens read in them by all processes that train together, paddings left out.
-        epochs: how often that is the training split; None of a stream.
-        memory: bytes on a device, by what they hold.
-        seconds: time of a step.
-        checkpoints: bytes on disk at most.
+        tokens: tokens that all processes which train together read in them, without padding.
+        epochs: passes over the training split; None if it is a stream.
+        memory: bytes on a device, by purpose.
+        seconds: seconds per step.
+        checkpoints: upper bound on bytes on disk.
     """
 
     steps: int
@@ -236,12 +250,12 @@ class Training:
     checkpoints: int
 
 
-class Trial:
-    """Trainings of a run that are ended after a few steps, and leave nothing behind.
+class Rehearsal:
+    """Trains for a few steps in a temporary folder, to measure what a training costs.
 
     Args:
-        rows: the tokenized training split.
-        split: its size.
+        dataset: the tokenized splits.
+        split: the size of the training split.
         processes: how many train together.
     """
 
@@ -250,58 +264,46 @@ class Trial:
         recipe: Recipe,
         config: NoPropConfig,
         tokenizer: PreTrainedTokenizerBase,
-        rows: Dataset | IterableDataset,
-        split: Split,
+        dataset: dict[str, Dataset | IterableDataset],
+        split: SplitSize,
         processes: int,
     ):
         self.recipe, self.config, self.tokenizer = recipe, config, tokenizer
-        self.rows, self.split, self.processes = rows, split, processes
+        self.dataset, self.split, self.processes = dataset, split, processes
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
             self.tokenizer_bytes = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
-    def phase1(self) -> Training:
-        """Phase 1, from its random start."""
-        config, recipe = self.config, self.recipe
-        with self._arguments(**recipe.pretraining.training_fields()) as args:
-            trainer = DurableTrainer(
-                model=NoPropForMaskedLM(copy.deepcopy(config)),
-                args=args,
-                train_dataset=self.rows,
-                data_collator=masked_collator(config, self.tokenizer, recipe.pretraining, args.seed),
-            )
+    def phase1(self) -> TrainingCost:
+        """Measure phase 1, from its random start."""
+        pretraining = self.recipe.pretraining
+        with self._arguments(**pretraining.training_fields()) as args:
+            trainer = pretraining_trainer(self.config, self.tokenizer, self.dataset, pretraining, args)
             return self._measure(trainer)
 
-    def block(self, table: TokenTable, index: int) -> Training:
-        """A block, from a random start and, if it reads the blocks before it, beside random ones."""
-        previous = []
-        if self.config.context_source == "previous_block":
-            previous = [DenoisingBlock(self.config, earlier) for earlier in range(index)]
+    def block(self, table: TokenTable, index: int) -> TrainingCost:
+        """Measure a block, from a random start; blocks that it reads are random as well."""
+        reads = range(index) if self.config.context_source == "previous_block" else ()
+        previous = [DenoisingBlock(self.config, earlier) for earlier in reads]
+        block = DenoisingBlock(copy.deepcopy(self.config), index)
         with self._arguments() as args:
-            trainer = BlockTrainer(
-                DenoisingBlock(copy.deepcopy(self.config), index),
-                table,
-                previous,
-                args=args,
-                train_dataset=self.rows,
-                data_collator=CausalCollator(self.tokenizer),
-            )
+            trainer = block_trainer(block, table, previous, self.tokenizer, self.dataset, args)
             return self._measure(trainer, [trainer.table, *trainer.previous])
 
     def steps(self, args: TrainingArguments) -> int:
-        """Optimizer steps of a whole training."""
+        """Count the optimizer steps of a whole training."""
         return count_steps(args, self.split.windows, self.processes)
 
     @contextmanager
     def _arguments(self, **fields: Any) -> Iterator[TrainingArguments]:
-        """The run's arguments, but for what it would leave behind."""
+        """Derive the arguments of a training that leaves nothing behind."""
         quiet = {"push_to_hub": False, "report_to": "none", "disable_tqdm": True, "load_best_model_at_end": False}
         with tempfile.TemporaryDirectory() as folder:
-            args = one_device(dataclasses.replace(self.recipe.training, output_dir=folder, **quiet, **fields))
+            args = use_one_device(dataclasses.replace(self.recipe.training, output_dir=folder, **quiet, **fields))
             args.eval_strategy = args.save_strategy = args.logging_strategy = "no"
             yield args
 
-    def _measure(self, trainer: DurableTrainer, frozen: Sequence[nn.Module] = ()) -> Training:
+    def _measure(self, trainer: DurableTrainer, frozen: Sequence[nn.Module] = ()) -> TrainingCost:
         args, split = trainer.args, self.split
         steps = self.steps(args)
         windows = steps * args.train_batch_size * args.gradient_accumulation_steps * self.processes
@@ -309,7 +311,7 @@ class Trial:
         epochs = None if split.windows is None else windows / split.windows
         weights = sum(tensor.nbytes for tensor in trainer.model.state_dict().values()) + self.tokenizer_bytes / 3
         kept = checkpoints_kept(self.recipe.training, steps, epochs)
-        return Training(
+        return TrainingCost(
             steps=steps,
             tokens=round(windows * length),
             epochs=epochs,
@@ -321,29 +323,29 @@ class Trial:
 
 @dataclass
 class Plan:
-    """What a run of `noprop train` will be. `str` of it is a text for a person.
+    """Forecast of a `noprop train` run. `str(plan)` is the printed report.
 
     Attributes:
-        recipe: its arguments.
+        recipe: the arguments of the run.
         config: the configuration; its information schedule is a first guess until phase 1 is done.
-        splits: the corpus, by split.
+        splits: the size of the corpus, by split.
         sizes: bytes of weights.
-        phase1: None when its table is there, or taken from another model.
-        block: one block; None when all are trained.
+        phase1: None if its table exists, or is taken from another model.
+        block: one block; None if all are trained.
         has_table: whether the table is in the directory.
-        remaining: steps that are left, by block; 0 where it is trained.
-        phase1_remaining: those of phase 1.
+        remaining: the remaining steps of each block; 0 if it is trained.
+        phase1_remaining: the remaining steps of phase 1.
         groups: how many blocks are trained at a time, and by how many processes each.
-        model_bytes: the model directory at most, without checkpoints.
+        model_bytes: upper bound on the size of the model directory without checkpoints.
         device: where steps were timed.
     """
 
     recipe: Recipe
     config: NoPropConfig
-    splits: dict[str, Split]
+    splits: dict[str, SplitSize]
     sizes: Sizes
-    phase1: Training | None
-    block: Training | None
+    phase1: TrainingCost | None
+    block: TrainingCost | None
     has_table: bool
     remaining: dict[int, int]
     phase1_remaining: int
@@ -353,7 +355,7 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of all checkpoints at most: those of finished blocks stay."""
+        """Upper bound on the bytes of all checkpoints; those of finished blocks stay."""
         phase1 = 0 if self.phase1 is None else self.phase1.checkpoints
         return phase1 + (0 if self.block is None else self.block.checkpoints * len(self.remaining))
 
@@ -363,7 +365,7 @@ class Plan:
 
     @property
     def blocks_seconds(self) -> float:
-        """Time until the last block is trained: each group takes the next one when it is free."""
+        """Seconds until the last block is trained: each group takes the next block when it is free."""
         loads = [0] * self.groups[0]
         for steps in self.remaining.values():
             loads[loads.index(min(loads))] += steps
@@ -372,88 +374,83 @@ class Plan:
     def __str__(self) -> str:
         work = [self._training(), self._memory(), self._time()] if self._columns() else []
         sections = [self._data(), self._model(), self._done(), *work, self._disk(), self._sharing()]
-        return "\n\n".join(_aligned(*section) for section in sections)
+        return "\n\n".join(section_text(*section) for section in sections)
 
-    def _data(self):
-        rows = []
-        for name, split in self.splits.items():
-            if split.rows is None:
-                rows.append((name, "a stream of unknown length: max_steps decides"))
-            else:
-                what = "windows" if self.recipe.data.packing else "samples"
-                rows.append((name, f"{split.rows:,} rows, {split.windows:,} {what}, {split.tokens:,} tokens"))
-        return ("data",), rows
+    def _columns(self) -> dict[str, TrainingCost]:
+        costs = {"phase 1": self.phase1, "one block": self.block}
+        return {name: cost for name, cost in costs.items() if cost is not None}
 
-    def _model(self):
+    def _data(self) -> Section:
+        unit = "windows" if self.recipe.data.packing else "samples"
+        sizes = {
+            name: "a stream of unknown length: max_steps decides"
+            if split.rows is None
+            else f"{split.rows:,} rows, {split.windows:,} {unit}, {split.tokens:,} tokens"
+            for name, split in self.splits.items()
+        }
+        return ("data",), list(sizes.items())
+
+    def _model(self) -> Section:
         config, sizes = self.config, self.sizes
         levels = ", ".join(f"{level:.4g}" for level in config.noise_levels or [])
-        guess = config.noise_schedule == "information" and not self.has_table
+        is_guess = config.noise_schedule == "information" and not self.has_table
         return ("model",), [
             ("vocabulary", f"{config.vocab_size:,} tokens"),
             ("table", f"{config.vocab_size * config.hidden_size:,} parameters, frozen"),
             ("one block", f"{sizes.block // 4:,} parameters"),
             ("all", f"{(sizes.model - sizes.table) // 4:,} parameters in {config.num_blocks} blocks, and the table"),
-            ("noise", f"{config.noise_schedule}, levels {levels}" + " (a guess: phase 1 sets them)" * guess),
+            ("noise", f"{config.noise_schedule}, levels {levels}" + " (a guess: phase 1 sets them)" * is_guess),
         ]
 
-    def _done(self):
+    def _done(self) -> Section:
         rows = []
         if self.has_table:
             rows.append(("phase 1", "done, skipped"))
         elif self.phase1 is not None and self.phase1_remaining < self.phase1.steps:
-            rows.append(("phase 1", f"goes on from step {self.phase1.steps - self.phase1_remaining:,}"))
+            rows.append(("phase 1", f"resumes from step {self.phase1.steps - self.phase1_remaining:,}"))
         done = [str(index) for index, steps in self.remaining.items() if steps == 0]
         if done:
             rows.append((f"block{'s' * (len(done) > 1)} {', '.join(done)}", "done, skipped"))
         for index, steps in self.remaining.items():
             if self.block is not None and 0 < steps < self.block.steps:
-                rows.append((f"block {index}", f"goes on from step {self.block.steps - steps:,}"))
+                rows.append((f"block {index}", f"resumes from step {self.block.steps - steps:,}"))
         return (f"done already in {self.recipe.training.output_dir}",), rows or [("nothing", "")]
 
-    def _columns(self) -> dict[str, Training]:
-        return {name: one for name, one in (("phase 1", self.phase1), ("one block", self.block)) if one is not None}
-
-    def _training(self):
-        columns = self._columns().values()
+    def _training(self) -> Section:
+        costs = self._columns().values()
         return ("training", *self._columns()), [
-            ("steps", *(f"{one.steps:,}" for one in columns)),
-            ("tokens read", *(f"{one.tokens:,}" for one in columns)),
-            ("epochs", *("unknown" if one.epochs is None else f"{one.epochs:.2f}" for one in columns)),
+            ("steps", *(f"{cost.steps:,}" for cost in costs)),
+            ("tokens read", *(f"{cost.tokens:,}" for cost in costs)),
+            ("epochs", *("unknown" if cost.epochs is None else f"{cost.epochs:.2f}" for cost in costs)),
         ]
 
-    def _memory(self):
-        columns = self._columns().values()
-        parts = list(next(iter(columns)).memory)
-        rows = [(name, *(f"{one.memory[name] / 1e6:,.1f}" for one in columns)) for name in parts]
-        totals = [sum(one.memory.values()) for one in columns]
+    def _memory(self) -> Section:
+        held = [cost.memory for cost in self._columns().values()]
+        rows = [(purpose, *(f"{each[purpose] / 1e6:,.1f}" for each in held)) for purpose in held[0]]
+        totals = [sum(each.values()) for each in held]
         rows.append(("together", *(f"{total / 1e6:,.1f}" for total in totals)))
         if self.device.type == "cuda":
-            there = torch.cuda.get_device_properties(self.device).total_memory
-            rows.append(("the device has", *(f"{there / 1e6:,.1f}" for _ in totals)))
-            rows.append(("does it fit?", *("yes" if total < there else "NO" for total in totals)))
+            available = torch.cuda.get_device_properties(self.device).total_memory
+            rows.append(("the device has", *(f"{available / 1e6:,.1f}" for _ in totals)))
+            rows.append(("does it fit?", *("yes" if total < available else "NO" for total in totals)))
         return ("memory per device, MB (estimated)", *self._columns()), rows
 
-    def _time(self):
+    def _time(self) -> Section:
         groups, size = self.groups
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "this machine's CPU"
-        each = f", {size} processes each" if size > 1 else ""
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "this machine's CPU"
         rows = []
         if self.phase1 is not None:
             rows.append(("phase 1", f"{self.phase1_seconds / 60:,.1f}", f"{1000 * self.phase1.seconds:,.1f} ms a step"))
         if self.block is not None:
+            minutes = self.block.seconds * self.block.steps / 60
+            rows.append(("one block", f"{minutes:,.1f}", f"{1000 * self.block.seconds:,.1f} ms a step"))
             waiting = sum(steps > 0 for steps in self.remaining.values())
-            rows.append(
-                (
-                    "one block",
-                    f"{self.block.seconds * self.block.steps / 60:,.1f}",
-                    f"{1000 * self.block.seconds:,.1f} ms a step",
-                )
-            )
+            each = f", {size} processes each" if size > 1 else ""
             rows.append((f"{waiting} blocks, {groups} at a time{each}", f"{self.blocks_seconds / 60:,.1f}", ""))
         rows.append(("together", f"{(self.phase1_seconds + self.blocks_seconds) / 60:,.1f}", ""))
-        return (f"time, minutes (steps on {name}; evaluations and saving not counted)",), rows
+        return (f"time, minutes (steps on {device}; evaluations and saving not counted)",), rows
 
-    def _disk(self):
+    def _disk(self) -> Section:
         folder = Path(self.recipe.training.output_dir).absolute()
         while not folder.exists():
             folder = folder.parent
@@ -463,23 +460,25 @@ class Plan:
             ("free now", f"{shutil.disk_usage(folder).free / 1e6:,.1f}"),
         ]
 
-    def _sharing(self):
+    def _sharing(self) -> Section:
         args = self.recipe.training
         if not args.push_to_hub:
             return ("sharing",), [("nothing is pushed", "")]
-        kinds = {None: "public unless the account's default is private", True: "private", False: "public"}
+        visibility = {None: "public unless the account's default is private", True: "private", False: "public"}
         return ("sharing",), [
             ("pushed at the end", f"the model and its card to {args.hub_model_id}"),
-            ("if it is new", kinds[args.hub_private_repo]),
+            ("a new repository is", visibility[args.hub_private_repo]),
         ]
 
 
 def plan(recipe: Recipe) -> Plan:
-    """Say what `noprop train` would do with a recipe: it reads the data, and trains a few steps of phase 1 and of a
-    block in a temporary folder. Nothing is written to `output_dir`, and nothing is pushed.
+    """Plan a run of `noprop train`.
+
+    The data are read, and phase 1 and a block are trained for a few steps in a temporary folder. Nothing is written to
+    `output_dir` or pushed.
 
     Raises:
-        ValueError: what the run itself would raise before it trains.
+        ValueError: if the run itself would raise it before it trains.
     """
     check_training_arguments(recipe.training, recipe.pretraining)
     directory, args = Path(recipe.training.output_dir), recipe.training
@@ -489,44 +488,44 @@ def plan(recipe: Recipe) -> Plan:
         config, tokenizer = load_config(directory, recipe.model), load_tokenizer(args.output_dir)
         table = load_table(directory, config)
     else:
-        config, tokenizer, source = begin(recipe.model, recipe.data, corpus["train"])
+        config, tokenizer, source = prepare_pretraining(recipe.model, recipe.data, corpus["train"])
         table = TokenTable(config)  # random, unless it comes from another model
         table.weight.copy_(standardize(torch.randn_like(table.weight) if source is None else source))
     dataset = tokenize(corpus, tokenizer, recipe.data)
     data = training_fingerprint(dataset["train"], recipe.data)
     check_data(directory, data)
-    check_blocks(recipe.blocks, tokenizer, dataset["train"], args)
-    splits = {name: _measure_split(corpus[name], dataset[name]) for name in dataset}
+    check_block_data(recipe.blocks, tokenizer, dataset["train"], args)
+    splits = {name: SplitSize.of(corpus[name], dataset[name]) for name in dataset}
     if not has_table:
         table.log_prior.copy_(log_prior(dataset["train"], config.vocab_size))
     selected = parse_blocks(recipe.blocks.blocks, config.num_blocks)
     at_once = 1 if config.context_source == "previous_block" else len(selected)
     groups = group_processes(recipe.blocks.parallelism, recipe.run.processes, at_once)
 
-    trial = Trial(recipe, config, tokenizer, dataset["train"], splits["train"], groups[1])
+    rehearsal = Rehearsal(recipe, config, tokenizer, dataset, splits["train"], groups[1])
     together = {"world_size": groups[1]}
     phase1, phase1_remaining = None, 0
     if not has_table and recipe.model.embeddings_from is None:
-        phase1_args, identity = masked_lm_run(config, dataset, data, recipe.pretraining, args)
+        phase1_args, identity = pretraining_run(config, dataset, data, recipe.pretraining, args)
         identity = run_identity(phase1_args, identity | together, recipe.data.streaming)
         checkpoint = newest_checkpoint(Path(phase1_args.output_dir), identity)
-        phase1 = trial.phase1()
+        phase1 = rehearsal.phase1()
         phase1_remaining = phase1.steps - _step_of(checkpoint)
-    block, remaining = None, {}
+
+    run = BlockRun(directory, config, table, tokenizer, dataset, data, args, recipe.blocks, NoMeetingPlace(directory))
+    remaining = {}
     for index in selected:
         if has_table and block_is_trained(directory, config, table, index):
             remaining[index] = 0
-            continue
-        checkpoint = None
-        if has_table:
-            checkpoint = block_checkpoint(directory, config, table, index, dataset, data, args, **together)
-        remaining[index] = trial.steps(args) - _step_of(checkpoint)
+        else:
+            checkpoint = run.checkpoint(index, **together) if has_table else None
+            remaining[index] = rehearsal.steps(args) - _step_of(checkpoint)
     waiting = [index for index in selected if remaining[index] > 0]
-    if waiting:
-        block = trial.block(table, waiting[len(waiting) // 2])  # in order, each costs a bit more than the one before
+    # In order, each block costs a bit more than the one before: measure the one in the middle.
+    block = rehearsal.block(table, waiting[len(waiting) // 2]) if waiting else None
 
     sizes = Sizes.of(config)
-    model_bytes = sizes.model + trial.tokenizer_bytes + SMALL_FILES
+    model_bytes = sizes.model + rehearsal.tokenizer_bytes + SMALL_FILES
     if recipe.model.embeddings_from is None:
         model_bytes += sizes.phase1
     return Plan(
@@ -545,26 +544,20 @@ def plan(recipe: Recipe) -> Plan:
     )
 
 
-def _measure_split(texts: Dataset | IterableDataset, windows: Dataset | IterableDataset) -> Split:
-    if isinstance(texts, IterableDataset):
-        return Split()
-    lengths = pc.list_value_length(windows.with_format("arrow")[:]["input_ids"])
-    return Split(len(texts), len(windows), pc.sum(lengths).as_py())
-
-
 def _step_of(checkpoint: str | None) -> int:
     return 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
 
 
-def _aligned(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A section: a title, the names of columns, and indented rows; of several columns, figures stand on the right."""
-    columns = max(len(row) for row in [titles, *rows])
-    lines = [titles + ("",) * (columns - len(titles)), *((f"  {row[0]}", *row[1:]) for row in rows)]
-    head = max(len(line[0]) for line in (lines if len(titles) > 1 else lines[1:]))
-    widths = [max(len(line[column]) for line in lines) for column in range(1, columns)]
-    figures = len(titles) > 1 or all(row[1].translate(str.maketrans("", "", ",.")).isdigit() for row in rows)
-    text = []
-    for first, *others in lines:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths, strict=True)]
-        text.append("  ".join([first.ljust(head), *(cells if figures else others)]).rstrip())
-    return "\n".join(text)
+def section_text(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """Format a section: its title, the names of its columns if there are several, and indented rows."""
+    table = Table(box=None, pad_edge=False, show_header=len(titles) > 1, header_style="")
+    for number, cells in enumerate(zip(*rows, strict=True)):
+        is_number = all(cell.translate(str.maketrans("", "", ",.")).isdigit() for cell in cells)
+        table.add_column(titles[number] if number < len(titles) else "", justify="right" if is_number else "left")
+    for first, *others in rows:
+        table.add_row(Text(f"  {first}"), *map(Text, others))
+    console = Console(file=StringIO(), width=WIDEST_LINE)
+    with console.capture() as capture:
+        console.print(table)
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    return "\n".join(lines if len(titles) > 1 else [titles[0], *lines])

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .checkpoints import CHECKPOINTS_FOLDER, checkpoints_of
-from .evaluation import RESULTS_FILE
-from .shards_noprop import MASKED_LM_FOLDER
+from .checkpoints import checkpoints_of
+from .layout import CHECKPOINTS_FOLDER, RESULTS_FILE
+from .shards_noprop import PRETRAINING_FOLDER
 
 
 # Title, whether of blocks or of phase 1, and the logged values: the first as a line, a second one dashed.
@@ -44,11 +44,11 @@ def draw_run(directory: Path) -> Figure:
         FileNotFoundError: nothing is there to draw.
     """
     folders = [path for path in sorted((directory / CHECKPOINTS_FOLDER).glob("block-*")) if path.is_dir()]
-    folders.append(directory / CHECKPOINTS_FOLDER / MASKED_LM_FOLDER)
+    folders.append(directory / CHECKPOINTS_FOLDER / PRETRAINING_FOLDER)
     histories = {folder.name: history for folder in folders if (history := read_history(folder))}
     panels = []
     for title, of_blocks, keys in PANELS:
-        names = [name for name in histories if (name != MASKED_LM_FOLDER) == of_blocks]
+        names = [name for name in histories if (name != PRETRAINING_FOLDER) == of_blocks]
         if any(key in entry for name in names for entry in histories[name] for key in keys):
             panels.append((title, names, keys))
     results = directory / RESULTS_FILE

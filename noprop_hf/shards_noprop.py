@@ -21,7 +21,8 @@ AUTO_MAP = {  # what `trust_remote_code` loads from a directory with these files
     "AutoConfig": "configuration_noprop.NoPropConfig",
     "AutoModel": "modeling_noprop.NoPropModel",
     "AutoModelForCausalLM": "modeling_noprop.NoPropForCausalLM",
-    "AutoModelForMaskedLM": "modeling_noprop.NoPropForMaskedLM",
+    "AutoModelForMaskedLM": "modeling_noprop.NoPropForPreTraining",
+    "AutoModelForPreTraining": "modeling_noprop.NoPropForPreTraining",
     "AutoModelForSequenceClassification": "modeling_noprop.NoPropForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_noprop.NoPropForTokenClassification",
 }
@@ -42,7 +43,8 @@ HIDDEN_SHARDS = (
 BAD_INDEX = f"holds no {SAFE_WEIGHTS_INDEX_NAME} that can be read: restore it"
 CHANGED_CONFIG = "holds a table and a config.json that do not belong together: restore those of its training"
 NO_MODEL = "Give the directory of a whole model, such as the --output_dir of its training"
-MASKED_LM_FOLDER = "masked_lm"  # in a model directory: the model of phase 1, which its table comes from
+PRETRAINING_FOLDER = "pretraining"  # the model of phase 1, in the directory of the model made with it
+PRETRAINING_FOLDERS = (PRETRAINING_FOLDER, "masked_lm")  # the second is its name in directories of before 0.2
 
 
 @contextmanager
@@ -88,6 +90,12 @@ def content_hash(tensors: Iterable[tuple[str, bytes | bytearray]]) -> str:
         digest.update(name.encode() + b"\0")
         digest.update(data)
     return digest.hexdigest()
+
+
+def pretraining_folder(directory: Path) -> Path:
+    """Return the folder of the model of phase 1 in a model directory."""
+    folders = [directory / name for name in PRETRAINING_FOLDERS]
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
 def fingerprint(config: NoPropConfig, table: torch.Tensor) -> str:
@@ -175,7 +183,7 @@ def weight_type(table: Shard) -> str | None:
 def placement_fault(
     shard: Shard,
     shapes: Mapping[str, tuple[int, ...] | None],
-    mark: Mapping[str, str],
+    provenance: Mapping[str, str],
     kind: str | None = None,
 ) -> str | None:
     """What keeps a weight file from its place in a model, by its header alone.
@@ -183,7 +191,7 @@ def placement_fault(
     Args:
         shard: the file. Of its content, the header is enough.
         shapes: of the tensors that belong there, by their plain names; None allows any shape.
-        mark: the metadata that belong there. Files of other savers lack them, which is no fault.
+        provenance: the metadata that belong there. Files of other savers lack them, which is no fault.
         kind: the type of the model's weights; when not given, any floating-point type that is the same for all.
 
     Returns:
@@ -205,9 +213,9 @@ def placement_fault(
         if found != kind or found not in FLOATING_TYPES:
             return f"holds {name} of type {found}, not of the floating-point type of the other weights"
     metadata = shard.metadata
-    if "block" in mark and metadata.get("block", mark["block"]) != mark["block"]:
+    if "block" in provenance and metadata.get("block", provenance["block"]) != provenance["block"]:
         return f"was trained as block {metadata['block']}"
-    if any(metadata.get(name, value) != value for name, value in mark.items()):
+    if any(metadata.get(name, value) != value for name, value in provenance.items()):
         return (
             "was trained with another table or configuration than the model has, other data, or another block before it"
         )
@@ -222,13 +230,13 @@ def placement_fault(
 def shard_fault(
     shard: Shard | None,
     shapes: Mapping[str, tuple[int, ...] | None],
-    mark: Mapping[str, str],
+    provenance: Mapping[str, str],
     kind: str | None = None,
 ) -> str | None:
     """The same by the content: also that the file is damaged (None stands for it), or holds no finite numbers."""
     if shard is None:
         return "is damaged"
-    fault = placement_fault(shard, shapes, mark, kind)
+    fault = placement_fault(shard, shapes, provenance, kind)
     return fault if fault or shard.is_finite else "holds weights that are not finite numbers"
 
 
@@ -292,12 +300,12 @@ def model_fault(folder: Path, config: NoPropConfig, shapes: Mapping[str, tuple[i
         return None
 
     table = next((shard for shard in shards.values() if shard.table is not None), None)
-    mark, kind = {}, None
+    provenance, kind = {}, None
     if table is not None and table.table is not None:
         kind = weight_type(table)
         if any("fingerprint" in shard.metadata for shard in shards.values()):
-            mark["fingerprint"] = fingerprint(config, table.table)
-        if table.metadata.get("fingerprint", mark.get("fingerprint")) != mark.get("fingerprint"):
+            provenance["fingerprint"] = fingerprint(config, table.table)
+        if table.metadata.get("fingerprint", provenance.get("fingerprint")) != provenance.get("fingerprint"):
             return CHANGED_CONFIG
     if weight_map and (fault := index_fault(folder, shapes)):
         return fault
@@ -309,7 +317,7 @@ def model_fault(folder: Path, config: NoPropConfig, shapes: Mapping[str, tuple[i
         if not weight_map:
             others = (plain_name(weight) for weight in shard.tensors)
             expected = {**shapes, **{weight: None for weight in others if weight not in shapes and not is_part(weight)}}
-        own = dict(mark)
+        own = dict(provenance)
         if name in blocks:
             own["block"] = str(blocks[name])
             previous = shards.get(block_shard(blocks[name] - 1))

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .arguments import one_line, read_config
-from .checkpoints import CHECKPOINTS_FOLDER, checkpoints_of
+from .checkpoints import checkpoints_of
 from .configuration_noprop import NoPropConfig
+from .layout import block_name, checkpoint_folder, lock_file
 from .meeting_place import MeetingPlace, published_fault
 from .model_directory import block_fault, load_table, shapes_in
 from .modeling_noprop import TokenTable
@@ -52,10 +53,9 @@ def _local_block(directory: Path, config: NoPropConfig, table: TokenTable, block
         except (FileNotFoundError, ValueError) as error:  # the block that it reads is missing or damaged
             fault = f"cannot be checked: {one_line(error)}"
         return BlockStatus("done", _result(shard.metadata)) if fault is None else BlockStatus("unusable", fault)
-    checkpoints = directory / CHECKPOINTS_FOLDER
-    saved = checkpoints_of(checkpoints / f"block-{block_index:02d}")
+    saved = checkpoints_of(checkpoint_folder(directory, block_name(block_index)))
     step = f"step {saved[0][0]}" if saved else "step 0"
-    holder = holder_of(checkpoints / f"block-{block_index:02d}.lock")
+    holder = holder_of(lock_file(directory, block_name(block_index)))
     if holder is not None:
         return BlockStatus("training", f"saved at {step}, by {holder}")
     return BlockStatus("stopped", f"saved at {step}") if saved else BlockStatus("missing")

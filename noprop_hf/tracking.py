@@ -6,18 +6,18 @@ in several processes. Trackers of `--report_to` that are not in `TRACKERS` are l
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from .evaluation import RESULTS_FILE
+from .layout import LOGS_FOLDER, RESULTS_FILE
 
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
-LOGS_FOLDER = "runs"  # in a model directory: what TensorBoard reads
 
 
 def start_trackers(
@@ -91,8 +91,34 @@ class TrackingCallback(TrainerCallback):
             tracker.log({f"{self.name}/{key}": value for key, value in values.items()}, step)
 
 
-def track(trainer: Trainer, directory: Path, name: str, in_nats: bool = True) -> TrackingCallback:
-    """Put a [`TrackingCallback`] into a trainer, in place of the stock callbacks of the same trackers."""
+class NamedProgressCallback(ProgressCallback):
+    """Show the stock progress bar with a title, and one short line per log."""
+
+    def __init__(self, title: str):
+        super().__init__()
+        self.title = title
+
+    def on_train_begin(self, args, state: TrainerState, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.title)
+
+    def on_log(self, args, state: TrainerState, control, logs=None, **kwargs):
+        shown = {k: v for k, v in (logs or {}).items() if k.endswith(("loss", "nats", "learning_rate"))}
+        if shown and state.is_world_process_zero and self.training_bar is not None:
+            figures = ", ".join(f"{k} {v:.4g}" for k, v in shown.items() if isinstance(v, float))
+            self.training_bar.write(f"[{self.title}] step {state.global_step}: {figures}", file=sys.stderr)
+
+
+def track(trainer: Trainer, directory: Path, name: str, in_nats: bool = True, title: str = "") -> TrackingCallback:
+    """Add a [`TrackingCallback`] to a trainer, instead of the stock callbacks of the same trackers.
+
+    Args:
+        title: the title of the progress bar.
+    """
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(NamedProgressCallback(title))
     for kind in TRACKERS:
         trainer.remove_callback(INTEGRATION_TO_CALLBACK[kind])
     callback = TrackingCallback(directory, name, in_nats)

@@ -22,8 +22,9 @@ from noprop_hf import NoPropConfig, NoPropForCausalLM
 from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments
 from noprop_hf.data import DataArguments, load_corpus, load_tokenizer, train_tokenizer
 from noprop_hf.model_directory import create_model_directory, load_table, read_metadata
+from noprop_hf.pretraining import pretrain_embeddings
 from noprop_hf.shards_noprop import EMBEDDINGS_SHARD
-from noprop_hf.training import pretrain_embeddings, train_blocks
+from noprop_hf.training import train_blocks
 from warm_python import WarmPython
 
 

@@ -17,10 +17,18 @@ from safetensors.torch import load_file, save
 
 from conftest import BLOCKS, MODEL, arguments
 from noprop_hf.arguments import PretrainingArguments
-from noprop_hf.checkpoints import PREEMPTED, SEAL_NAME, DurableTrainer, checkpoints_of, read_seal, seal
+from noprop_hf.checkpoints import (
+    MANIFEST_NAME,
+    PREEMPTED,
+    DurableTrainer,
+    checkpoints_of,
+    read_manifest,
+    write_manifest,
+)
 from noprop_hf.model_directory import read_metadata
+from noprop_hf.pretraining import pretrain_embeddings
 from noprop_hf.shards_noprop import EMBEDDINGS_SHARD, block_shard
-from noprop_hf.training import BlockTrainer, pretrain_embeddings, train_blocks
+from noprop_hf.training import BlockTrainer, train_blocks
 
 
 ONE = dataclasses.replace(BLOCKS, blocks="2", sample_prompts=[])
@@ -73,7 +81,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(directory, data, undi
         process.join()
         kills += 1
         for _, path in checkpoints_of(checkpoints):
-            assert read_seal(path) is not None, f"{path} has its name and is not whole"
+            assert read_manifest(path) is not None, f"{path} has its name and is not whole"
     assert process.exitcode == 0
     assert kills >= 5
     print(f"{kills} kills")
@@ -169,7 +177,9 @@ def test_killed_before_any_file_operation_it_ends_with_the_same_bits(data, tmp_p
         args = arguments(directory, lr_scheduler_type="constant", max_steps=2, save_steps=1, eval_strategy="no")
         pretrain_embeddings(model, data, phase_1, args)
         train_blocks(data, dataclasses.replace(BLOCKS, sample_prompts=[]), args, model)
-        files = [path for folder in (directory, directory / "masked_lm") for path in folder.iterdir() if path.is_file()]
+        files = [
+            path for folder in (directory, directory / "pretraining") for path in folder.iterdir() if path.is_file()
+        ]
         return {str(path.relative_to(directory)): content(path) for path in files}
 
     def content(path: Path) -> bytes:
@@ -187,10 +197,10 @@ def test_killed_before_any_file_operation_it_ends_with_the_same_bits(data, tmp_p
 
 
 @pytest.mark.parametrize("save_strategy", ["steps", "no"])
-@pytest.mark.parametrize("phase", ["masked_lm", "block-02"])
+@pytest.mark.parametrize("phase", ["pretraining", "block-02"])
 @pytest.mark.parametrize("moment", ["training_step", "evaluate", "_save"])
 def test_sigterm_at_the_very_end_is_not_lost(data, tmp_path, constant, monkeypatch, moment, phase, save_strategy):
-    last_step = (3 if phase == "masked_lm" else 4) - (moment == "training_step")
+    last_step = (3 if phase == "pretraining" else 4) - (moment == "training_step")
     original, signals = getattr(DurableTrainer, moment), []
 
     def signalled(self, *args, **kwargs):
@@ -204,7 +214,7 @@ def test_sigterm_at_the_very_end_is_not_lost(data, tmp_path, constant, monkeypat
         patch.setattr(DurableTrainer, moment, signalled)
         remake(tmp_path / "model", data, save_strategy=save_strategy)
     assert ended.value.code == PREEMPTED and signals
-    assert not (tmp_path / "model" / (EMBEDDINGS_SHARD if phase == "masked_lm" else block_shard(2))).exists()
+    assert not (tmp_path / "model" / (EMBEDDINGS_SHARD if phase == "pretraining" else block_shard(2))).exists()
     monkeypatch.setattr(
         DurableTrainer, "training_step", no_step_of(phase, DurableTrainer.training_step)
     )  # everything was saved
@@ -237,7 +247,7 @@ def interrupted(directory: Path, data) -> Path:
     return directory / "checkpoints" / "block-02"
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json", SEAL_NAME])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json", MANIFEST_NAME])
 @pytest.mark.parametrize("damage", ["truncated", "removed", "altered"])
 def test_a_damaged_checkpoint_is_passed_over(directory, data, undisturbed, name, damage, caplog):
     checkpoints = interrupted(directory, data)
@@ -256,14 +266,14 @@ def test_a_damaged_checkpoint_is_passed_over(directory, data, undisturbed, name,
 
 def test_every_bit_of_a_seal_counts(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    seal(tmp_path, {"seed": 11, "optim": "sgd"})
-    kept, content = read_seal(tmp_path), (tmp_path / SEAL_NAME).read_bytes()
+    write_manifest(tmp_path, {"seed": 11, "optim": "sgd"})
+    kept, content = read_manifest(tmp_path), (tmp_path / MANIFEST_NAME).read_bytes()
     assert kept is not None
     for index in range(8 * len(content)):
         flipped = bytearray(content)
         flipped[index // 8] ^= 1 << index % 8
-        (tmp_path / SEAL_NAME).write_bytes(flipped)
-        assert read_seal(tmp_path) in (None, kept), flipped
+        (tmp_path / MANIFEST_NAME).write_bytes(flipped)
+        assert read_manifest(tmp_path) in (None, kept), flipped
 
 
 def test_no_silent_restart_from_zero(directory, data):

@@ -14,14 +14,14 @@ from noprop_hf import (
     DenoisingBlock,
     NoPropConfig,
     NoPropForCausalLM,
-    NoPropForMaskedLM,
+    NoPropForPreTraining,
     NoPropForTokenClassification,
     NoPropModel,
 )
 
 
 INPUT = torch.tensor([[3, 7, 11, 4, 30, 2], [9, 2, 5, 8, 1, 49]])
-CLASSES = [NoPropModel, NoPropForCausalLM, NoPropForMaskedLM, NoPropForTokenClassification]
+CLASSES = [NoPropModel, NoPropForCausalLM, NoPropForPreTraining, NoPropForTokenClassification]
 
 
 @pytest.fixture(params=CLASSES, ids=lambda cls: cls.__name__)
@@ -68,13 +68,13 @@ def test_every_output_is_a_model_output_and_a_tuple_on_request(any_model):
 def test_hidden_states_and_attentions(any_model, config):
     any_model.set_attn_implementation("eager")
     output = any_model(INPUT, output_hidden_states=True, output_attentions=True)
-    layers = config.num_pretraining_layers if isinstance(any_model, NoPropForMaskedLM) else config.num_hidden_layers
+    layers = config.num_pretraining_layers if isinstance(any_model, NoPropForPreTraining) else config.num_hidden_layers
     assert len(output.attentions) == layers
     assert len(output.hidden_states) == layers + 1
     for attention in output.attentions:
         assert attention.shape == (2, 2, 6, 6)
         assert torch.allclose(attention.sum(-1), torch.ones(2, 2, 6), atol=1e-5)
-        if not isinstance(any_model, NoPropForMaskedLM):
+        if not isinstance(any_model, NoPropForPreTraining):
             assert (attention.triu(1) == 0).all()
     assert all(states.shape == (2, 6, 16) for states in output.hidden_states)
     assert any_model(INPUT).hidden_states is None

@@ -12,7 +12,7 @@ from noprop_hf import data
 from noprop_hf.data import (
     CausalCollator,
     DataArguments,
-    MaskedCollator,
+    PretrainingCollator,
     count_tokens,
     cpython_docs,
     load_corpus,
@@ -229,14 +229,14 @@ def test_count_tokens(tokenizer):
 def test_masks_come_from_the_batch_and_the_seed(tokenizer):
     batch = [{"input_ids": list(range(i, i + 200))} for i in range(10, 30)]
     torch.manual_seed(0)
-    collate = MaskedCollator(tokenizer, mlm_probability=0.3, run_seed=5)
+    collate = PretrainingCollator(tokenizer, mlm_probability=0.3, run_seed=5)
     state = torch.get_rng_state()
     first = collate(batch)
     assert torch.equal(state, torch.get_rng_state())  # the random numbers of training are left alone
     torch.manual_seed(1)
-    again = MaskedCollator(tokenizer, mlm_probability=0.3, run_seed=5)(batch)
+    again = PretrainingCollator(tokenizer, mlm_probability=0.3, run_seed=5)(batch)
     assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["labels"], MaskedCollator(tokenizer, mlm_probability=0.3)(batch)["labels"])
+    assert not torch.equal(first["labels"], PretrainingCollator(tokenizer, mlm_probability=0.3)(batch)["labels"])
     assert not torch.equal(first["labels"], collate(batch[::-1])["labels"].flip(0))
     masked = first["labels"] != -100
     assert masked.float().mean().item() == pytest.approx(0.3, abs=0.03)

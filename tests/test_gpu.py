@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM
+from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForPreTraining
 from noprop_hf.modeling_noprop import TokenTable
 from noprop_hf.noise_noprop import standardize
 
@@ -74,7 +74,7 @@ def test_losses_and_gradients_agree():
     """In evaluation mode, whose noise comes from a generator on the CPU; phase 1 has none."""
     input_ids = tokens(4, 16)
     block, table = block_and_table()
-    phase_1 = stirred(NoPropForMaskedLM(CONFIG)).train()
+    phase_1 = stirred(NoPropForPreTraining(CONFIG)).train()
     found = {}
     for device in ("cpu", "cuda"):
         models = [copy.deepcopy(model).to(device) for model in (block.eval(), phase_1)]
@@ -91,7 +91,7 @@ def test_losses_and_gradients_agree():
 def test_a_training_step_in_half_precision_is_finite_and_near_float32(dtype):
     input_ids = tokens(8, 32).cuda()
     block, table = (module.cuda() for module in block_and_table())
-    phase_1 = stirred(NoPropForMaskedLM(CONFIG)).cuda().train()
+    phase_1 = stirred(NoPropForPreTraining(CONFIG)).cuda().train()
     block.train()
     jobs = {
         "block": lambda: block(input_ids, input_ids, table).loss,
@@ -131,7 +131,7 @@ def test_training_waits_for_the_gpu_only_to_learn_sizes():
     """As `test_modeling.py` counts it by operations: four times in a block, and once in phase 1."""
     input_ids = tokens(8, 32).cuda()
     block, table = (module.cuda().train() for module in block_and_table())
-    phase_1 = NoPropForMaskedLM(CONFIG).cuda().train()
+    phase_1 = NoPropForPreTraining(CONFIG).cuda().train()
     jobs = [
         (4, lambda: block(input_ids, input_ids, table).loss),
         (1, lambda: phase_1(input_ids, labels=input_ids).loss),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from conftest import ROOT
 from hub_server import TOKEN, Fault, HubServer, hub_server
-from noprop_hf import NoPropForMaskedLM
+from noprop_hf import NoPropForPreTraining
 from noprop_hf.evaluation import ModelNats, results_table
 from noprop_hf.hub import model_card, push_model
 from noprop_hf.model_directory import create_model_directory, save_block
@@ -56,7 +56,7 @@ def directory(model, tokenizer, tmp_path) -> Path:
     create_model_directory(path, model.config, tokenizer, model.model.embed_tokens)
     for block in model.model.blocks:
         save_block(path, block, model.model.embed_tokens, {"steps": "7", "seconds": "1.5"})
-    NoPropForMaskedLM(model.config).save_pretrained(path / "masked_lm")
+    NoPropForPreTraining(model.config).save_pretrained(path / "pretraining")
     (path / "checkpoints").mkdir()
     (path / "checkpoints" / "optimizer.pt").write_bytes(b"not to be shared")
     (path / "corpus.yaml").write_text("dataset_name: someone/texts\n")
@@ -127,7 +127,7 @@ def test_push_and_load_back(server, directory, model, tmp_path):
     files = repository.files("main")
     for name in ("README.md", "config.json", "tokenizer.json", "modeling_noprop.py", "block-02.safetensors"):
         assert files[name] == (directory / name).read_bytes()
-    assert "masked_lm/model.safetensors" in files and not any("checkpoints" in name for name in files)
+    assert "pretraining/model.safetensors" in files and not any("checkpoints" in name for name in files)
     first = repository.head
 
     load(

@@ -18,8 +18,9 @@ from noprop_hf import checkpoints
 from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments
 from noprop_hf.checkpoints import DurableTrainer, checkpoints_of
 from noprop_hf.data import DataArguments, load_corpus, tokenize, train_tokenizer, training_fingerprint
+from noprop_hf.pretraining import build_config, load_config, prepare_pretraining, pretrain_embeddings, pretraining_run
 from noprop_hf.shards_noprop import EMBEDDINGS_SHARD, block_shard
-from noprop_hf.training import begin, build_config, load_config, masked_lm_run, pretrain_embeddings, train_blocks
+from noprop_hf.training import train_blocks
 
 
 # Data arguments that change the weights: another value (with the values it needs) gives other training data.
@@ -97,7 +98,7 @@ def here(files, monkeypatch):
 def prepare(data_args: DataArguments) -> tuple[Any, str, Any]:
     """Dataset, its fingerprint, and tokenizer of a run."""
     splits = load_corpus(data_args)
-    _, tokenizer, _ = begin(MODEL, data_args, splits["train"])
+    _, tokenizer, _ = prepare_pretraining(MODEL, data_args, splits["train"])
     dataset = tokenize(splits, tokenizer, data_args)
     return dataset, training_fingerprint(dataset["train"], data_args), tokenizer
 
@@ -110,7 +111,7 @@ def test_the_identity_of_a_run_is_that_of_its_data_and_model(data):
         dataset, fingerprint, tokenizer = prepared
         config = build_config(model_args, data, tokenizer)
         args = arguments(Path("model"), **options)
-        return masked_lm_run(config, dataset, fingerprint, PretrainingArguments(), args)[1]
+        return pretraining_run(config, dataset, fingerprint, PretrainingArguments(), args)[1]
 
     for name, options in DATA_CHANGES.items():
         without = {"dataset_config_name": "some"} | {key: value for key, value in options.items() if key != name}
@@ -164,7 +165,7 @@ def killed(request, data, phase1, tmp_path_factory) -> tuple[Train, Path, dict[s
         shutil.copytree(phase1, directory)
     weights = train(directory, data, MODEL)
     (directory / (EMBEDDINGS_SHARD if train is phase_1 else block_shard(1))).unlink()
-    folder = directory / "checkpoints" / ("masked_lm" if train is phase_1 else "block-01")
+    folder = directory / "checkpoints" / ("pretraining" if train is phase_1 else "block-01")
     (step, newest), *_ = checkpoints_of(folder)
     assert step == 6
     shutil.rmtree(newest)

@@ -31,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 from conftest import ROOT, tokens
-from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM, modeling_noprop
+from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForPreTraining, modeling_noprop
 from noprop_hf.compatibility_noprop import CACHE
 
 
@@ -640,7 +640,7 @@ def test_masks_are_filled_by_a_model_that_learnt_to(config, tokenizer, tmp_path,
         "pretraining_objective": objective,
         "mask_token_id": tokenizer.mask_token_id,
     }
-    NoPropForMaskedLM(NoPropConfig(**config.to_dict() | fields)).save_pretrained(tmp_path)
+    NoPropForPreTraining(NoPropConfig(**config.to_dict() | fields)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     fill = pipeline("fill-mask", model=str(tmp_path), tokenizer=str(tmp_path))
     text = f"the cat {tokenizer.mask_token} on a mat"
@@ -665,7 +665,7 @@ def test_a_directory_of_an_earlier_version_is_the_same_model():
     generator = torch.Generator().manual_seed(3)
     denoised = model(input_ids, decoding_mode="denoising", generator=generator).logits
     torch.testing.assert_close(denoised, expected["denoised"], atol=1e-4, rtol=1e-4)
-    phase_1 = NoPropForMaskedLM.from_pretrained(directory)
+    phase_1 = NoPropForPreTraining.from_pretrained(directory)
     torch.testing.assert_close(phase_1(input_ids).logits, expected["phase1_logits"], atol=1e-5, rtol=1e-4)
     classifier, info = AutoModelForSequenceClassification.from_pretrained(directory, output_loading_info=True)
     assert info["missing_keys"] == {"score.weight"} and not info["unexpected_keys"]

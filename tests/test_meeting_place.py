@@ -16,12 +16,13 @@ from safetensors.torch import load, save
 
 from conftest import BLOCKS, MODEL, ROOT, arguments
 from hub_server import PORTAL, TOKEN, Fault, hub_server
-from noprop_hf import hub, meeting_place, training
+from noprop_hf import hub, meeting_place, pretraining, training
 from noprop_hf.arguments import PretrainingArguments
 from noprop_hf.hub import files_left_out, files_of_phase_1, files_to_push, push_model
 from noprop_hf.meeting_place import MeetingPlace
+from noprop_hf.pretraining import pretrain_embeddings
 from noprop_hf.status import remote_status
-from noprop_hf.training import pretrain_embeddings, train_blocks
+from noprop_hf.training import train_blocks
 
 
 NAME = "user/tiny"
@@ -72,7 +73,7 @@ def messages(repository, index: int) -> list[str]:
 
 def test_a_worker_fetches_the_files_of_phase_1_alone(repository, phase1, tmp_path):
     planted = ["checkpoints/worker", "checkpoints/block-00/checkpoint-3/optimizer.pt", "checkpoints/block-00.lock"]
-    planted += ["pytorch_model.bin", "masked_lm/pytorch_model.bin", "evil.py", "../../escape", "tokenizer/x.json"]
+    planted += ["pytorch_model.bin", "pretraining/pytorch_model.bin", "evil.py", "../../escape", "tokenizer/x.json"]
     leave(repository, **dict.fromkeys(planted, b"planted"), modeling_nopropDOTpy=b"raise SystemExit('run')")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "worker").write_text("mine")
@@ -122,7 +123,7 @@ def test_a_file_that_is_no_claim_keeps_no_block(repository, tmp_path, content):
     leave(repository, **{"workers/block-00.json": content, "workers/block-01.json": content})
     place = worker(tmp_path)
     assert place.claims() == {}
-    assert place.claim(0) is None
+    assert place.claim_block(0) is None
     claims = place.claims()
     assert list(claims) == [0] and claims[0].worker == place.worker
 
@@ -137,7 +138,7 @@ def test_files_of_any_name_and_content_are_passed_over(repository, trained, tmp_
     blocks = place.blocks()
     assert set(blocks) == {"block-01.safetensors", "block-02.safetensors", "block-99.safetensors"}
     assert blocks["block-01.safetensors"] is None and blocks["block-02.safetensors"].metadata["steps"] == "6"
-    assert place.claims() == {} and place.claim(0) is None
+    assert place.claims() == {} and place.claim_block(0) is None
     assert [block.state for block in remote_status(NAME)] == ["training", "damaged", "done", "missing"]
 
 
@@ -213,7 +214,7 @@ def test_blocks_are_trained_unless_somebody_has_or_left_a_bad_file(
     bad = published(trained)
     leave(repository, **{"block-01.safetensors": bad})
     other = worker(Path(shutil.copytree(trained, directory.parent / "other")))
-    assert other.claim(3) is None
+    assert other.claim_block(3) is None
     monkeypatch.setattr(MeetingPlace, "report", lambda place, index, step: other.publish_block(2))
     with pytest.raises(ValueError, match="block-01.safetensors in user/tiny"):
         train_blocks(data, replace(BLOCKS, blocks="all"), arguments(directory), MODEL, worker(directory))
@@ -242,7 +243,7 @@ def test_a_block_waits_for_the_one_it_reads(server, data, tmp_path):
     one = pretrain_embeddings(model, data, phase1, arguments(tmp_path / "one", max_steps=2, eval_strategy="no"))
     worker(one).publish_table()
     repository = server.repositories[NAME]
-    assert worker(one).claim(0) is None
+    assert worker(one).claim_block(0) is None
 
     def train(name: str, blocks: str) -> Path:
         directory = tmp_path / name
@@ -266,15 +267,15 @@ def test_ages_are_of_one_clock(server, repository, tmp_path, monkeypatch):
     places = [worker(tmp_path / name) for name in ("one", "two", "three") if not (tmp_path / name).mkdir()]
     wrong = iter([lambda: now() - 10**8, lambda: now() + 10**8, lambda: 0.0, lambda: now() + 10**5])
     monkeypatch.setattr(time, "time", next(wrong))
-    assert places[0].claim(0) is None
+    assert places[0].claim_block(0) is None
     server.clock_ahead += 5 * 3600
     monkeypatch.setattr(time, "time", next(wrong))
-    assert "300 minutes ago" in places[1].claim(0)
+    assert "300 minutes ago" in places[1].claim_block(0)
     server.clock_ahead += 2 * 3600
     monkeypatch.setattr(time, "time", next(wrong))
-    assert places[1].claim(0) is None
+    assert places[1].claim_block(0) is None
     monkeypatch.setattr(time, "time", next(wrong))
-    assert "0 minutes ago" in places[2].claim(0)
+    assert "0 minutes ago" in places[2].claim_block(0)
 
 
 # --- the network ------------------------------------------------------------------------------------------------------
@@ -301,7 +302,7 @@ LASTING = [
 @pytest.mark.parametrize("fault", LASTING, ids=lambda fault: f"{fault.path} {fault.status} {fault.content}"[:40])
 def test_a_block_arrives_once_whatever_fails(server, repository, trained, tmp_path, fault):
     place = worker(Path(shutil.copytree(trained, tmp_path / "model")), timeout=0.5)
-    assert place.claim(1) is None
+    assert place.claim_block(1) is None
     server.faults.append(replace(fault))
     place.publish_block(1)
     assert server.faults[0].times == 0
@@ -358,7 +359,7 @@ def test_a_token_that_may_not_write_is_told_before_the_work(repository, director
 
 @pytest.mark.parametrize("script", ["train", "pretrain_embeddings", "train_blocks"])
 def test_scripts_ask_before_they_train(server, corpus_file, tmp_path, monkeypatch, script):
-    monkeypatch.setattr(training, "_pretrain_masked_lm", lambda *args: pytest.fail("work was begun"))
+    monkeypatch.setattr(pretraining, "pretrain_language_model", lambda *args: pytest.fail("work was begun"))
     options = {"train_file": corpus_file, "output_dir": tmp_path / "new", "push_to_hub": True, "hub_model_id": NAME}
     words = [
         word for name, value in (options | {"hub_token": "hf_wrong"}).items() for word in (f"--{name}", str(value))
@@ -375,7 +376,7 @@ def test_scripts_ask_before_they_train(server, corpus_file, tmp_path, monkeypatc
 def test_only_the_model_becomes_public(server, trained, corpus_file, tmp_path):
     directory = Path(shutil.copytree(trained, tmp_path / "model"))
     private = ["passwords.txt", "credentials.json", "helper.py", "other.safetensors", ".env", "block-99.safetensors"]
-    private += ["masked_lm/notes.json", "corpus.txt", "config.json.bak", "block-01.safetensors.orig"]
+    private += ["pretraining/notes.json", "corpus.txt", "config.json.bak", "block-01.safetensors.orig"]
     for name in private:
         (directory / name).write_text("secret")
     (directory / "block-99.safetensors").write_bytes(block(trained, 1))
@@ -394,7 +395,7 @@ def test_only_the_model_becomes_public(server, trained, corpus_file, tmp_path):
 
 def test_a_claim_tells_no_host(repository, tmp_path):
     place = worker(tmp_path)
-    assert place.claim(0) is None
+    assert place.claim_block(0) is None
     claim = json.loads(repository.files("main")["workers/block-00.json"])
     assert set(claim) == {"worker", "step", "time"} and claim["worker"] == place.worker
 

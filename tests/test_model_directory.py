@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from conftest import run_python
-from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM, NoPropModel
+from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForPreTraining, NoPropModel
 from noprop_hf.arguments import read_config
 from noprop_hf.hub import files_to_push
 from noprop_hf.model_directory import (
@@ -59,7 +59,7 @@ def test_a_directory_loads_without_the_package(model, tokenizer, directory, tmp_
         directory = tmp_path / "saved"
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-    NoPropForMaskedLM(model.config).save_pretrained(directory / "masked_lm")
+    NoPropForPreTraining(model.config).save_pretrained(directory / "pretraining")
     code = f"""
 import sys
 sys.modules["noprop_hf"] = None  # importing it is an error
@@ -80,7 +80,7 @@ print(*names)
 """
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
     output = run_python("-c", code, cwd=tmp_path, env=environment)
-    heads = ["NoPropForMaskedLM", "NoPropForSequenceClassification", "NoPropForTokenClassification"]
+    heads = ["NoPropForPreTraining", "NoPropForSequenceClassification", "NoPropForTokenClassification"]
     assert output.split()[-7:] == ["NoPropConfig", "NoPropModel", *heads, "(1,", "5)"]
     assert torch.equal(torch.load(tmp_path / "logits.pt"), model(INPUT).logits)
 
@@ -151,7 +151,7 @@ def test_a_base_model_loads_into_the_causal_one_and_back(model, tmp_path):
     assert same(AutoModel.from_pretrained(tmp_path / "causal"), model.model)
 
 
-@pytest.mark.parametrize("model_class", [NoPropForCausalLM, NoPropForMaskedLM])
+@pytest.mark.parametrize("model_class", [NoPropForCausalLM, NoPropForPreTraining])
 def test_weights_from_a_state_dict(config, model_class):
     torch.manual_seed(0)
     model = model_class(config)
@@ -174,7 +174,7 @@ def test_saving_fewer_blocks_leaves_no_stale_ones(model, config, tmp_path):
 
 def test_masked_lm_round_trip(config, tmp_path):
     torch.manual_seed(0)
-    model = NoPropForMaskedLM(config).eval()
+    model = NoPropForPreTraining(config).eval()
     model.save_pretrained(tmp_path)
     loaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
     assert torch.equal(loaded(INPUT).logits, model(INPUT).logits)
@@ -183,8 +183,8 @@ def test_masked_lm_round_trip(config, tmp_path):
 def test_masked_lm_of_a_causal_model(model, directory):
     """The model of phase 1 is found beside the model that its table was made for."""
     torch.manual_seed(0)
-    masked = NoPropForMaskedLM(model.config).eval()
-    masked.save_pretrained(directory / "masked_lm")
+    masked = NoPropForPreTraining(model.config).eval()
+    masked.save_pretrained(directory / "pretraining")
     assert same(AutoModelForMaskedLM.from_pretrained(directory), masked)
 
 
@@ -394,13 +394,13 @@ def test_what_the_embedding_shard_stands_for_is_on_disk_first(model, tokenizer, 
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: (events.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
     monkeypatch.setattr(os, "replace", lambda old, new: (events.append(("named", str(new))), replace(old, new)))
-    NoPropForMaskedLM(model.config).save_pretrained(path / "masked_lm")
+    NoPropForPreTraining(model.config).save_pretrained(path / "pretraining")
     create_model_directory(path, model.config, tokenizer, model.model.embed_tokens)
     named = events.index(("named", str(path / "embeddings.safetensors")))
     flushed = set(events[:named])
-    files = {file for folder in (path, path / "masked_lm") for file in folder.iterdir() if file.is_file()}
+    files = {file for folder in (path, path / "pretraining") for file in folder.iterdir() if file.is_file()}
     assert {str(file) for file in files - {path / "embeddings.safetensors"}} <= flushed
-    assert {str(folder) for folder in (path, path / "masked_lm", path.parent, tmp_path)} <= flushed
+    assert {str(folder) for folder in (path, path / "pretraining", path.parent, tmp_path)} <= flushed
     assert any("embeddings.safetensors" in str(event) for event in events[:named])
     assert str(path) in events[named:]
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from conftest import tokens
-from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM
+from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForPreTraining
 from noprop_hf.compatibility_noprop import chunked_cross_entropy, linear_cross_entropy
 from noprop_hf.modeling_noprop import TokenTable, sampled_candidates, vocabulary_nats
 from noprop_hf.noise_noprop import sample_evidence, standardize
@@ -218,7 +218,7 @@ def test_training_waits_for_a_device_only_to_learn_sizes(model, config, labels_a
         model.model.blocks[1].train()(input_ids, labels, model.model.embed_tokens).loss.backward()
     assert sorted(block.names) == ["_unique2", "nonzero", "nonzero", "nonzero"]
     with Waits() as phase_1:
-        NoPropForMaskedLM(config).train()(input_ids, labels=labels).loss.backward()
+        NoPropForPreTraining(config).train()(input_ids, labels=labels).loss.backward()
     assert phase_1.names == ["nonzero"]
     with Waits() as masks:
         input_ids[input_ids < 10], input_ids.sum().item()
@@ -486,9 +486,9 @@ def test_unknown_decoding_mode(model):
 # --- phase 1 ----------------------------------------------------------------------------------------------------------
 
 
-def phase_1_model(config: NoPropConfig, pretraining_objective: str) -> NoPropForMaskedLM:
+def phase_1_model(config: NoPropConfig, pretraining_objective: str) -> NoPropForPreTraining:
     torch.manual_seed(0)
-    model = NoPropForMaskedLM(NoPropConfig(**config.to_dict() | {"pretraining_objective": pretraining_objective}))
+    model = NoPropForPreTraining(NoPropConfig(**config.to_dict() | {"pretraining_objective": pretraining_objective}))
     with torch.no_grad():
         torch.nn.init.normal_(model.readout.weight, std=0.3)
         model.bias.normal_()

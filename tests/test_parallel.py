@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 
 from conftest import ROOT, run_python, sentences, warm
 from hub_server import Fault, hub_server
-from noprop_hf.parallel import GROUP_VARIABLES, arrange_processes, claim, holder_of, lock, once
+from noprop_hf.parallel import GROUP_VARIABLES, arrange_processes, hold_lock, holder_of, lock, run_once
 from warm_python import WarmPython
 
 
@@ -88,14 +88,14 @@ def test_a_lock_ends_with_its_process(tmp_path, args):
     while holder_of(path) is None:
         time.sleep(0.01)
     assert f"process {process.pid} on" in holder_of(path)
-    with claim(path, args) as mine:
+    with hold_lock(path, args) as mine:
         assert not mine
     process.kill()
     process.join()
     assert holder_of(path) is None
-    with claim(path, args) as mine:
+    with hold_lock(path, args) as mine:
         assert mine
-    with claim(path, args, is_done=lambda: True) as mine:
+    with hold_lock(path, args, is_done=lambda: True) as mine:
         assert not mine
 
 
@@ -106,8 +106,8 @@ def test_once_waits_for_another_process(tmp_path, args):
     while holder_of(path) is None:
         time.sleep(0.01)
     process.kill()  # it dies with the work undone, so somebody else does it
-    once(path, args, done.exists, lambda: (calls.append(1), done.touch()))
-    once(path, args, done.exists, lambda: calls.append(2))
+    run_once(path, args, done.exists, lambda: (calls.append(1), done.touch()))
+    run_once(path, args, done.exists, lambda: calls.append(2))
     assert calls == [1]
 
 

@@ -13,12 +13,13 @@ from torch import nn
 from transformers import Trainer
 
 from conftest import BLOCKS, MODEL, ROOT, arguments, run_python
-from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM
+from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForPreTraining
 from noprop_hf.arguments import BlockArguments, PretrainingArguments, Recipe, RunArguments, ShareArguments
 from noprop_hf.data import CausalCollator, load_corpus, load_tokenizer, tokenize
 from noprop_hf.modeling_noprop import DenoisingBlock
 from noprop_hf.planning import activations, count_steps, group_processes, memory, plan
-from noprop_hf.training import BlockTrainer, pretrain_embeddings, train_blocks
+from noprop_hf.pretraining import pretrain_embeddings
+from noprop_hf.training import BlockTrainer, train_blocks
 
 
 def recipe_of(directory: Path, data, blocks: BlockArguments = BLOCKS, **options) -> Recipe:
@@ -63,7 +64,7 @@ def test_a_run_is_what_was_planned(data, tmp_path):
         with safe_open(directory / f"block-{index:02d}.safetensors", "pt") as file:
             steps.append(int(file.metadata()["steps"]))
     assert steps == [planned.block.steps] * 4 and planned.block.steps > 8
-    saved = directory / "checkpoints" / "masked_lm" / f"checkpoint-{planned.phase1.steps}"
+    saved = directory / "checkpoints" / "pretraining" / f"checkpoint-{planned.phase1.steps}"
     assert json.loads((saved / "trainer_state.json").read_text())["global_step"] == planned.phase1.steps == 8
     last = directory / "checkpoints" / "block-00" / f"checkpoint-{planned.block.steps}"
     epoch = json.loads((last / "trainer_state.json").read_text())["epoch"]
@@ -79,7 +80,7 @@ def test_a_run_is_what_was_planned(data, tmp_path):
     assert planned.block.tokens == planned.block.steps * 2 * 4 * 16
 
     model = NoPropForCausalLM.from_pretrained(directory)
-    masked = NoPropForMaskedLM.from_pretrained(directory)
+    masked = NoPropForPreTraining.from_pretrained(directory)
     tables = sum(tensor.numel() for tensor in model.model.embed_tokens.state_dict().values())
     frozen = model.model.embed_tokens.weight.numel()
     modules = (model, model.model.blocks[3], masked)
@@ -106,7 +107,7 @@ def test_what_is_done_is_told_and_nothing_is_written(trained, phase1, data, tmp_
     assert listing(tmp_path) == before and len(before) > 10
     assert planned.phase1 is None and planned.remaining == {0: 0, 1: 3, 2: 6, 3: 6}
     text = str(planned)
-    assert re.search(r"phase 1 +done, skipped\n +block 0 +done, skipped\n +block 1 +goes on from step 3\n", text)
+    assert re.search(r"phase 1 +done, skipped\n +block 0 +done, skipped\n +block 1 +resumes from step 3\n", text)
     assert planned.config.noise_levels == NoPropConfig.from_pretrained(directory).noise_levels
     assert "a guess" not in text and "nothing is pushed" in text
     assert planned.blocks_seconds == pytest.approx(15 * planned.block.seconds) and planned.block.seconds > 0
@@ -208,7 +209,7 @@ def test_streams_and_sharing(data, corpus_file, tmp_path):
     text = str(planned)
     assert re.search(r"train +a stream of unknown length: max_steps decides", text)
     assert (planned.block.steps, planned.block.tokens, planned.block.epochs) == (6, 6 * 4 * 16, None)
-    assert "the model and its card to user/tiny" in text and re.search(r"if it is new +private", text)
+    assert "the model and its card to user/tiny" in text and re.search(r"a new repository is +private", text)
     assert listing(tmp_path) == {}
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import ROOT, sentences
-from noprop_hf import evaluation, training
+from noprop_hf import evaluation, pretraining, training
 from noprop_hf.arguments import entry_point
 
 
@@ -250,7 +250,7 @@ def test_what_a_user_gets_wrong(folder, monkeypatch, capsys, script, options, wo
     if script in ("watch", "plot_run"):
         pytest.importorskip("matplotlib")
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(training, "_pretrain_masked_lm", lambda *args: pytest.fail("work was begun"))
+    monkeypatch.setattr(pretraining, "pretrain_language_model", lambda *args: pytest.fail("work was begun"))
     monkeypatch.setattr(training, "train_block", lambda *args: pytest.fail("work was begun"))
     text = refusal(capsys, script, *options.split(" "))
     assert word in text

@@ -37,7 +37,7 @@ from noprop_hf import NoPropConfig, NoPropForCausalLM
 from noprop_hf.data import DataArguments, load_tokenizer, prompt_tokenizer, tokenize
 from noprop_hf.evaluation import Perplexity, encode_prompt
 from noprop_hf.model_directory import create_model_directory, save_block
-from noprop_hf.training import begin
+from noprop_hf.pretraining import prepare_pretraining
 
 
 TEXTS = sentences(200)
@@ -158,7 +158,7 @@ def saved(kind: str, folder: Path, **data_options) -> Model:
     original = AutoTokenizer.from_pretrained(folder / "tokenizer")
     data = DataArguments(dataset_name="some/documents", max_length=40, **data_options)
     model_args = dataclasses.replace(MODEL, tokenizer_name=str(folder / "tokenizer"), vocab_size=None)
-    config, tokenizer, _ = begin(model_args, data, Dataset.from_dict({"text": TEXTS}))
+    config, tokenizer, _ = prepare_pretraining(model_args, data, Dataset.from_dict({"text": TEXTS}))
     torch.manual_seed(0)
     model = NoPropForCausalLM(config)
     create_model_directory(folder / "model", config, tokenizer, model.model.embed_tokens)

@@ -18,8 +18,9 @@ from noprop_hf import training as training_module
 from noprop_hf.arguments import PretrainingArguments
 from noprop_hf.commands.train import finish
 from noprop_hf.plotting import draw_run
+from noprop_hf.pretraining import pretrain_embeddings
 from noprop_hf.tracking import TrackingCallback
-from noprop_hf.training import BlockTrainer, pretrain_embeddings, train_blocks
+from noprop_hf.training import BlockTrainer, train_blocks
 
 
 Run = dict[str, list[tuple[int, float | str]]]  # steps and values by name
@@ -157,7 +158,7 @@ def test_phase_1_is_tracked(data, tmp_path):
     runs = tensorboard_runs(directory)
     assert set(runs) == {"runs/embeddings"}
     run = runs["runs/embeddings"]
-    assert run == logged(directory, "embeddings", "masked_lm")
+    assert run == logged(directory, "embeddings", "pretraining")
     assert {"embeddings/loss_nats", "embeddings/eval_loss_nats", "embeddings/learning_rate"} < set(run)
 
 
@@ -272,7 +273,7 @@ def test_curves_have_the_values_of_the_state_files(directory, data, stop_at_5):
     half_written.mkdir()
     (half_written / "trainer_state.json").write_text('{"log_history": [')
 
-    phase_1 = checkpoints / "masked_lm" / "trainer_state.json"
+    phase_1 = checkpoints / "pretraining" / "trainer_state.json"
     blocks = [checkpoints / "block-00" / "trainer_state.json"]
     blocks += [checkpoints / "block-02" / "checkpoint-3" / "trainer_state.json"]
     embeddings, *of_blocks = draw_run(directory).axes

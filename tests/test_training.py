@@ -11,20 +11,20 @@ from torch import nn
 from transformers import BertConfig, BertModel, Trainer, TrainerCallback
 
 from conftest import BLOCKS, MODEL, arguments, reconfigure
-from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM
+from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForPreTraining
 from noprop_hf import training as training_module
 from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments
 from noprop_hf.checkpoints import checkpoints_of
 from noprop_hf.data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize, train_tokenizer
 from noprop_hf.model_directory import load_block, load_table, read_metadata
 from noprop_hf.noise_noprop import information_levels, standardize
+from noprop_hf.pretraining import pretrain_embeddings
 from noprop_hf.shards_noprop import EMBEDDINGS_SHARD, block_shard
 from noprop_hf.status import local_status
 from noprop_hf.training import (
     BlockTrainer,
     block_seed,
     new_block,
-    pretrain_embeddings,
     train_blocks,
 )
 
@@ -86,7 +86,7 @@ def test_an_interrupted_phase_1_ends_with_the_same_bits(phase1, data, tmp_path, 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "compute_loss", stop)
         pretrain_embeddings(*options)
-    assert [step for step, _ in checkpoints_of(directory / "checkpoints" / "masked_lm")] == [6, 3]
+    assert [step for step, _ in checkpoints_of(directory / "checkpoints" / "pretraining")] == [6, 3]
     assert not (directory / "embeddings.safetensors").exists()
     pretrain_embeddings(*options)
     resumed, straight = (load_file(path / "embeddings.safetensors") for path in (directory, phase1))
@@ -114,7 +114,7 @@ def test_embeddings_from_another_model(bert, data, tmp_path):
     table = load_file(directory / "embeddings.safetensors")["model.embed_tokens.weight"]
     source = BertModel.from_pretrained(bert).get_input_embeddings().weight.detach()
     assert torch.equal(table, standardize(source))
-    assert not (directory / "masked_lm").exists()
+    assert not (directory / "pretraining").exists()
 
 
 def test_table_of_the_wrong_size(bert, data, directory, tmp_path):
@@ -378,14 +378,14 @@ def test_blocks_start_as_the_model_of_phase_1(directory, data):
     assert torch.equal(new_block(directory, config, table, 2).head.bias, table.log_prior)  # random by default
     config = reconfigure(directory, block_initialization="pretraining")
     block = new_block(directory, config, table, 2).eval()
-    phase_1 = NoPropForMaskedLM.from_pretrained(directory).eval()
+    phase_1 = NoPropForPreTraining.from_pretrained(directory).eval()
     phase_1.config.pretraining_objective = "clm"  # looks back only
     rows = tokenize(load_corpus(data), load_tokenizer(str(directory)), data)["validation"][:4]["input_ids"]
     input_ids = torch.tensor(rows)
     embeds = table(input_ids)
     states = block.head(block.encoder(embeds, **block.encoder.attention_inputs(embeds)))[0]
     assert torch.allclose(states @ table.weight.T + block.head.bias, phase_1(input_ids).logits, atol=1e-4)
-    shutil.rmtree(directory / "masked_lm")
+    shutil.rmtree(directory / "pretraining")
     with pytest.raises(FileNotFoundError, match="Copy it together with the embeddings"):
         train_blocks(data, BLOCKS, arguments(directory))
 

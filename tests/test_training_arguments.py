@@ -16,8 +16,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from conftest import MODEL, arguments, sentences
-from noprop_hf import NoPropConfig
-from noprop_hf import training as training_module
+from noprop_hf import NoPropConfig, NoPropForPreTraining
 from noprop_hf.arguments import (
     UNSUPPORTED_ARGUMENTS,
     BlockArguments,
@@ -27,10 +26,12 @@ from noprop_hf.arguments import (
 )
 from noprop_hf.checkpoints import RESULT_ARGUMENTS, SELECTION_ARGUMENTS, DurableTrainer, checkpoints_of
 from noprop_hf.data import DataArguments, data_fingerprint, load_corpus, load_tokenizer, tokenize
+from noprop_hf.meeting_place import NoMeetingPlace
 from noprop_hf.model_directory import load_table
 from noprop_hf.planning import checkpoints_kept
+from noprop_hf.pretraining import pretrain_embeddings, pretrain_language_model
 from noprop_hf.shards_noprop import block_shard
-from noprop_hf.training import _pretrain_masked_lm, pretrain_embeddings, train_block, train_blocks
+from noprop_hf.training import BlockRun, train_block, train_blocks
 
 
 # Changes the weights: another value (with the values it needs) gives other bits in both phases.
@@ -224,7 +225,7 @@ def train_phase_1(corpus: Corpus, folder: Path, **options) -> Weights:
     config = NoPropConfig.from_pretrained(corpus.directory)
     tokenizer, args = load_tokenizer(str(corpus.directory)), arguments(folder, **(BASE | options))
     check_training_arguments(args)
-    model = _pretrain_masked_lm(config, tokenizer, corpus.dataset, corpus.data, PretrainingArguments(), args)
+    model = pretrain_language_model(config, tokenizer, corpus.dataset, corpus.data, PretrainingArguments(), args)
     return model.state_dict()
 
 
@@ -233,7 +234,8 @@ def train_phase_2(corpus: Corpus, folder: Path, **options) -> Weights:
     tokenizer, args = load_tokenizer(str(corpus.directory)), arguments(folder, **(BASE | options))
     check_training_arguments(args)
     table, block_args = load_table(corpus.directory, config), BlockArguments(sample_max_new_tokens=2)
-    train_block(1, config, table, tokenizer, corpus.dataset, corpus.data, block_args, args)
+    place = NoMeetingPlace(folder)
+    train_block(BlockRun(folder, config, table, tokenizer, corpus.dataset, corpus.data, args, block_args, place), 1)
     return load_file(folder / block_shard(1))
 
 
@@ -408,7 +410,7 @@ def test_the_other_arguments_do_not(corpus, tmp_path, train: Train):
 
 def identity(folder: Path, corpus: Corpus, options: dict[str, Any]) -> dict[str, Any]:
     args = arguments(folder, **(BASE | options))
-    model = training_module.NoPropForMaskedLM(NoPropConfig.from_pretrained(corpus.directory))
+    model = NoPropForPreTraining(NoPropConfig.from_pretrained(corpus.directory))
     splits = {"train_dataset": corpus.dataset["train"], "eval_dataset": corpus.dataset["validation"]}
     return DurableTrainer(model=model, args=args, **splits).run_identity()
 

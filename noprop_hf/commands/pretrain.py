@@ -7,7 +7,7 @@ accelerate launch -m noprop_hf pretrain recipes/demo.yaml --push_to_hub true --h
 from ..arguments import entry_point, parse_recipe
 from ..hub import check_sharing
 from ..meeting_place import meeting_place
-from ..training import pretrain_embeddings
+from ..pretraining import pretrain_embeddings
 
 
 @entry_point

@@ -7,8 +7,8 @@
 from pathlib import Path
 
 from ..arguments import command_line, entry_point
-from ..evaluation import RESULTS_FILE
 from ..hub import card_files, check_repo_id, files_left_out, files_to_push, push_model, write_card
+from ..layout import RESULTS_FILE
 
 
 @entry_point

@@ -11,15 +11,16 @@ import time
 from pathlib import Path
 
 from ..arguments import Recipe, entry_point, parse_recipe
-from ..checkpoints import CHECKPOINTS_FOLDER
-from ..evaluation import RESULTS_FILE, report
+from ..evaluation import report
 from ..hub import check_sharing, files_left_out, files_to_push, push_model, write_card
+from ..layout import RESULTS_FILE, lock_file
 from ..meeting_place import meeting_place
 from ..model_directory import missing_blocks
-from ..parallel import claim
+from ..parallel import hold_lock
 from ..planning import plan
+from ..pretraining import pretrain_embeddings
 from ..tracking import track_results
-from ..training import pretrain_embeddings, train_blocks
+from ..training import train_blocks
 
 
 @entry_point
@@ -45,8 +46,8 @@ def main() -> None:
         results = directory / RESULTS_FILE
         return results.is_file() and results.stat().st_mtime > begin
 
-    with claim(directory / CHECKPOINTS_FOLDER / "evaluation.lock", training, is_evaluated) as mine:
-        if mine and training.should_save:
+    with hold_lock(lock_file(directory, "evaluation"), training, is_evaluated) as is_ours:
+        if is_ours and training.should_save:
             finish(recipe, directory)
 
 
