@@ -21,14 +21,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import TorchDynamoPlugin, reduce
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
-from .data import data_fingerprint
 from .layout import checkpoint_folder
 from .shards_noprop import without_progress_bar
 
@@ -298,22 +297,6 @@ def use_one_device(args: TrainingArguments) -> TrainingArguments:
     if not torch.accelerator.is_available():
         args.dataloader_pin_memory = False  # torch warns at every evaluation where there is no device to pin it for
     return args
-
-
-def data_identity(
-    data: str, dataset: Mapping[str, Dataset | IterableDataset], args: TrainingArguments
-) -> dict[str, str]:
-    """Identify the data that a result depends on.
-
-    The validation split is among them if it decides which weights are kept.
-
-    Args:
-        data: the fingerprint of the training split.
-    """
-    identity = {"data": data}
-    if args.load_best_model_at_end:
-        identity["validation_data"] = data_fingerprint(dataset["validation"])
-    return identity
 
 
 def run_identity(args: TrainingArguments, identity: Mapping[str, Any], streams: bool) -> dict[str, Any]:

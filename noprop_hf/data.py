@@ -7,9 +7,9 @@ import hashlib
 import json
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,109 +37,20 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    TrainingArguments,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import logging
 
+from .arguments import CPYTHON_DOCS, DataArguments, file_format
+
 
 logger = logging.get_logger(__name__)
 
-CPYTHON_DOCS = "cpython-docs"
 END_OF_TEXT = "<|endoftext|>"
 PROBE = "A text, 2 lines\n of na\u00efve \u6f22\u5b57."  # what tokenizers are compared on
 SMALLEST_VOCABULARY = 256 + 3  # of a tokenizer that is trained: all bytes, and the special tokens
 TOKENS_AT_ONCE = 2**17  # read and written in one piece while windows are cut
-
-
-@dataclass
-class DataArguments:
-    """What to train and evaluate on."""
-
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "A dataset of the Hub or a local dataset directory, or 'cpython-docs': the documentation of the "
-            "running Python, which needs no download."
-        },
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    train_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "Local training data instead of a dataset: text, JSON lines (.json, .jsonl), CSV or parquet."
-        },
-    )
-    validation_file: str | None = field(
-        default=None, metadata={"help": "Local validation data, in the place of the dataset's split if it has one."}
-    )
-    test_file: str | None = field(default=None, metadata={"help": "Local test data, as `validation_file`."})
-    text_column_name: str = field(default="text", metadata={"help": "The column that holds the text."})
-    validation_split_percentage: float = field(
-        default=5.0, metadata={"help": "Without a validation split, hold out this last part of the training one."}
-    )
-    streaming: bool = field(
-        default=False, metadata={"help": "Read the dataset as it comes, without a copy on disk. Needs `max_steps`."}
-    )
-    max_length: int = field(default=128, metadata={"help": "Tokens in a window, or the longest sample."})
-    packing: bool = field(
-        default=True,
-        metadata={"help": "Cut the concatenated text into contiguous windows; if not, one row is one padded sample."},
-    )
-    append_eos: bool | None = field(
-        default=None,
-        metadata={
-            "help": "While packing, end every row with the end-of-text token. Default: yes, but for text files, whose "
-            "rows are lines. Say no for datasets of lines, such as wikitext."
-        },
-    )
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first training rows."})
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first rows of the validation and the test split."}
-    )
-
-    def __post_init__(self):
-        if self.train_file is not None:
-            self.dataset_name = self.dataset_config_name = None
-        elif self.dataset_name is None:
-            raise ValueError("Give a `dataset_name` (try 'cpython-docs') or a `train_file`.")
-        elif self.dataset_name == CPYTHON_DOCS and self.dataset_config_name is not None:
-            raise ValueError(
-                f"{CPYTHON_DOCS!r} has no configuration {self.dataset_config_name!r}: leave --dataset_config_name out."
-            )
-        if not 1 < self.max_length <= 2**20:
-            raise ValueError(f"`max_length` must be at least 2 and at most {2**20}, got {self.max_length}.")
-        for name, most in (
-            ("preprocessing_num_workers", 1024),
-            ("max_train_samples", None),
-            ("max_eval_samples", None),
-        ):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= (most or value):
-                limit = f" and at most {most}" if most else ""
-                raise ValueError(f"`{name}` must be at least 1{limit}, got {value}. Leave --{name} out for no limit.")
-
-    def files(self) -> dict[str, str]:
-        """The local files, by split."""
-        files = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
-        return {split: file for split, file in files.items() if file is not None}
-
-    def has_lines(self, split: str) -> bool:
-        """Whether the rows of a split are the lines of a text file."""
-        files = self.files()
-        file = files.get(split, files.get("train"))  # beside a training file, what has none is held out from it
-        return file is not None and _builder(file) == "text"
-
-    def ends_texts(self, split: str) -> bool:
-        """Whether the rows of a split get an end of text while packing. If those of training do not, none do."""
-        if self.append_eos is not None:
-            return self.append_eos
-        return not self.has_lines("train") and not self.has_lines(split)
-
-    @property
-    def has_boundaries(self) -> bool:
-        """Whether tokens that begin and end a text are trained."""
-        return not self.packing or self.ends_texts("train")
 
 
 # --- corpora ----------------------------------------------------------------------------------------------------------
@@ -251,7 +162,7 @@ def _readable(what: str, file: str | None = None) -> Iterator[None]:
 
 def _broken_json(file: str) -> str | None:
     """Describe the first line of a file of JSON lines that is not JSON, if there is one."""
-    if _builder(file) != "json":
+    if file_format(file) != "json":
         return None
     with open(file, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
@@ -304,21 +215,13 @@ def _load_file(file: str, args: DataArguments) -> Dataset | IterableDataset:
         raise ValueError(f"There is no file {file!r}.")
     if Path(file).stat().st_size == 0:
         raise ValueError(f"The file {file!r} is empty.")
-    builder = _builder(file)
+    builder = file_format(file)
     if builder != "parquet":
         _check_encoding(file)
     # Lines keep their breaks when they are joined again; a byte order mark is no text.
     options = {"keep_linebreaks": args.packing, "encoding": "utf-8-sig"} if builder == "text" else {}
     with _readable(f"the file {file!r}", file):
         return load_dataset(builder, data_files=file, split="train", streaming=args.streaming, **options)
-
-
-def _builder(file: str) -> str:
-    suffix = Path(file).suffix.lstrip(".").lower()
-    builders = {"txt": "text", "text": "text", "jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}
-    if suffix not in builders:
-        raise ValueError(f"Cannot tell what {file!r} holds: use one of the endings {', '.join(builders)}.")
-    return builders[suffix]
 
 
 def _check_encoding(file: str) -> None:
@@ -674,6 +577,22 @@ def data_fingerprint(rows: Dataset | IterableDataset) -> str:
         for row in batch["input_ids"]:
             digest.update(len(row).to_bytes(8, "little") + np.asarray(row, dtype=np.int64).tobytes())
     return digest.hexdigest()
+
+
+def data_identity(
+    data: str, dataset: Mapping[str, Dataset | IterableDataset], args: TrainingArguments
+) -> dict[str, str]:
+    """Identify the data that a result depends on.
+
+    The validation split is among them if it decides which weights are kept.
+
+    Args:
+        data: the fingerprint of the training split.
+    """
+    identity = {"data": data}
+    if args.load_best_model_at_end:
+        identity["validation_data"] = data_fingerprint(dataset["validation"])
+    return identity
 
 
 def training_fingerprint(rows: Dataset | IterableDataset, args: DataArguments) -> str:

@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from .arguments import BlockArguments, one_line, read_config
+from .arguments import BlockArguments, one_line
 from .data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize
 from .layout import RESULTS_FILE
+from .model_directory import read_config
 from .modeling_noprop import NoPropForCausalLM
 
 

@@ -41,11 +41,11 @@ from huggingface_hub.utils.sha import git_hash
 from transformers import TrainingArguments
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from .arguments import PACKAGE, is_users, one_line, read_config
+from .arguments import PACKAGE, is_users, one_line
 from .configuration_noprop import NoPropConfig
 from .evaluation import MODEL_ROW, perplexity
 from .layout import CORPUS_FILE, RESULTS_FILE
-from .model_directory import read_metadata
+from .model_directory import read_config, read_metadata
 from .modeling_noprop import weight_shapes
 from .shards_noprop import EMBEDDINGS_SHARD, PRETRAINING_FOLDERS, block_shard, index_fault, model_fault
 

@@ -11,14 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from .arguments import read_config
+from .arguments import one_line
 from .checkpoints import flush, raise_if_disk_is_full
 from .configuration_noprop import NoPropConfig
 from .layout import CORPUS_FILE
@@ -201,6 +202,31 @@ def check_whole(shard: Path) -> Shard:
 def shapes_in(shard: str, config: NoPropConfig) -> dict[str, torch.Size]:
     """The shapes of the weights that belong into a shard, by their names in [`NoPropModel`]."""
     return {name: shape for name, shape in weight_shapes(config).items() if shard_of(name) == shard}
+
+
+def read_config(name_or_path: str | Path, token: str | None = None) -> NoPropConfig:
+    """The configuration in a model directory, or a repository of the Hub.
+
+    Raises:
+        ValueError: there is none, it cannot be read, or it is that of another kind of model.
+    """
+    try:
+        fields, _ = NoPropConfig.get_config_dict(name_or_path, token=token)
+        kind = fields.get("model_type")
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"There is no model {str(name_or_path)!r} with a {CONFIG_NAME} that can be read. Give a model directory, "
+            "or a repository of the Hub (and a connection to it)."
+        ) from error
+    if kind != NoPropConfig.model_type:
+        raise ValueError(
+            f"{name_or_path} holds a model of type {kind!r}, not a NoProp model. Give a directory that "
+            "`noprop train` made, or a repository of the Hub with such a model."
+        )
+    try:
+        return NoPropConfig.from_dict(fields)
+    except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
+        raise ValueError(f"{CONFIG_NAME} of {name_or_path} is damaged: {one_line(error)}") from error
 
 
 def missing_table(directory: Path) -> str:

@@ -28,7 +28,7 @@ from rich.text import Text
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
 
-from .arguments import Recipe, check_training_arguments, parse_blocks
+from .arguments import check_training_arguments, parse_blocks
 from .checkpoints import DurableTrainer, newest_checkpoint, run_identity, use_one_device
 from .configuration_noprop import NoPropConfig
 from .data import load_corpus, load_tokenizer, tokenize, training_fingerprint
@@ -45,6 +45,7 @@ from .pretraining import (
     pretraining_run,
     pretraining_trainer,
 )
+from .recipes import Recipe
 from .shards_noprop import EMBEDDINGS_SHARD
 from .training import BlockRun, BlockTrainer, block_trainer
 

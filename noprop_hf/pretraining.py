@@ -16,13 +16,14 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from .arguments import BlockArguments, ModelArguments, PretrainingArguments, check_training_arguments, read_config
-from .checkpoints import DurableTrainer, data_identity, trainer_arguments
+from .arguments import BlockArguments, ModelArguments, PretrainingArguments, check_training_arguments
+from .checkpoints import DurableTrainer, trainer_arguments
 from .configuration_noprop import NoPropConfig
 from .data import (
     DataArguments,
     PretrainingCollator,
     count_tokens,
+    data_identity,
     load_corpus,
     load_tokenizer,
     prompt_tokenizer,
@@ -34,7 +35,7 @@ from .data import (
 from .evaluation import encode_prompt
 from .hub import LOCAL_SOURCE, is_local
 from .layout import CORPUS_FILE, lock_file
-from .model_directory import check_data, create_model_directory, load_table, read_metadata
+from .model_directory import check_data, create_model_directory, load_table, read_config, read_metadata
 from .modeling_noprop import NoPropForPreTraining, TokenTable
 from .noise_noprop import information_levels, standardize
 from .parallel import run_once

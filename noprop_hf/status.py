@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .arguments import one_line, read_config
+from .arguments import one_line
 from .checkpoints import checkpoints_of
 from .configuration_noprop import NoPropConfig
 from .layout import block_name, checkpoint_folder, lock_file
 from .meeting_place import MeetingPlace, published_fault
-from .model_directory import block_fault, load_table, shapes_in
+from .model_directory import block_fault, load_table, read_config, shapes_in
 from .modeling_noprop import TokenTable
 from .parallel import holder_of
 from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, block_shard, placement_fault, read_shard

@@ -21,9 +21,17 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from .arguments import BlockArguments, ModelArguments, check_training_arguments, parse_blocks
-from .checkpoints import DurableTrainer, data_identity, newest_checkpoint, run_identity, trainer_arguments
+from .checkpoints import DurableTrainer, newest_checkpoint, run_identity, trainer_arguments
 from .configuration_noprop import NoPropConfig
-from .data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize, training_fingerprint
+from .data import (
+    CausalCollator,
+    DataArguments,
+    data_identity,
+    load_corpus,
+    load_tokenizer,
+    tokenize,
+    training_fingerprint,
+)
 from .evaluation import sample_texts
 from .layout import block_name, lock_file
 from .meeting_place import MeetingPlace, NoMeetingPlace, noted_hash, published_fault

@@ -1,6 +1,7 @@
 import pytest
 
-from noprop_hf.arguments import Recipe, parse_blocks, parse_recipe
+from noprop_hf.arguments import parse_blocks
+from noprop_hf.recipes import Recipe, parse_recipe
 
 
 def parse(tmp_path, recipe: str, *arguments: str) -> Recipe:

@@ -14,12 +14,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from conftest import run_python
 from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForPreTraining, NoPropModel
-from noprop_hf.arguments import read_config
 from noprop_hf.hub import files_to_push
 from noprop_hf.model_directory import (
     block_is_trained,
     create_model_directory,
     load_table,
+    read_config,
     save_block,
     save_shard,
     write_atomically,

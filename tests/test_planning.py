@@ -14,11 +14,12 @@ from transformers import Trainer
 
 from conftest import BLOCKS, MODEL, ROOT, arguments, run_python
 from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForPreTraining
-from noprop_hf.arguments import BlockArguments, PretrainingArguments, Recipe, RunArguments, ShareArguments
+from noprop_hf.arguments import BlockArguments, PretrainingArguments, RunArguments, ShareArguments
 from noprop_hf.data import CausalCollator, load_corpus, load_tokenizer, tokenize
 from noprop_hf.modeling_noprop import DenoisingBlock
 from noprop_hf.planning import activations, count_steps, group_processes, memory, plan
 from noprop_hf.pretraining import pretrain_embeddings
+from noprop_hf.recipes import Recipe
 from noprop_hf.training import BlockTrainer, train_blocks
 
 

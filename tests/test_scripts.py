@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import ROOT, sentences
 from noprop_hf import evaluation, pretraining, training
-from noprop_hf.arguments import entry_point
+from noprop_hf.recipes import entry_point
 
 
 def run(script: str, *options: str) -> int | str | None:

@@ -17,19 +17,14 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from conftest import MODEL, arguments, sentences
 from noprop_hf import NoPropConfig, NoPropForPreTraining
-from noprop_hf.arguments import (
-    UNSUPPORTED_ARGUMENTS,
-    BlockArguments,
-    PretrainingArguments,
-    check_training_arguments,
-    parse_recipe,
-)
+from noprop_hf.arguments import UNSUPPORTED_ARGUMENTS, BlockArguments, PretrainingArguments, check_training_arguments
 from noprop_hf.checkpoints import RESULT_ARGUMENTS, SELECTION_ARGUMENTS, DurableTrainer, checkpoints_of
 from noprop_hf.data import DataArguments, data_fingerprint, load_corpus, load_tokenizer, tokenize
 from noprop_hf.meeting_place import NoMeetingPlace
 from noprop_hf.model_directory import load_table
 from noprop_hf.planning import checkpoints_kept
 from noprop_hf.pretraining import pretrain_embeddings, pretrain_language_model
+from noprop_hf.recipes import parse_recipe
 from noprop_hf.shards_noprop import block_shard
 from noprop_hf.training import BlockRun, train_block, train_blocks
 

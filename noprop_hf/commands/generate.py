@@ -6,9 +6,9 @@
 
 from transformers import TextStreamer, set_seed
 
-from ..arguments import command_line, entry_point, number
 from ..data import load_tokenizer
 from ..evaluation import encode_prompt, load_model
+from ..recipes import command_line, entry_point, number
 
 
 @entry_point

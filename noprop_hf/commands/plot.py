@@ -6,7 +6,7 @@
 
 from pathlib import Path
 
-from ..arguments import NO_MATPLOTLIB, command_line, entry_point, picture
+from ..recipes import NO_MATPLOTLIB, command_line, entry_point, picture
 
 
 @entry_point

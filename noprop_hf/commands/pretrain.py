@@ -4,10 +4,10 @@
 accelerate launch -m noprop_hf pretrain recipes/demo.yaml --push_to_hub true --hub_model_id user/name
 """
 
-from ..arguments import entry_point, parse_recipe
 from ..hub import check_sharing
 from ..meeting_place import meeting_place
 from ..pretraining import pretrain_embeddings
+from ..recipes import entry_point, parse_recipe
 
 
 @entry_point

@@ -6,9 +6,9 @@
 
 from pathlib import Path
 
-from ..arguments import command_line, entry_point
 from ..hub import card_files, check_repo_id, files_left_out, files_to_push, push_model, write_card
 from ..layout import RESULTS_FILE
+from ..recipes import command_line, entry_point
 
 
 @entry_point

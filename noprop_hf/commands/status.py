@@ -6,7 +6,7 @@
 
 from pathlib import Path
 
-from ..arguments import command_line, entry_point
+from ..recipes import command_line, entry_point
 from ..status import local_status, remote_status
 
 

@@ -10,7 +10,6 @@ accelerate launch -m noprop_hf train recipes/demo.yaml
 import time
 from pathlib import Path
 
-from ..arguments import Recipe, entry_point, parse_recipe
 from ..evaluation import report
 from ..hub import check_sharing, files_left_out, files_to_push, push_model, write_card
 from ..layout import RESULTS_FILE, lock_file
@@ -19,6 +18,7 @@ from ..model_directory import missing_blocks
 from ..parallel import hold_lock
 from ..planning import plan
 from ..pretraining import pretrain_embeddings
+from ..recipes import Recipe, entry_point, parse_recipe
 from ..tracking import track_results
 from ..training import train_blocks
 

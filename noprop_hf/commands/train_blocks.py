@@ -8,9 +8,9 @@ Workers that never meet share a repository of the Hub. Each takes the table from
 %(prog)s recipes/demo.yaml --blocks 3 --push_to_hub true --hub_model_id user/name
 """
 
-from ..arguments import entry_point, parse_recipe
 from ..hub import check_sharing
 from ..meeting_place import meeting_place
+from ..recipes import entry_point, parse_recipe
 from ..training import train_blocks
 
 

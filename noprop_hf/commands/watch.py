@@ -6,9 +6,9 @@
 
 from rich.console import Console
 
-from ..arguments import command_line, entry_point, number, picture
 from ..data import load_tokenizer
 from ..evaluation import load_model
+from ..recipes import command_line, entry_point, number, picture
 from ..watching import figure, table, watch
 
 
