@@ -71,10 +71,6 @@ GROUPS: dict[str, dict[str, Variation]] = {
         "phase 1 masked, four times its share": Variation(
             config={"pretraining_objective": "mlm"}, args={"pretraining_share": 0.6}
         ),
-        "phase 1 mixed": Variation(config={"pretraining_objective": "mixed"}),
-        "phase 1 mixed, mask 30 %": Variation(
-            config={"pretraining_objective": "mixed"}, pretraining={"mlm_probability": 0.3}
-        ),
         "phase 1 twice its share": Variation(args={"pretraining_share": 0.3}),
         "phase 1 four times its share": Variation(args={"pretraining_share": 0.6}),
         "whitened table": Variation(whiten=True),
@@ -110,7 +106,6 @@ GROUPS: dict[str, dict[str, Variation]] = {
     },
     "schedule": {
         "cosine levels": Variation(blocks={"noise_schedule": "cosine"}),
-        "linear levels": Variation(blocks={"noise_schedule": "linear"}),
         "levels a quarter as high": Variation(level_scale=0.25),
         "levels twice as high": Variation(level_scale=2.0),
         "levels up to a third of the information": Variation(information_share=1 / 3),

@@ -54,6 +54,16 @@ MODELS = {
     "single_block_long": "one block, the arithmetic of all",
     "noprop": "NoProp, independent blocks",
     "noprop_hierarchical": "NoProp, hierarchical context",
+    "seed": "NoProp as first described",
+}
+CHAINS = ("noprop", "noprop_hierarchical", "seed")  # whose bound is reported
+# The system of recipes/seed.yaml: a masked table, cosine levels, squared error, denoising alone.
+SEED_SYSTEM = {
+    "pretraining_objective": "mlm",
+    "noise_schedule": "cosine",
+    "loss_type": "mse",
+    "sampled_softmax": False,
+    "denoising_weight": 1.0,
 }
 
 
@@ -131,11 +141,14 @@ class Bench:
 
     Args:
         changes: fields of the configuration that are not the package's defaults.
+        name: the subfolder of a bench that shares no phase 1 with the others.
     """
 
-    def __init__(self, args: QualityArguments, corpus: str, seed: int, changes: dict[str, Any] | None = None):
+    def __init__(
+        self, args: QualityArguments, corpus: str, seed: int, changes: dict[str, Any] | None = None, name: str = ""
+    ):
         self.args, self.corpus, self.seed, self.changes = args, corpus, seed, changes or {}
-        self.folder = Path(args.output_dir, corpus, str(seed))
+        self.folder = Path(args.output_dir, corpus, str(seed), name)
         self.phase1 = self.folder / "phase1"
 
     def tokenizer_folder(self) -> Path:
@@ -168,6 +181,7 @@ class Bench:
         block, table = DenoisingBlock(config, config.num_blocks - 1).train(), TokenTable(config)
         hierarchical = DenoisingBlock(self.config(context_source="previous_block"), config.num_blocks - 1).train()
         phase1 = NoPropForPreTraining(self.config(pretraining_objective="clm")).train()
+        predicted = PretrainingArguments().mlm_probability if self.config().pretraining_objective == "mlm" else 1.0
         baseline = self.baseline()
         for model in (block, hierarchical, phase1, baseline):
             model.set_attn_implementation("eager")  # whose products the counter knows
@@ -175,6 +189,8 @@ class Bench:
         # and backward to the input and, where it is learned, to the table. Blocks see the tokens of the batch alone.
         product = 2 * args.hidden_size * (args.max_length - 1) / args.max_length
         whole, sampled = 3 * product * args.vocab_size, 2 * product * self.candidates()
+        if config.loss_type == "mse":
+            sampled = 0.0  # the counter knows its products
         embeds = table(tokens)
         inputs = block.encoder.attention_inputs(embeds)
         encode = partial(hierarchical.encoder, embeds, embeds, **inputs)
@@ -182,7 +198,7 @@ class Bench:
         step = partial(hierarchical, tokens, tokens, table, previous_states=embeds)
         return {
             "end_to_end": count_flops(lambda: baseline(tokens, labels=tokens).loss) / tokens.numel(),
-            "phase1": count_flops(lambda: phase1(tokens, labels=tokens).loss) / tokens.numel() + whole,
+            "phase1": count_flops(lambda: phase1(tokens, labels=tokens).loss) / tokens.numel() + predicted * whole,
             "block": count_flops(lambda: block(tokens, tokens, table).loss) / tokens.numel() + sampled,
             # with the blocks before it, on average this many of them
             "hierarchical_block": count_flops(lambda: step().loss) / tokens.numel()
@@ -256,6 +272,12 @@ class Bench:
         }
         return self.train_blocks(name, *models[name]) | self.measure(name)
 
+    def both_phases(self) -> dict[str, Any]:
+        """NoProp with a phase 1 of its own."""
+        phase1 = self.pretrain()
+        figures = self.blocks("noprop")
+        return figures | {"seconds": figures["seconds"] + phase1["seconds"]}
+
     def train_blocks(self, name: str, changes: dict[str, Any], tokens: float) -> dict[str, Any]:
         """Train blocks on the table of phase 1, with `changes` of the configuration."""
         args, directory = self.args, self.folder / name
@@ -321,9 +343,10 @@ def count_flops(compute: Callable[[], torch.Tensor], backward: bool = True) -> f
 def run_job(args: QualityArguments, corpus: str, seed: int, name: str) -> dict[str, Any]:
     """Train and measure one model on one thread, unless its figures are kept already."""
     bench = Bench(args, corpus, seed)
-    measures = {"phase1": bench.pretrain, "samples": bench.sample_nats}
+    measures: dict[str, Callable[[], dict[str, Any]]] = {"phase1": bench.pretrain, "samples": bench.sample_nats}
     for model in MODELS:
         measures[model] = partial(bench.end_to_end if model.startswith("end_to_end") else bench.blocks, model)
+    measures["seed"] = Bench(args, corpus, seed, SEED_SYSTEM, "seed").both_phases
     return measured_once(bench.folder / f"{name}.json", measures[name])
 
 
@@ -391,7 +414,7 @@ def tables(results: dict[str, Any]) -> str:
         ]
         for name in names:
             entry = entries[name]
-            bound = mean_and_spread(entry["bound"]) if name.startswith("noprop") else ""
+            bound = mean_and_spread(entry["bound"]) if name in CHAINS else ""
             lines.append(
                 f"| {MODELS[name]} | {mean_and_spread(entry['nats_per_token'])} | "
                 f"{mean_and_spread(entry['bits_per_byte'])} | {bound} | {entry['tokens'] / 1e6:.2f} | "
@@ -402,7 +425,7 @@ def tables(results: dict[str, Any]) -> str:
             f"{np.mean(setting['phase1_seconds']) / 60:.1f} |",
             "",
         ]
-        for name in [name for name in names if name.startswith("noprop")]:
+        for name in [name for name in names if name in CHAINS]:
             nats, errors = (np.mean(entries[name][key], axis=0) for key in ("block_nats", "block_errors"))
             gains = ", ".join(f"{gain:+.4f} ± {error:.4f}" for gain, error in zip(nats[1:], errors[1:], strict=True))
             alone = ", ".join(f"{nats:.3f}" for nats in np.mean(entries[name]["context"], axis=0))
@@ -424,7 +447,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         for row, name in enumerate(names):
             values = entries[name]["nats_per_token"]
             axes.plot(values, [row] * len(values), "o", color="C0", label="predictive" if row == 0 else None)
-            if name.startswith("noprop"):
+            if name in CHAINS:
                 values = entries[name]["bound"]
                 axes.plot(values, [row] * len(values), "x", color="C1", label="bound of the chain")
         axes.set_yticks(range(len(names)), [MODELS[name] for name in names])
@@ -450,7 +473,8 @@ def main() -> None:
     path = Path(args.results)
     path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text()) if path.is_file() else {}
-    results |= report(args, figures)  # other corpora stay as they were
+    for corpus, entries in report(args, figures).items():  # other corpora and models stay as they were
+        results[corpus] = results.get(corpus, {}) | entries
     path.write_text(json.dumps(results, indent=1) + "\n")
     path.with_suffix(".md").write_text(tables(results))
     plot(results, path.with_suffix(".png"))

@@ -62,7 +62,7 @@ class ModelArguments:
     intermediate_size: int | None = field(default=None, metadata={"help": "Width of the feed-forward layers."})
     attention_dropout: float | None = field(default=None, metadata={"help": "Dropout of the attention weights."})
     noise_schedule: str | None = field(
-        default=None, metadata={"help": "'information', 'cosine' or 'linear': how noise levels are shared out."}
+        default=None, metadata={"help": "'information' or 'cosine': how noise levels are chosen."}
     )
     loss_type: str | None = field(default=None, metadata={"help": "'cross_entropy' or 'mse'."})
     sampled_softmax: bool | None = field(
@@ -75,7 +75,7 @@ class ModelArguments:
     num_pretraining_layers: int | None = field(default=None, metadata={"help": "Layers of the model of phase 1."})
     pretraining_objective: str | None = field(
         default=None,
-        metadata={"help": "What the model of phase 1 learns: 'mlm' (masked tokens), 'clm' (next tokens) or 'mixed'."},
+        metadata={"help": "What the model of phase 1 learns: 'mlm' (masked tokens) or 'clm' (next tokens)."},
     )
     block_initialization: str | None = field(
         default=None, metadata={"help": "Start of every block: 'pretraining' (the model of phase 1) or 'random'."}
@@ -186,9 +186,7 @@ class DataArguments:
 class PretrainingArguments:
     """Phase 1. What is not given is taken from the training arguments of phase 2."""
 
-    mlm_probability: float = field(
-        default=0.15, metadata={"help": "Share of the tokens that are masked ('mlm' and 'mixed')."}
-    )
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are masked ('mlm')."})
     pretraining_max_steps: int | None = field(default=None, metadata={"help": "Optimizer steps of phase 1."})
     pretraining_num_train_epochs: float | None = field(default=None, metadata={"help": "Epochs of phase 1."})
     pretraining_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of phase 1."})

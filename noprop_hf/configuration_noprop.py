@@ -26,7 +26,7 @@ class NoPropConfig(PreTrainedConfig):
         num_pretraining_layers (`int`, *optional*): layers of the model of phase 1; `num_layers_per_block` when not
             given.
         pretraining_objective (`str`, defaults to `"clm"`): what the model of phase 1 learns: `"mlm"` (masked
-            tokens), `"clm"` (next tokens), or `"mixed"` (both, each for half of the rows of a batch).
+            tokens) or `"clm"` (next tokens).
         block_initialization (`str`, defaults to `"random"`): where blocks start: `"random"`, or `"pretraining"` (the
             layers of the model of phase 1), which is better where the corpus is read once or twice only.
         context_source (`str`, defaults to `"embeddings"`): what the encoder of a block reads: `"embeddings"` (the
@@ -35,7 +35,7 @@ class NoPropConfig(PreTrainedConfig):
             blocks must be trained in order, and encoded in order at inference).
         max_position_embeddings (`int`, defaults to 512): longest sequence the model is meant for. Positions are
             rotary, so it is not a hard limit.
-        noise_schedule (`str`, defaults to `"information"`): `"information"`, `"cosine"` or `"linear"`.
+        noise_schedule (`str`, defaults to `"information"`): `"information"` or `"cosine"`.
         noise_levels (`list[float]`, *optional*): signal-to-noise ratio of each block, block 0 (pure noise, 0) first,
             non-decreasing. Resolved from `noise_schedule` when not given; phase 1 refines the information schedule
             with the table and the token counts.
@@ -125,9 +125,9 @@ class NoPropConfig(PreTrainedConfig):
 
     def _check_choices(self) -> None:
         for name, choices in {
-            "noise_schedule": ("information", "cosine", "linear"),
+            "noise_schedule": ("information", "cosine"),
             "loss_type": ("cross_entropy", "mse"),
-            "pretraining_objective": ("mlm", "clm", "mixed"),
+            "pretraining_objective": ("mlm", "clm"),
             "block_initialization": ("pretraining", "random"),
             "context_source": ("embeddings", "previous_block"),
             "hidden_act": tuple(ACT2FN),

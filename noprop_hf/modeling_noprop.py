@@ -1000,12 +1000,12 @@ class NoPropForTokenClassification(GenericForTokenClassification, NoPropPreTrain
 
 
 class NoPropForPreTraining(NoPropPreTrainedModel):
-    """Phase 1: a shallow encoder whose tied input and output table becomes the frozen table of the blocks.
+    """The model of phase 1: a shallow encoder whose tied input and output table becomes the frozen table of the blocks.
 
-    With `config.pretraining_objective="mlm"` it learns to fill in masks, looking both ways; with `"clm"` to tell the
-    next token, looking back only; with `"mixed"` the same layers do both, each for half of the rows of a batch. The
-    rows of the table are centred and scaled on the way in *and* out, so that the table is trained in the very geometry
-    in which it is used afterwards. [`~NoPropForPreTraining.token_table`] gives it.
+    With `config.pretraining_objective="mlm"` it learns to fill masks from both directions, with `"clm"` to predict the
+    next token from those before it. The rows of the table are centred and scaled at the input *and* at the output, so
+    that the table is trained in the geometry in which it is used afterwards. [`~NoPropForPreTraining.token_table`]
+    returns it.
     """
 
     def __init__(self, config: NoPropConfig):
@@ -1058,8 +1058,8 @@ class NoPropForPreTraining(NoPropPreTrainedModel):
         Args:
             input_ids (`(batch_size, sequence_length)`): tokens, some of them masked (none for `"clm"`).
             labels (`(batch_size, sequence_length)`, *optional*): the masked tokens, -100 everywhere else; for `"clm"`,
-                which has no masks, all tokens. With them the loss is that of `config.pretraining_objective`; while
-                training, only the positions it needs go through the vocabulary and no logits are returned.
+                all tokens. While training, only the positions that the loss needs go through the vocabulary, and no
+                logits are returned.
         """
         mask = self.config.mask_token_id
         never_masked = labels is None and self.config.pretraining_objective == "clm"
@@ -1069,37 +1069,24 @@ class NoPropForPreTraining(NoPropPreTrainedModel):
                 "AutoModelForCausalLM, or pretrain with `pretraining_objective='mlm'` to fill masks."
             )
         table = self.token_table()
+        prediction = self._encode(input_ids, table, attention_mask, position_ids, **kwargs)
+        logits = None
         if labels is None or not self.training:
-            prediction = self._encode(input_ids, table, attention_mask, position_ids, **kwargs)
             logits = F.linear(prediction, table.to(prediction.dtype), self.bias.to(prediction.dtype))
-            if labels is None:
-                return MaskedLMOutput(logits=logits)
-        else:
-            logits = None
-
-        masked_rows = {"mlm": len(labels), "mixed": (len(labels) + 1) // 2, "clm": 0}[self.config.pretraining_objective]
-        rows = slice(masked_rows), slice(masked_rows, None)  # of the two objectives
-        masks, positions = (
-            [None if tensor is None else tensor.expand_as(input_ids)[part] for part in rows]
-            for tensor in (attention_mask, position_ids)
-        )
-        loss = 0.0
-        if masked_rows > 0:
-            prediction = self._encode(input_ids[rows[0]], table, masks[0], positions[0], **kwargs)
-            loss = loss + self._mean_nats(prediction, table, labels[rows[0]]) * masked_rows / len(labels)
-        if masked_rows < len(labels):
-            tokens = torch.where(labels == -100, input_ids, labels)[rows[1]]  # without masks
-            targets = tokens if masks[1] is None else tokens.masked_fill(masks[1] == 0, -100)
-            prediction = self._encode(tokens, table, masks[1], positions[1], is_causal=True, **kwargs)[:, :-1]
-            loss = loss + self._mean_nats(prediction, table, targets[:, 1:]) * (1 - masked_rows / len(labels))
+        if labels is None:
+            return MaskedLMOutput(logits=logits)
+        targets = labels
+        if self.config.pretraining_objective == "clm":
+            targets = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
+            prediction, targets = prediction[:, :-1], targets[:, 1:]
+        loss = self._mean_nats(prediction, table, targets)
         if num_items_in_batch is not None:  # this batch's share of what gradients are accumulated over
             loss = loss * ((labels != -100).sum() / num_items_in_batch)
         return MaskedLMOutput(loss=loss, logits=logits)
 
-    def _encode(self, input_ids, table, attention_mask, position_ids, is_causal: bool | None = None, **kwargs):
-        """Predictions `(batch_size, sequence_length, hidden_size)`; in both directions unless trained for one only."""
-        if is_causal is None:
-            is_causal = self.config.pretraining_objective == "clm"
+    def _encode(self, input_ids, table, attention_mask, position_ids, **kwargs):
+        """Compute predictions `(batch_size, sequence_length, hidden_size)`; with `"mlm"` from both directions."""
+        is_causal = self.config.pretraining_objective == "clm"
         inputs_embeds = F.embedding(input_ids, table)
         attention_inputs = self.encoder.attention_inputs(inputs_embeds, attention_mask, position_ids, None, is_causal)
         states = self.encoder(inputs_embeds, **attention_inputs, **kwargs)

@@ -54,10 +54,10 @@ def sample_evidence(
 
 
 def prior_levels(noise_schedule: str, num_blocks: int, vocab_size: int, hidden_size: int) -> list[float]:
-    """The signal-to-noise ratio of each block (block 0 first), without looking at a table.
+    """Compute the signal-to-noise ratio of each block (block 0 first), without a table.
 
-    - `"cosine"` (Nichol and Dhariwal 2021, arXiv 2102.09672, eq. 17, offset 0): `a_b = cos^2(pi/2 (1 - b/N))`;
-    - `"linear"`: `a_b = b/N`; both with `gamma = a / (1 - a)`;
+    - `"cosine"` (Nichol and Dhariwal 2021, arXiv 2102.09672, eq. 17, offset 0): `gamma_b = a_b / (1 - a_b)` with
+      `a_b = cos^2(pi/2 (1 - b/N))`;
     - `"information"`: equal steps of information, up to [`INFORMATION_SHARE`] of it. At low signal-to-noise ratio the
       mutual information grows as `gamma d / 2` (I-MMSE; Guo, Shamai, Verdu 2005, arXiv cs/0412108, theorem 1), and a
       uniform token has `log V` nats to give. [`information_levels`] replaces this first guess once the table and the
@@ -66,13 +66,10 @@ def prior_levels(noise_schedule: str, num_blocks: int, vocab_size: int, hidden_s
     fractions = [block / num_blocks for block in range(num_blocks)]
     if noise_schedule == "cosine":
         signal = [math.cos(math.pi / 2 * (1 - fraction)) ** 2 if fraction else 0.0 for fraction in fractions]
-    elif noise_schedule == "linear":
-        signal = fractions
-    elif noise_schedule == "information":
+        return [a / (1 - a) for a in signal]
+    if noise_schedule == "information":
         return [2 * INFORMATION_SHARE * math.log(vocab_size) / hidden_size * fraction for fraction in fractions]
-    else:
-        raise ValueError(f"`noise_schedule` must be 'information', 'cosine' or 'linear', got {noise_schedule!r}.")
-    return [a / (1 - a) for a in signal]
+    raise ValueError(f"`noise_schedule` must be 'information' or 'cosine', got {noise_schedule!r}.")
 
 
 def remaining_nats(

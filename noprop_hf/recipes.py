@@ -187,7 +187,7 @@ def validate_arguments(values: Namespace, given: set[str], recipe: Recipe) -> No
     if "mlm_probability" in given and objective == "clm" and not from_model:
         raise ValueError(
             "Nothing is masked in causal language modelling: leave --mlm_probability out, or take "
-            "--pretraining_objective mlm or mixed."
+            "--pretraining_objective mlm."
         )
     if _in_order(values, config) and not values.push_to_hub:  # from the Hub, the blocks before can be fetched
         selected = parse_blocks(values.blocks, values.num_blocks or config.num_blocks)

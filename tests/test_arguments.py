@@ -122,7 +122,7 @@ ACCEPTED = [
     "validation_file: x.txt",
     "loss_type: mse\nsampled_softmax: false",
     "embeddings_from: x\nnum_attention_heads: 5\npretraining_max_steps: 5",
-    "mlm_probability: 0.3\npretraining_objective: mixed",
+    "mlm_probability: 0.3\npretraining_objective: mlm",
     IN_ORDER + "blocks: 0-2",
     IN_ORDER + "blocks: 0,2\npush_to_hub: true\nhub_model_id: user/name",
 ]

@@ -522,22 +522,18 @@ def test_next_token_objective_sees_the_past_alone(config):
     assert torch.allclose(model.train()(input_ids, labels=input_ids).loss, reference, atol=1e-5)
 
 
-def test_mixed_objective_is_the_mean_of_both_on_their_rows(config):
-    """With padding, and with rows whose masks the next-token half must undo."""
-    mixed, causal, masked = (phase_1_model(config, objective) for objective in ("mixed", "clm", "mlm"))
-    original, attention_mask = tokens(4, 9), torch.ones(4, 9, dtype=torch.long)
+def test_next_token_objective_counts_every_token_that_is_not_padding(config):
+    model, input_ids = phase_1_model(config, "clm"), tokens(4, 9)
+    attention_mask = torch.ones(4, 9, dtype=torch.long)
     attention_mask[3, 6:] = 0
-    labels = original.masked_fill(torch.arange(9) % 3 != 0, -100)
-    input_ids = original.masked_fill(labels != -100, 1)
-    options = {"attention_mask": attention_mask, "labels": labels}
-    first = masked(input_ids[:2], labels=labels[:2]).loss
-    targets = original.masked_fill(attention_mask == 0, -100)[2:]
-    logits = causal(original[2:], attention_mask=attention_mask[2:]).logits
-    second = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
-    loss = mixed.train()(input_ids, **options).loss
-    assert torch.allclose(loss, (first + second) / 2, atol=1e-5)
-    halves = mixed(input_ids, num_items_in_batch=2 * (labels != -100).sum(), **options).loss
-    assert torch.allclose(halves, loss / 2)  # as one of two batches that gradients are accumulated over
+    options = {"attention_mask": attention_mask, "labels": input_ids}
+    targets = input_ids.masked_fill(attention_mask == 0, -100)
+    logits = model(input_ids, attention_mask=attention_mask).logits
+    reference = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+    loss = model.train()(input_ids, **options).loss
+    assert torch.allclose(loss, reference, atol=1e-5)
+    half = model(input_ids, num_items_in_batch=2 * input_ids.numel(), **options).loss
+    assert torch.allclose(half, loss / 2)  # as one of two batches that gradients are accumulated over
 
 
 # --- precision --------------------------------------------------------------------------------------------------------
