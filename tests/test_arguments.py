@@ -95,7 +95,7 @@ def test_recipes_of_the_package_have_names(tmp_path, monkeypatch, capsys):
     for word in ("demos", "runs/demo.yaml", "../recipes/demo", "recipes"):
         with pytest.raises(SystemExit):
             parse_recipe("test", [word, "--use_cpu", "true"])
-        assert "no recipe" in (said := capsys.readouterr().err) and "demo, t4_wikitext103" in said
+        assert "no recipe" in (said := capsys.readouterr().err) and "demo, seed, t4_wikitext103" in said
 
 
 IN_ORDER = "context_source: previous_block\nnum_blocks: 4\n"

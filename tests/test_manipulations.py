@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     DynamicCache,
@@ -31,8 +32,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 from conftest import ROOT, tokens
-from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForPreTraining, modeling_noprop
+from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForMaskedLM, NoPropForPreTraining, modeling_noprop
 from noprop_hf.compatibility_noprop import CACHE
+from noprop_hf.training import new_block
 
 
 INPUT = tokens(2, 7)
@@ -665,8 +667,12 @@ def test_a_directory_of_an_earlier_version_is_the_same_model():
     generator = torch.Generator().manual_seed(3)
     denoised = model(input_ids, decoding_mode="denoising", generator=generator).logits
     torch.testing.assert_close(denoised, expected["denoised"], atol=1e-4, rtol=1e-4)
-    phase_1 = NoPropForPreTraining.from_pretrained(directory)
+    assert NoPropForMaskedLM is NoPropForPreTraining  # its name then
+    phase_1 = AutoModelForMaskedLM.from_pretrained(directory)
     torch.testing.assert_close(phase_1(input_ids).logits, expected["phase1_logits"], atol=1e-5, rtol=1e-4)
+    config = NoPropConfig.from_pretrained(directory, block_initialization="pretraining")
+    start = new_block(directory, config, model.model.embed_tokens, 1)  # from the folder `masked_lm`
+    torch.testing.assert_close(start.head.readout.weight, phase_1.readout.weight)
     classifier, info = AutoModelForSequenceClassification.from_pretrained(directory, output_loading_info=True)
     assert info["missing_keys"] == {"score.weight"} and not info["unexpected_keys"]
     states = classifier.model(input_ids).last_hidden_state

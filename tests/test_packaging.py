@@ -69,7 +69,7 @@ def test_an_installation_from_the_source_distribution(tmp_path):
         status, output = run_process(command, source)
         assert status == 0, output
 
-    for name in ("recipes/demo.yaml", "recipes/t4_wikitext103.yaml", "model_card.md"):
+    for name in ("recipes/demo.yaml", "recipes/seed.yaml", "recipes/t4_wikitext103.yaml", "model_card.md"):
         assert (site / "noprop_hf" / name).read_bytes() == (ROOT / name).read_bytes()
     assert (site / "noprop_hf" / "py.typed").is_file()
     metadata = Distribution.at(next(site.glob("*.dist-info"))).metadata

@@ -1,16 +1,18 @@
 import dataclasses
 import gc
 import hashlib
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import nn
 from transformers import BertConfig, BertModel, Trainer, TrainerCallback
 
-from conftest import BLOCKS, MODEL, arguments, reconfigure
+from conftest import BLOCKS, MODEL, ROOT, arguments, reconfigure
 from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForPreTraining
 from noprop_hf import training as training_module
 from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments
@@ -446,3 +448,32 @@ def test_hierarchical_blocks_train_in_order_and_only_by_their_own_loss(hierarchi
     train_blocks(data, BlockArguments(blocks="0", sample_prompts=[]), arguments(hierarchical, seed=5))
     with pytest.raises(ValueError, match="another block before it"):
         train_blocks(data, BLOCKS, arguments(hierarchical))
+
+
+def test_the_system_as_first_described(data, tmp_path):
+    """`recipes/seed.yaml`, small: a masked table, cosine levels, squared error and denoising alone."""
+    choices = yaml.safe_load((ROOT / "recipes" / "seed.yaml").read_text())
+    names = {field.name for field in dataclasses.fields(ModelArguments)} - vars(MODEL).keys()
+    names |= {name for name, value in vars(MODEL).items() if value is None} - {"tokenizer_name"}
+    model = dataclasses.replace(MODEL, **{name: value for name, value in choices.items() if name in names})
+    directory = tmp_path / "model"
+    pretrain_embeddings(model, data, PretrainingArguments(pretraining_max_steps=20), arguments(directory))
+    train_blocks(data, BLOCKS, arguments(directory, max_steps=40, learning_rate=3e-3), model)
+    trained = NoPropForCausalLM.from_pretrained(directory).eval()
+    config = trained.config
+    assert (config.pretraining_objective, config.loss_type, config.denoising_weight) == ("mlm", "mse", 1.0)
+    signal = [math.cos(math.pi / 2 * (1 - block / 4)) ** 2 for block in range(1, 4)]
+    assert config.noise_levels == pytest.approx([0, *(part / (1 - part) for part in signal)])
+
+    rows = tokenize(load_corpus(data), load_tokenizer(str(directory)), data)["validation"]
+    labels = torch.tensor(rows[:16]["input_ids"])
+    table = trained.model.embed_tokens
+    for index, block in enumerate(trained.model.blocks):
+        errors = []
+        for weights in (block, new_block(directory, config, table, index).eval()):
+            output = weights(labels, labels, table, generator=torch.Generator().manual_seed(0))
+            errors.append(output.denoising_loss if index > 0 else output.context_loss)
+        assert errors[0] < errors[1], f"block {index} learnt nothing"
+    options = {"decoding_mode": "denoising", "do_sample": True, "max_new_tokens": 5, "eos_token_id": None}
+    texts = trained.generate(labels[:2, :4], attention_mask=torch.ones(2, 4, dtype=torch.long), **options)
+    assert texts.shape == (2, 9)
