@@ -818,5 +818,5 @@ class SampleCallback(TrainerCallback):
         ]
         for sample in samples:
             logger.warning(f"[block {model.block_index}] step {state.global_step}: {sample}")
-        self.tracking.log({"samples": "\n\n".join(samples)}, state.global_step)  # paragraphs of Markdown
+        self.tracking.log({"eval_samples": "\n\n".join(samples)}, state.global_step)  # paragraphs of Markdown
         model.train(was_training)
