@@ -30,9 +30,8 @@ INTRODUCTION = (
     "into a belief about what comes next. A map shows one token: rows are blocks, with the signal-to-noise ratio "
     "\u03b3 of what they see, columns are likely tokens, the shade is their probability, and \u2713 is the token taken."
 )
-EXAMPLES = ["Return the ", "If the file does not exist, ", "The first of these functions "]
+EXAMPLES = ["Return the", "If the file does not exist,", "The first of these functions"]
 LONGEST_PROMPT = 10_000  # characters, of which only the last ones are used
-NUM_CANDIDATES = 200  # any other token has less than 1/200 and rounds to nothing
 CSS = """
 & { white-space: pre-wrap; overflow-wrap: anywhere; }
 .prompt { opacity: .6; }
@@ -125,7 +124,6 @@ def generate(
             tokenizer,
             kept,
             max_new_tokens=max_new_tokens,
-            num_candidates=NUM_CANDIDATES,
             num_inference_blocks=num_inference_blocks,
             num_trajectories=num_trajectories,
             temperature=temperature,

@@ -78,7 +78,7 @@ def directory(model, tokenizer, tmp_path) -> Path:
 def test_card_of_a_model_without_samples(directory):
     results = json.loads((directory / "results.json").read_text())
     (directory / "results.json").write_text(json.dumps(results | {"samples": []}))
-    assert 'tokenizer("The ", ' in str(model_card(directory, "user/tiny"))
+    assert 'tokenizer("The", ' in str(model_card(directory, "user/tiny"))
 
 
 def environment(server: HubServer, tmp_path: Path, token: str | None = TOKEN) -> dict[str, str]:

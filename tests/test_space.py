@@ -220,7 +220,7 @@ def test_page_runs_the_first_block_alone(page):
 
 @pytest.mark.slow
 def test_page_takes_an_example_and_an_empty_prompt(page):
-    page.get_by_role("button", name=app.EXAMPLES[0].strip()).click()
+    page.get_by_role("button", name=app.EXAMPLES[0]).click()
     page.wait_for_function("prompt => document.querySelector('textarea').value === prompt", arg=app.EXAMPLES[0])
     press(page, "")
     assert page.locator("#text .prompt").text_content() == ""
