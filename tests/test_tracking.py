@@ -280,7 +280,10 @@ def test_curves_have_the_values_of_the_state_files(directory, data, stop_at_5):
     phase_1 = checkpoints / "masked_lm" / "trainer_state.json"
     blocks = [checkpoints / "block-00" / "trainer_state.json"]
     blocks += [checkpoints / "block-02" / "checkpoint-3" / "trainer_state.json"]
-    embeddings, *of_blocks = draw_run(directory).axes
+    figure = draw_run(directory)
+    embeddings, *of_blocks = figure.axes
+    assert [text.get_text() for text in embeddings.get_legend().get_texts()] == ["in training", "evaluated"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["block-00", "block-02"]
     assert lines(embeddings) == [curve(phase_1, "loss"), curve(phase_1, "eval_loss")]
     assert [axes.get_title() for axes in of_blocks if axes.axison] == [
         "blocks: loss in training",
@@ -291,7 +294,7 @@ def test_curves_have_the_values_of_the_state_files(directory, data, stop_at_5):
     keys = ("loss", "eval_context_nats", "eval_denoising_nats", "eval_bound_nats")
     for axes, key in zip(of_blocks, keys, strict=False):
         assert lines(axes) == [curve(state, key) for state in blocks]
-        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["block-00", "block-02"]
+        assert axes.get_legend() is None
 
     nats = {
         "block_nats": [3.0, -0.5, -0.25],
@@ -300,13 +303,30 @@ def test_curves_have_the_values_of_the_state_files(directory, data, stop_at_5):
         "predictive": 2.2,
     }
     (directory / "results.json").write_text(json.dumps({"details": {"validation": {}, "test": nats}}))
-    bound = draw_run(directory).axes[5]
+    figure = draw_run(directory)
+    bound = figure.axes[5]
+    figure.draw_without_rendering()
+    panels = [axes.get_window_extent() for axes in figure.axes]
+    for legend in (figure.legends[0], bound.get_legend()):  # covers nothing
+        assert not any(legend.get_window_extent().overlaps(panel) for panel in panels)
     assert bound.axison and bound.get_title() == "model on test: bound up to each block"
     curves = dict(zip([line.get_label() for line in bound.lines], lines(bound), strict=True))
     assert np.allclose(lines(bound)[0], [[0, 3.0], [1, 2.5], [2, 2.25]])
     assert np.allclose(curves["each block alone, on pure noise"], [[0, 3.0], [1, 2.9], [2, 2.8]])
     assert [nats for _, nats in curves["predictive distribution of all blocks"]] == [2.2, 2.2]
     assert [text.get_text() for text in bound.texts] == ["3.000", "-0.500", "-0.250"]
+
+
+def test_a_single_value_is_seen(tmp_path):
+    folder = tmp_path / "checkpoints" / "masked_lm"
+    folder.mkdir(parents=True)
+    history = [{"step": 2, "loss": 3.5}, {"step": 4, "loss": 3.0}, {"step": 5, "eval_loss": 3.25}]
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    (axes,) = draw_run(tmp_path).axes
+    training, evaluated = axes.get_lines()
+    assert training.get_xydata().tolist() == [[2, 3.5], [4, 3]] and evaluated.get_xydata().tolist() == [[5, 3.25]]
+    assert (training.get_marker(), evaluated.get_marker()) == (".", "D")
+    assert [(text.get_text(), text.xy) for text in axes.texts] == [("3.250", (5, 3.25))]
 
 
 def test_the_state_of_a_finished_block_has_its_last_evaluation(directory, data):
