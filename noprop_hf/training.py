@@ -45,7 +45,7 @@ from .arguments import (
     parse_blocks,
     read_config,
 )
-from .checkpoints import CHECKPOINTS_FOLDER, DurableTrainer, newest_checkpoint, run_identity
+from .checkpoints import CHECKPOINTS_FOLDER, DurableTrainer, newest_checkpoint, run_identity, training_note
 from .configuration_noprop import NoPropConfig
 from .data import (
     CausalCollator,
@@ -177,10 +177,12 @@ def _make_table(
         check_blocks(block_args, tokenizer, dataset["train"], training_args)
 
     table = TokenTable(config)
+    origin = {"data": data} | sources(model_args)
     if source is not None:
         table.weight.copy_(standardize(source))
     else:
-        model = _pretrain_masked_lm(config, tokenizer, dataset, data, pretraining_args, training_args)
+        model, note = _pretrain_masked_lm(config, tokenizer, dataset, data, pretraining_args, training_args)
+        origin["training"] = note
         table.weight.copy_(model.token_table())
         if training_args.should_save:
             shutil.rmtree(directory / MASKED_LM_FOLDER, ignore_errors=True)  # of a run that was killed
@@ -195,7 +197,6 @@ def _make_table(
     corpus_fields = {name: value for name, value in vars(data_args).items() if value is not None}
     levels = [round(level, 4) for level in config.noise_levels or []]
     (directory / CORPUS_FILE).write_text(yaml.safe_dump(corpus_fields, sort_keys=False), encoding="utf-8")
-    origin = {"data": data} | sources(model_args)
     create_model_directory(directory, config, tokenizer, table, origin)
     logger.warning(f"The embedding table is in {directory}; noise levels {levels}.")
 
@@ -260,7 +261,8 @@ def _pretrain_masked_lm(
     data: str,
     pretraining_args: PretrainingArguments,
     training_args: TrainingArguments,
-) -> NoPropForMaskedLM:
+) -> tuple[NoPropForMaskedLM, str]:
+    """The shallow model of phase 1, and how it was trained."""
     set_seed(training_args.seed)
     model = NoPropForMaskedLM(copy.deepcopy(config))  # `Trainer` switches off its cache
     args, identity = masked_lm_run(config, dataset, data, pretraining_args, training_args)
@@ -276,7 +278,7 @@ def _pretrain_masked_lm(
     with track(trainer, Path(training_args.output_dir), "embeddings"):
         trainer.train_durably()
     trainer.save_state()
-    return model.cpu().eval()
+    return model.cpu().eval(), training_note(args, training_args.seed)
 
 
 def masked_lm_run(
@@ -662,6 +664,7 @@ def train_block(
         )
     kept = {name: f"{metrics[f'eval_{name}']:.6f}" for name in ("context_nats", "denoising_nats", "bound_nats")}
     cost = {"steps": str(trainer.state.global_step), "seconds": f"{summary['train_runtime']:.1f}"}
+    cost["training"] = training_note(args, training_args.seed)
     if args.should_save:
         save_block(directory, block, table, {**cost, "seed": str(args.seed), "data": data, **kept})
         if place is not None:
