@@ -281,6 +281,7 @@ def plot_quality(rows: list[dict[str, Any]], path: Path) -> None:
         for row, x, y in zip(some, xs, ys, strict=True):
             axes.annotate(row["way"].split()[-2], (x, y), xytext=(4, 4), textcoords="offset points")
         axes.set(xlabel="milliseconds per token, batch 1", ylabel="validation nats per token", title=title)
+        axes.margins(0.1)  # for the labels
     figure.savefig(path, dpi=120)
 
 

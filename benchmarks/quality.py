@@ -441,20 +441,30 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
+    """A mark per seed. A model far behind all others, which would hide how they differ, has its value at the edge."""
     figure = Figure(figsize=(5.5 * len(results), 4), layout="constrained")
     for axes, (corpus, entries) in zip(np.atleast_1d(figure.subplots(1, len(results))), results.items(), strict=True):
         names = [name for name in reversed(MODELS) if name in entries]
-        for row, name in enumerate(names):
+        means = [np.mean(entries[name]["nats_per_token"]) for name in names]
+        lower, upper = np.quantile(means, [0.25, 0.75])
+        for row, (name, mean) in enumerate(zip(names, means, strict=True)):
+            if mean > upper + 1.5 * (upper - lower):  # as in a box plot
+                axes.text(
+                    0.98, row, f"{mean:.3f} \u2192", transform=axes.get_yaxis_transform(), ha="right", va="center"
+                )
+                continue
             values = entries[name]["nats_per_token"]
-            axes.plot(values, [row] * len(values), "o", color="C0", label="predictive" if row == 0 else None)
+            axes.plot(values, [row] * len(values), "o", color="C0", label="predictive")
             if name in CHAINS:
                 values = entries[name]["bound"]
-                axes.plot(values, [row] * len(values), "x", color="C1", label="bound of the chain")
+                axes.plot(values, [row - 0.2] * len(values), "x", color="C1", label="bound of the chain")
         axes.set_yticks(range(len(names)), [MODELS[name] for name in names])
         axes.set(xlabel="validation nats per token", title=f"{corpus}: one mark per seed")
+        axes.set_ylim(-0.6, len(names) - 0.4)
+        axes.locator_params(axis="x", nbins=5)
         axes.grid(axis="x", alpha=0.3)
-        handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-        axes.legend(handles.values(), handles.keys())
+    labels = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)
 
 

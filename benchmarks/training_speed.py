@@ -161,7 +161,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.axvline(1, color="gray", linewidth=1)
     axes.set(xlabel="time per token, over end to end", title=runs[0]["device"])
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=len(PHASES))
     figure.savefig(path, dpi=120)
 
 

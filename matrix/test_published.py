@@ -23,7 +23,7 @@ from transformers import (
 )
 
 
-PROMPT = "The model is "
+PROMPT = "The model is"
 TEXT = "A change of the model goes into a file of its own, with a test against an independent reference."
 # Ways to write that need no random numbers, by their arguments, and ways that do.
 WAYS: dict[str, dict] = {

@@ -222,7 +222,7 @@ class BlockArguments:
         default=False, metadata={"help": "Train blocks that another worker says on the Hub it trains, if it is gone."}
     )
     sample_prompts: list[str] = field(
-        default_factory=lambda: ["The "], metadata={"help": "Prompts that sample text is drawn from."}
+        default_factory=lambda: ["The"], metadata={"help": "Prompts that sample text is drawn from."}
     )
     sample_max_new_tokens: int = field(default=40, metadata={"help": "Length of the samples, in tokens."})
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate.utils import TorchDynamoPlugin, reduce
 from datasets import IterableDataset
 from torch.utils.data import DataLoader
@@ -28,6 +29,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
+from . import __version__
 from .layout import checkpoint_folder
 from .shards_noprop import without_progress_bar
 
@@ -313,6 +315,20 @@ def run_identity(args: TrainingArguments, identity: Mapping[str, Any], streams: 
     # Both can also be set by the launcher.
     arguments |= {"mixed_precision": args.mixed_precision, "dynamo_backend": TorchDynamoPlugin().backend}
     return json.loads(json.dumps(arguments | dict(identity), default=str))
+
+
+def training_note(args: TrainingArguments, seed: int) -> str:
+    """What a reader needs to train alike, for the metadata of a shard: a line for each argument that the result depends
+    on and that is set, and for each version.
+
+    Args:
+        seed: of the run, which those of blocks are made from.
+    """
+    notes = run_identity(args, {"seed": seed}, streams=False)
+    del notes["num_train_epochs" if args.max_steps > 0 else "max_steps"]  # the other one has precedence
+    notes = {name: value for name, value in notes.items() if value is not None and value is not False}
+    notes |= {"torch": torch.__version__, "transformers": transformers.__version__, "noprop_hf": __version__}
+    return "\n".join(f"{name}: {value}" for name, value in notes.items())
 
 
 class PreemptionCallback(TrainerCallback):

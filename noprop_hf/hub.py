@@ -14,6 +14,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import yaml
 from huggingface_hub import (
     CommitOperationAdd,
@@ -21,6 +22,7 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     ModelCardData,
+    constants,
     get_session,
     get_token,
     is_offline_mode,
@@ -41,12 +43,13 @@ from huggingface_hub.utils.sha import git_hash
 from transformers import TrainingArguments
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
+from . import __version__
 from .arguments import PACKAGE, is_users, one_line
 from .configuration_noprop import NoPropConfig
 from .evaluation import MODEL_ROW, perplexity
 from .layout import CORPUS_FILE, RESULTS_FILE
 from .model_directory import read_config, read_metadata
-from .modeling_noprop import weight_shapes
+from .modeling_noprop import NoPropForCausalLM, weight_shapes
 from .shards_noprop import EMBEDDINGS_SHARD, PRETRAINING_FOLDERS, block_shard, index_fault, model_fault
 
 
@@ -419,8 +422,14 @@ def model_card(directory: Path, repo_id: str, license: str | None = None, langua
     shards = [read_metadata(directory / block_shard(block)) for block in range(config.num_blocks)]
     dataset = corpus.get("dataset_name")
     dataset = "local files" if dataset is None or is_local(dataset) else dataset
-    base_model = read_metadata(directory / EMBEDDINGS_SHARD).get("embeddings_from")
+    of_table = read_metadata(directory / EMBEDDINGS_SHARD)
+    base_model = of_table.get("embeddings_from")
     base_model = None if is_local(base_model) else base_model
+    trained_so: dict[str | None, list[str]] = {}  # workers elsewhere may have trained otherwise
+    for name, metadata in [("phase 1", of_table), *((f"block {index}", shard) for index, shard in enumerate(shards))]:
+        trained_so.setdefault(metadata.get("training"), []).append(name)
+    with torch.device("meta"):
+        model = NoPropForCausalLM(config)
     nats = results["nats_per_token"]
     splits = list(nats[MODEL_ROW])
     evaluations = [
@@ -462,7 +471,14 @@ def model_card(directory: Path, repo_id: str, license: str | None = None, langua
         table=results["table"],
         block_nats=results["details"][splits[-1]]["block_nats"],
         samples=results["samples"],
-        shards=shards,
+        num_parameters=model.num_parameters(),
+        num_trained=model.num_parameters(only_trainable=True),
+        # Metadata of shards may come from other workers.
+        costs=[(int(shard["steps"]), float(shard["seconds"])) for shard in shards],
+        notes={", ".join(names): note for note, names in trained_so.items() if note},
+        prompt=repr(results["samples"][0][0] if results["samples"] else "The"),
+        hub=constants.ENDPOINT,
+        version=__version__,
         has_plot=find_spec("matplotlib") is not None,
     )
 
@@ -482,7 +498,7 @@ def card_files(directory: Path, repo_id: str, license: str | None, language: str
                 bound_figure(directory).savefig(picture, format="png", dpi=120)
                 files[PLOT_NAME] = picture.getvalue()
         card = model_card(directory, repo_id, license, language)
-    except (OSError, KeyError, json.JSONDecodeError, yaml.YAMLError) as error:
+    except (OSError, LookupError, ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(
             f"{RESULTS_FILE}, {CORPUS_FILE} or the metadata of a block in {directory} are missing or damaged, so no "
             f"card can be made ({one_line(error)}). Run `noprop train` again, or remove {RESULTS_FILE}."

@@ -16,7 +16,7 @@ from .shards_noprop import PRETRAINING_FOLDER
 
 # Title, whether of blocks or of phase 1, and the logged values: the first as a line, a second one dashed.
 PANELS = (
-    ("embeddings: loss in training, evaluated (dashed)", False, ("loss", "eval_loss")),
+    ("embeddings: loss", False, ("loss", "eval_loss")),
     ("blocks: loss in training", True, ("loss",)),
     ("blocks, evaluated: on pure noise", True, ("eval_context_nats",)),
     ("blocks, evaluated: at their own noise level", True, ("eval_denoising_nats",)),
@@ -66,19 +66,35 @@ def draw_run(directory: Path) -> Figure:
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, (title, names, keys) in zip(grid, panels, strict=False):
         for index, name in enumerate(names):
-            for key, style in zip(keys, ("-", "--"), strict=False):
+            for key, style, kind in zip(keys, ("-", "--"), ("in training", "evaluated"), strict=False):
                 points = [(entry["step"], entry[key]) for entry in histories[name] if key in entry]
                 if points:
-                    label = name if style == "-" else None
-                    axes.plot(*zip(*points, strict=True), style, marker=".", color=f"C{index}", label=label)
+                    label = name if name != PRETRAINING_FOLDER else kind
+                    single = len(points) == 1  # makes no line
+                    marker = "D" if single else "."
+                    axes.plot(*zip(*points, strict=True), style, marker=marker, color=f"C{index}", label=label)
+                    if single and len(names) == 1:
+                        annotate(axes, f"{points[0][1]:.3f}", points[0], offset=(-6, 6), ha="right")
         axes.set(title=title, xlabel="step", ylabel="nats per token" if "nats" in keys[0] else "loss")
-        if len(names) > 1:
-            axes.legend(fontsize="small", ncols=math.ceil(len(names) / 6))
+        if PRETRAINING_FOLDER in names:
+            axes.legend(fontsize="small")
+    # One for all panels of blocks, outside of them, where it covers no curve.
+    curves = {line.get_label(): line for axes in grid for line in axes.get_lines() if line.get_label() in histories}
+    if curves:
+        names = sorted(curves)
+        figure.legend([curves[name] for name in names], names, loc="outside lower center", ncols=min(len(names), 8))
     if results.is_file():
         draw_bound(grid[len(panels)], results)
     for axes in grid[num_panels:]:
         axes.set_axis_off()
     return figure
+
+
+def annotate(axes: Axes, text: str, point: tuple[float, float], offset: tuple[float, float], **options) -> None:
+    """Write a text beside a point, before all curves."""
+    box = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+    options |= {"textcoords": "offset points", "fontsize": "small", "bbox": box, "zorder": 10}
+    axes.annotate(text, point, xytext=offset, **options)
 
 
 def bound_figure(directory: Path) -> Figure:
@@ -100,11 +116,11 @@ def draw_bound(axes: Axes, results: Path) -> None:
     axes.errorbar(blocks, totals, yerr=nats["block_errors"], marker="o", capsize=4, label="bound of the chain so far")
     for block, (total, part) in enumerate(zip(totals, nats["block_nats"], strict=True)):
         text = f"{part:+.3f}" if block else f"{part:.3f}"
-        axes.annotate(text, (block, total), xytext=(4, 6), textcoords="offset points", fontsize="small")
+        annotate(axes, text, (block, total), offset=(6, 6))
     axes.plot(blocks, nats["context"], marker="s", linestyle=":", label="each block alone, on pure noise")
     axes.axhline(nats["predictive"], color="gray", linewidth=1, label="predictive distribution of all blocks")
     axes.set(
         title=f"model on {split}: bound up to each block", xlabel="block", ylabel="nats per token", xticks=list(blocks)
     )
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.2))  # below, where it covers nothing
     axes.margins(0.15)

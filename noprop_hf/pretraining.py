@@ -17,7 +17,7 @@ from transformers import AutoModel, PreTrainedTokenizerBase, TrainingArguments, 
 from transformers.utils import logging
 
 from .arguments import BlockArguments, ModelArguments, PretrainingArguments, check_training_arguments
-from .checkpoints import DurableTrainer, trainer_arguments
+from .checkpoints import DurableTrainer, trainer_arguments, training_note
 from .configuration_noprop import NoPropConfig
 from .data import (
     DataArguments,
@@ -101,10 +101,13 @@ def _make_table(
         check_block_data(block_args, tokenizer, dataset["train"], training_args)
 
     table = TokenTable(config)
+    origin = {"data": data} | sources(model_args)
     if source is not None:
         table.weight.copy_(standardize(source))
     else:
-        model = pretrain_language_model(config, tokenizer, dataset, data, pretraining_args, training_args)
+        model, origin["training"] = pretrain_language_model(
+            config, tokenizer, dataset, data, pretraining_args, training_args
+        )
         table.weight.copy_(model.token_table())
         if training_args.should_save:
             shutil.rmtree(directory / PRETRAINING_FOLDER, ignore_errors=True)  # of a run that was killed
@@ -119,7 +122,6 @@ def _make_table(
     corpus_fields = {name: value for name, value in vars(data_args).items() if value is not None}
     levels = [round(level, 4) for level in config.noise_levels or []]
     (directory / CORPUS_FILE).write_text(yaml.safe_dump(corpus_fields, sort_keys=False), encoding="utf-8")
-    origin = {"data": data} | sources(model_args)
     create_model_directory(directory, config, tokenizer, table, origin)
     logger.info(f"The embedding table is in {directory}; noise levels {levels}.")
 
@@ -199,11 +201,14 @@ def pretrain_language_model(
     data: str,
     pretraining_args: PretrainingArguments,
     training_args: TrainingArguments,
-) -> NoPropForPreTraining:
+) -> tuple[NoPropForPreTraining, str]:
     """Train the language model of phase 1.
 
     Args:
         data: the fingerprint of the training split.
+
+    Returns:
+        The model, and how it was trained (see [`~noprop_hf.checkpoints.training_note`]).
     """
     args, identity = pretraining_run(config, dataset, data, pretraining_args, training_args)
     set_seed(training_args.seed)
@@ -211,7 +216,7 @@ def pretrain_language_model(
     with track(trainer, Path(training_args.output_dir), "embeddings", title="embeddings"):
         trainer.train_durably()
     trainer.save_state()
-    return trainer.model.cpu().eval()
+    return trainer.model.cpu().eval(), training_note(args, training_args.seed)
 
 
 def pretraining_trainer(

@@ -1,7 +1,8 @@
-"""Experiment trackers: what is logged while something trains, under its own name, such as `block_03/loss_nats`.
+"""Experiment trackers: what is logged while something trains, in a run of its own, such as `block_03`.
 
-Everything that trains has a run of its own in a tracker, so blocks may train one after the other, or at the same time
-in several processes. Trackers of `--report_to` that are not in `TRACKERS` are left to `Trainer`.
+Blocks may train one after the other, or at the same time in several processes. Values have the same names in every
+run, those of `Trainer`'s own callbacks (`train/loss_nats`, `eval/bound_nats`), so that a tracker draws all blocks into
+one chart. Trackers of `--report_to` that are not in `TRACKERS` are left to `Trainer`.
 """
 
 import json
@@ -12,7 +13,7 @@ from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, rewrite_logs
 
 from .layout import LOGS_FOLDER, RESULTS_FILE
 
@@ -57,7 +58,7 @@ class TrackingCallback(TrainerCallback):
 
     Args:
         directory: the model directory.
-        name: of what is trained; it stands before the names of all values.
+        name: of what is trained, and of its run.
         in_nats: whether losses are nats per token, and are called so.
     """
 
@@ -86,9 +87,14 @@ class TrackingCallback(TrainerCallback):
         self.log({key + unit if key.endswith("loss") else key: value for key, value in logs.items()}, state.global_step)
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        """Send numbers and texts to the trackers."""
+        """Send numbers and texts to the trackers.
+
+        Args:
+            values: by their names in `Trainer`'s logs; `eval_bound_nats` is shown as `eval/bound_nats`, `loss` as
+                `train/loss`.
+        """
         for tracker in self.trackers:
-            tracker.log({f"{self.name}/{key}": value for key, value in values.items()}, step)
+            tracker.log(rewrite_logs(values), step)
 
 
 class NamedProgressCallback(ProgressCallback):

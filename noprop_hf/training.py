@@ -21,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from .arguments import BlockArguments, ModelArguments, check_training_arguments, parse_blocks
-from .checkpoints import DurableTrainer, newest_checkpoint, run_identity, trainer_arguments
+from .checkpoints import DurableTrainer, newest_checkpoint, run_identity, trainer_arguments, training_note
 from .configuration_noprop import NoPropConfig
 from .data import (
     CausalCollator,
@@ -267,6 +267,7 @@ def train_block(run: BlockRun, block_index: int) -> dict[str, float]:
     if args.should_save:
         kept = {name: f"{metrics[f'eval_{name}']:.6f}" for name in ("context_nats", "denoising_nats", "bound_nats")}
         cost = {"steps": str(trainer.state.global_step), "seconds": f"{summary['train_runtime']:.1f}"}
+        cost["training"] = training_note(args, run.training_args.seed)
         save_block(run.directory, block, run.table, {**cost, "seed": str(args.seed), "data": run.data, **kept})
         run.place.publish_block(block_index)
     return metrics
@@ -453,5 +454,5 @@ class SampleCallback(TrainerCallback):
         samples = [f"{prompt!r} -> {text!r}" for prompt, text in texts]
         for sample in samples:
             logger.info(f"[block {model.block_index}] step {state.global_step}: {sample}")
-        self.tracking.log({"samples": "\n\n".join(samples)}, state.global_step)  # paragraphs of Markdown
+        self.tracking.log({"eval_samples": "\n\n".join(samples)}, state.global_step)  # paragraphs of Markdown
         model.train(was_training)

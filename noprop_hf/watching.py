@@ -1,6 +1,7 @@
 """Seeing the chain of blocks work: what is believed of each generated token, as data, as text and as a picture."""
 
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -59,7 +60,7 @@ def watch(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     max_new_tokens: int = 8,
-    num_candidates: int = 4,
+    num_candidates: int = 200,
     num_inference_blocks: int | None = None,
     num_trajectories: int = 1,
     temperature: float = 1.0,
@@ -68,7 +69,7 @@ def watch(
     """Generate with the chain, and tell of every token what each block believed.
 
     Args:
-        num_candidates: how many of the likeliest tokens are told.
+        num_candidates: how many of the likeliest tokens are kept. With 200, any other has less than 1/200.
         num_inference_blocks: run only the first blocks; all when not given.
         num_trajectories: chains to average for each token.
         temperature: of the draw from the last belief; 0, or next to it, takes the likeliest token.
@@ -134,8 +135,8 @@ def visible(text: str) -> str:
     return text.replace(" ", "\u2423").replace("\n", "\u21b5").replace("\t", "\u21e5")
 
 
-def table(watched: WatchedToken) -> Table:
-    """A token as a table for a terminal: a line for each block, brighter where it is surer."""
+def table(watched: WatchedToken, num_candidates: int = 4) -> Table:
+    """A token as a table for a terminal: a line for each block with its likeliest tokens, the sure ones brighter."""
     found = Table(title=Text.assemble("token ", (watched.token, "bold green")), title_justify="left")
     found.add_column("block", justify="right", min_width=5)
     found.add_column("\u03b3", justify="right", min_width=5)
@@ -143,7 +144,7 @@ def table(watched: WatchedToken) -> Table:
     found.add_column("the likeliest tokens", no_wrap=True)
     for block, belief in enumerate(watched.beliefs):
         line = Text()
-        for token, probability in belief.candidates:
+        for token, probability in belief.candidates[:num_candidates]:
             style = "bold green" if token == watched.token else "bold" if probability > 0.2 else "dim"
             line.append(f"{token} ", style).append(f"{probability:.2f}   ", "dim")
         found.add_row(str(block), f"{belief.level:.3f}" if belief.level else "noise", belief.moved_to or "", line)
@@ -159,8 +160,8 @@ def figure(prompt: str, tokens: Sequence[WatchedToken]) -> "Figure":
     num_blocks = len(tokens[0].beliefs)
     size = (3.4 * columns, (1.4 + 0.35 * num_blocks) * rows + 0.6)
     picture = Figure(figsize=size, layout="constrained")
-    text = visible(prompt).replace("$", r"\$")
-    picture.suptitle(f"{text}\u2026 from noise to a token, block by block")
+    text = f"{prompt} \u2192 {tokens[-1].text.lstrip(' ')}".replace("\n", "\u21b5").replace("$", r"\$")
+    picture.suptitle(textwrap.fill(text, 30 * columns))
     for axes, watched in zip(picture.subplots(rows, columns, squeeze=False).flat, tokens, strict=False):
         names = candidates(watched)
         shares = probabilities(watched, names)
@@ -171,7 +172,8 @@ def figure(prompt: str, tokens: Sequence[WatchedToken]) -> "Figure":
                     color = "white" if share > 0.6 else "black"
                     axes.text(column, row, f"{share:.2f}", ha="center", va="center", fontsize=7, color=color)
         axes.set_title(watched.token.replace("$", r"\$"), fontweight="bold", color="darkgreen")
-        axes.set_xticks(range(len(names)), [name.replace("$", r"\$") for name in names], rotation=45, fontsize=8)
+        labels = [name.replace("$", r"\$") for name in names]
+        axes.set_xticks(range(len(names)), labels, rotation=35, ha="right", rotation_mode="anchor", fontsize=8)
         axes.set_yticks(
             range(num_blocks), [block_name(block, b) for block, b in enumerate(watched.beliefs)], fontsize=7
         )

@@ -8,6 +8,7 @@ MODEL=user/name python space/app.py
 import base64
 import io
 import os
+import random
 import sys
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -30,15 +31,26 @@ INTRODUCTION = (
     "into a belief about what comes next. A map shows one token: rows are blocks, with the signal-to-noise ratio "
     "\u03b3 of what they see, columns are likely tokens, the shade is their probability, and \u2713 is the token taken."
 )
-EXAMPLES = ["Return the ", "If the file does not exist, ", "The first of these functions "]
+PAPER = "https://arxiv.org/abs/2503.24322"
+HUB = "https://huggingface.co"
+EXAMPLES = ["Return the", "If the file does not exist,", "The first of these functions"]
 LONGEST_PROMPT = 10_000  # characters, of which only the last ones are used
-NUM_CANDIDATES = 200  # any other token has less than 1/200 and rounds to nothing
 CSS = """
 & { white-space: pre-wrap; overflow-wrap: anywhere; }
 .prompt { opacity: .6; }
 .generated { font-weight: 600; }
 .notice { margin: 0; }
 .map { display: inline-block; max-width: 100%; margin: 0 1.5rem 1rem 0; overflow-x: auto; vertical-align: top; }
+/* A shadow at each edge beyond which there is more; covers that move with the table hide it at the table's ends. */
+.map {
+  --cover: var(--body-background-fill) 30%, transparent;
+  --shadow: rgb(128 128 128 / .7), transparent;
+  background:
+    linear-gradient(to right, var(--cover)) left / 2.5rem 100% no-repeat local,
+    linear-gradient(to left, var(--cover)) right / 2.5rem 100% no-repeat local,
+    linear-gradient(to right, var(--shadow)) left / .8rem 100% no-repeat scroll,
+    linear-gradient(to left, var(--shadow)) right / .8rem 100% no-repeat scroll;
+}
 .map table { width: auto; margin: 0; border-spacing: 2px; border-collapse: separate; font-size: .8rem; }
 .map table, .map tr, .map th, .map td { border: 0; }
 .map caption { font-weight: 600; text-align: left; }
@@ -102,30 +114,33 @@ def generate(
     num_trajectories: int,
     temperature: float,
     max_new_tokens: int,
+    new_seed: bool,
     seed: int,
-) -> Iterator[tuple[str, str, str]]:
+) -> Iterator[tuple[int, str, str, str]]:
     """Generate as `noprop_hf.watching.watch` does, for the page.
 
     Args:
         prompt: the text to continue; its end is kept when it does not fit into the model's window, and of a very long
             one only the end is read.
+        new_seed: whether to draw a seed in place of `seed`.
 
     Yields:
-        After each token, as HTML: the text, what has to be said of it, and the maps of its tokens.
+        After each token, the seed that is used and, as HTML, the text, what has to be said of it, and the maps of its
+        tokens.
     """
     prompt = prompt or ""
+    seed = random.randrange(10**6) if new_seed else seed
     kept = fit_prompt(prompt[-LONGEST_PROMPT:], tokenizer, model.config.max_position_embeddings - max_new_tokens)
     text, notice, maps, tokens = f'<span class="prompt">{escape(kept)}</span>', "", "", []
     if kept != prompt:
         notice = f"The prompt is too long for the model's window: its last {len(kept)} characters are used. "
-    yield text, note(notice), maps
+    yield seed, text, note(notice), maps
     try:
         for watched in watch(
             model,
             tokenizer,
             kept,
             max_new_tokens=max_new_tokens,
-            num_candidates=NUM_CANDIDATES,
             num_inference_blocks=num_inference_blocks,
             num_trajectories=num_trajectories,
             temperature=temperature,
@@ -133,9 +148,9 @@ def generate(
         ):
             tokens.append(watched)
             maps += heat_map(watched)
-            yield f'{text}<span class="generated">{escape(watched.text)}</span>', note(notice), maps
+            yield seed, f'{text}<span class="generated">{escape(watched.text)}</span>', note(notice), maps
     except ValueError as error:  # says what is wrong and what to do
-        yield text, note(str(error)), maps
+        yield seed, text, note(str(error)), maps
         return
     if len(tokens) < max_new_tokens:
         notice += f"The model ended the text after {len(tokens)} tokens. "
@@ -143,7 +158,18 @@ def generate(
     if tokens:
         text += f'<span class="generated">{escape(tokens[-1].text)}</span>'
         link = download_link(kept, tokens)
-    yield text, note(notice, link), maps
+    yield seed, text, note(notice, link), maps
+
+
+def links(model_name: str) -> str:
+    """Where model, paper and code are, as Markdown. What is on the disk of this machine has no address."""
+    found, space = [f"[Paper]({PAPER})"], os.environ.get("SPACE_ID")
+    if not Path(model_name).exists():
+        found.insert(0, f"[Model {model_name}]({HUB}/{model_name})")
+        found.append(f"[Code of the model]({HUB}/{model_name}/tree/main)")
+    if space:
+        found.append(f"[Code of this page]({HUB}/spaces/{space}/tree/main)")
+    return " \u00b7 ".join(found)
 
 
 def note(notice: str, link: str = "") -> str:
@@ -168,11 +194,16 @@ def build(model: NoPropForCausalLM, tokenizer: PreTrainedTokenizerBase) -> gr.Bl
     num_blocks, window = model.config.num_blocks, model.config.max_position_embeddings
     most = min(64, window // 2)  # half of a small window is left to the prompt
     with gr.Blocks(title="NoProp: text out of noise", analytics_enabled=False) as page:
-        gr.Markdown(INTRODUCTION)
+        gr.Markdown(f"{INTRODUCTION}\n\n{links(model.name_or_path)}")
         with gr.Row():
             with gr.Column(scale=3):
-                prompt = gr.Textbox(
-                    label="Prompt", placeholder="A text to continue", lines=4, max_lines=8, max_length=LONGEST_PROMPT
+                prompt = gr.Textbox(  # of one line, so that Enter submits it; it grows
+                    label="Prompt",
+                    info="Enter generates, Shift and Enter begin a line. A blank at the end would begin the next word.",
+                    placeholder="A text to continue",
+                    lines=1,
+                    max_lines=8,
+                    max_length=LONGEST_PROMPT,
                 )
                 gr.Examples(EXAMPLES, prompt)
                 button = gr.Button("Generate", variant="primary")
@@ -182,15 +213,19 @@ def build(model: NoPropForCausalLM, tokenizer: PreTrainedTokenizerBase) -> gr.Bl
                     gr.Slider(1, 16, 1, step=1, label="Trajectories", info="chains to average"),
                     gr.Slider(0, 2, 1, step=0.05, label="Temperature", info="0 takes the likeliest token"),
                     gr.Slider(1, most, min(12, most), step=1, label="New tokens"),
-                    gr.Slider(0, 999, 0, step=1, label="Seed"),
                 ]
+                with gr.Row():
+                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, min_width=120)
+                    new_seed = gr.Checkbox(True, label="New seed each time", min_width=120)
         outputs = [gr.HTML(elem_id=name, css_template=CSS) for name in ("text", "notice", "maps")]
-        button.click(
+        gr.on(
+            [button.click, prompt.submit],
             partial(generate, model, tokenizer),
-            [prompt, *sliders],
-            outputs,
+            [prompt, *sliders, new_seed, seed],
+            [seed, *outputs],
             api_name="generate",
             show_progress="minimal",
+            show_progress_on=outputs,
         )
     return page
 

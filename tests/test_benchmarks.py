@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu  # noqa: E402
 from ablation import GROUPS  # noqa: E402
 from memory import OneBlock, Training, num_parameters  # noqa: E402
-from quality import MODELS, Bench, QualityArguments  # noqa: E402
+from quality import MODELS, Bench, QualityArguments, plot  # noqa: E402
 
 from noprop_hf import NoPropConfig, NoPropForCausalLM  # noqa: E402
 
@@ -55,6 +55,18 @@ def test_every_model_gets_the_same_arithmetic_parameters_and_depth():
     head = 6 * last * (width**2 + 3 * width**2) + 4 * last * args.vocab_size * width
     block = args.num_layers_per_block * layer + 4 * width**2 + head  # the embeddings get no gradient
     assert flops["block"] == pytest.approx(block, rel=0.03)
+
+
+@pytest.mark.parametrize("far", [True, False])
+def test_a_model_far_behind_does_not_hide_how_the_others_differ(far, tmp_path, monkeypatch):
+    pictures = []
+    monkeypatch.setattr("quality.Figure.savefig", lambda figure, *args, **options: pictures.append(figure))
+    nats = dict(zip(MODELS, [3.9, 4.0, 3.95, 4.7 if far else 4.05, 3.85, 3.97], strict=True))
+    plot({"text": {name: {"nats_per_token": [one], "bound": [one + 0.01]} for name, one in nats.items()}}, tmp_path)
+    (axes,) = pictures[0].axes
+    low, high = axes.get_xlim()
+    assert [text.get_text() for text in axes.texts] == ["4.700 \u2192"] * far
+    assert high - low < 0.3 and low < 3.85 and high > (4.0 if far else 4.05)
 
 
 @pytest.mark.slow

@@ -1,16 +1,19 @@
 """Pushing to and loading from a Hub over HTTP, with the real `huggingface_hub` client in processes of its own."""
 
+import ast
 import dataclasses
 import json
 import os
 import re
 import shutil
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard, constants
+from markdown_it import MarkdownIt
 from safetensors.torch import load_file
 
 from conftest import ROOT
@@ -78,7 +81,78 @@ def directory(model, tokenizer, tmp_path) -> Path:
 def test_card_of_a_model_without_samples(directory):
     results = json.loads((directory / "results.json").read_text())
     (directory / "results.json").write_text(json.dumps(results | {"samples": []}))
-    assert 'tokenizer("The ", ' in str(model_card(directory, "user/tiny"))
+    assert "tokenizer('The', " in str(model_card(directory, "user/tiny"))
+
+
+class Page(HTMLParser):
+    """What a reader sees of HTML: the text of each element of some kinds, and all kinds of elements."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.texts: dict[str, list[str]] = {"pre": [], "b": [], "h1": [], "h2": []}
+        self.tags, self.open = set(), []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        if tag in self.texts:
+            self.open.append(tag)
+            self.texts[tag].append("")
+
+    def handle_endtag(self, tag):
+        if tag in self.texts:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        for tag in self.open:
+            self.texts[tag][-1] += data
+
+
+NASTY = [
+    ("```", "```\n~~~\n````python\nrm -rf\n```"),
+    ("</pre><script>alert(1)</script>", "<!-- \n\n</b></pre>\n<img src=x onerror=alert(1)>\n<h1>big</h1>"),
+    ("**bold** _it_", "\n\n# heading\n\n---\n\n- a\n\n| a | b |\n| - | - |\n![x](y) [z](javascript:a) \\* $$x$$"),
+    ("{{ config }} {% if %}", "{# no #} &amp; &lt; `x` \t'\" \U0001f63a \u2028 end  "),
+    ("\n\nback\\slash 'and' \"quotes\" \U0001f63a", ""),
+]
+
+
+@pytest.mark.parametrize("first", range(len(NASTY)))
+def test_no_sample_breaks_the_card(directory, model, first):
+    samples = NASTY[first:] + NASTY[:first]  # the first one is the prompt of the example, too
+    results = json.loads((directory / "results.json").read_text())
+    plain = ModelCard(str(model_card(directory, "user/__tiny__")))
+    (directory / "results.json").write_text(json.dumps(results | {"samples": samples}))
+    card = ModelCard(str(model_card(directory, "user/__tiny__")))
+    assert card.data.to_dict() == plain.data.to_dict()
+    markdown = MarkdownIt("commonmark").enable("table")
+    tokens = markdown.parse(card.text)
+    page, expected = Page(markdown.render(card.text)), Page(markdown.render(plain.text))
+    assert page.tags == expected.tags and not page.open
+    assert page.texts["h1"] == ["__tiny__"] and page.texts["h2"] == expected.texts["h2"] and len(page.texts["h2"]) > 5
+    prompts, texts = page.texts["b"], [text for text in page.texts["pre"] if not text.startswith(("from ", "@"))]
+    assert list(zip(prompts, texts, strict=False)) == [(prompt, prompt + text) for prompt, text in samples]
+    (example,) = [token.content for token in tokens if token.info == "python"]
+    assert samples[0][0] in [node.value for node in ast.walk(ast.parse(example)) if isinstance(node, ast.Constant)]
+
+
+def test_card_tells_how_blocks_were_trained(directory, model):
+    """Each by what its own worker noted, which may be anything."""
+    notes = ["optim: a\ntorch: 2", "</pre> `# \n\n# b", "optim: a\ntorch: 2"]
+    for block, note in zip(model.model.blocks, notes, strict=True):
+        save_block(directory, block, model.model.embed_tokens, {"steps": "7", "seconds": "1.5", "training": note})
+    text = ModelCard(str(model_card(directory, "user/tiny"))).text
+    page = Page(MarkdownIt("commonmark").render(text))
+    assert page.texts["pre"][-3:-1] == notes[:2]
+    assert "versions of block 0, block 2:" in text and "versions of block 1:" in text and len(page.texts["h1"]) == 1
+    assert f"{model.num_parameters():,} parameters, {sum(p.numel() for p in model.model.blocks.parameters()):,}" in text
+    bibtex = re.search("```bibtex\n(.*?)```", text, re.DOTALL)[1]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    for title in (citation["title"], citation["references"][0]["title"]):
+        assert f"title   = {{{title}}}," in bibtex
+    for name, value in (("version", citation["version"]), ("year   ", citation["date-released"].year)):
+        assert f"{name} = {{{value}}}" in bibtex
+    assert "https://huggingface.co/user/tiny/blob/main/modeling_noprop.py" in text
 
 
 def environment(server: HubServer, tmp_path: Path, token: str | None = TOKEN) -> dict[str, str]:
@@ -181,7 +255,7 @@ def test_the_card_is_made_of_what_was_measured(server, directory):
     assert "| NoProp, all blocks |" in card.text and "![Bound by block](bound.png)" in card.text
     assert files["bound.png"].startswith(b"\x89PNG")
     assert re.search(r"^\| 1 \| [\d.]+ \| -0\.0400 \| 7 \| 1\.5 \|$", card.text, re.MULTILINE)
-    assert '**the cat** sat "down" and slept' in card.text
+    assert "<pre><b>the cat</b> sat &#34;down&#34;\nand slept</pre>" in card.text
     assert 'from_pretrained("user/tiny", trust_remote_code=True)' in card.text
     assert "{{" not in card.text and yaml.safe_load(card.content.split("---")[1])
 

@@ -2,13 +2,17 @@
 
 import copy
 import importlib.util
+import io
 import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from html import unescape
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import yaml
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -27,8 +31,9 @@ WINDOW = 32  # of the `writer`
 LONG = "the <b>cat</b> sat on a mat " * 200
 
 
-def all_of(model, tokenizer, prompt="the cat", blocks=2, trajectories=1, temperature=1.0, new_tokens=3, seed=0):
-    return list(app.generate(model, tokenizer, prompt, blocks, trajectories, temperature, new_tokens, seed))
+def all_of(model, tokenizer, prompt="the cat", temperature=1.0, new_seed=False, seed=0):
+    """All that the page is given, of two blocks, one trajectory and three tokens."""
+    return list(app.generate(model, tokenizer, prompt, 2, 1, temperature, 3, new_seed, seed))
 
 
 # --- without a browser ------------------------------------------------------------------------------------------------
@@ -56,15 +61,34 @@ def test_heat_map():
 
 
 def test_text_and_maps_arrive_token_by_token(writer, tokenizer):
-    texts, notices, maps = zip(*all_of(writer, tokenizer), strict=True)
+    _, texts, notices, maps = zip(*all_of(writer, tokenizer), strict=True)
     assert [html.count("<table>") for html in maps] == [0, 1, 2, 3, 3]
     assert all(later.startswith(earlier) for earlier, later in zip(maps, maps[1:], strict=False))
     assert len(set(texts[:4])) == 4 and texts[4] == texts[3]
     assert ["download=" in notice for notice in notices] == [False] * 4 + [True]
 
 
+def test_seeds(writer, tokenizer):
+    """A new one each time, with which the same text comes again."""
+    drawn, other = (all_of(writer, tokenizer, new_seed=True) for _ in range(2))
+    ((seed,), (other_seed,)) = ({seed for seed, *_ in steps} for steps in (drawn, other))
+    assert all_of(writer, tokenizer, seed=seed) == drawn and seed != other_seed
+
+
+def test_links(writer, tmp_path, monkeypatch):
+    monkeypatch.delenv("SPACE_ID", raising=False)
+    assert re.findall(r"\((.*?)\)", app.links(str(tmp_path))) == ["https://arxiv.org/abs/2503.24322"]
+    monkeypatch.setenv("SPACE_ID", "user/page")
+    assert re.findall(r"\((.*?)\)", app.links("user/name")) == [
+        "https://huggingface.co/user/name",
+        "https://arxiv.org/abs/2503.24322",
+        "https://huggingface.co/user/name/tree/main",
+        "https://huggingface.co/spaces/user/page/tree/main",
+    ]
+
+
 def test_maps_say_what_is_believed(writer, tokenizer):
-    *_, (_, _, maps) = all_of(writer, tokenizer, temperature=0.0)
+    *_, (*_, maps) = all_of(writer, tokenizer, temperature=0.0)
     for table in maps.split("<table>")[1:]:
         last = re.findall(r'<td class="([^"]*)" style="--share: ([\d.]+)"', table)[-6:]
         assert [share for name, share in last if "taken" in name] == [max(share for _, share in last)]
@@ -78,9 +102,9 @@ def test_a_prompt_of_any_length_costs_little(writer, tokenizer, monkeypatch):
         return fit_prompt(prompt, *args)
 
     monkeypatch.setattr(app, "fit_prompt", fit)
-    *_, (_, notice, _) = all_of(writer, tokenizer, "the cat " * 10**6)
+    *_, (*_, notice, _) = all_of(writer, tokenizer, "the cat " * 10**6)
     assert "its last" in notice and max(lengths) <= app.LONGEST_PROMPT
-    assert all_of(writer, tokenizer, None)[-1][0] == all_of(writer, tokenizer, "")[-1][0]
+    assert all_of(writer, tokenizer, None)[-1][1] == all_of(writer, tokenizer, "")[-1][1]
 
 
 @pytest.mark.parametrize("text", [LONG, "\U0001f63a" * 50, "x" * 5000])
@@ -95,14 +119,14 @@ def test_the_end_of_a_long_prompt_is_kept(text, tokenizer):
 def test_an_empty_prompt_without_a_token_that_begins_a_text(writer, tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.bos_token = tokenizer.eos_token = None
-    *_, (_, notice, maps) = all_of(writer, tokenizer, prompt="")
+    *_, (*_, notice, maps) = all_of(writer, tokenizer, prompt="")
     assert "must not be empty" in notice and maps == ""
 
 
 def test_a_text_that_ends_early(writer, tokenizer):
     writer = copy.deepcopy(writer)
     writer.config.eos_token_id = [watched.token_id for watched in app.watch(writer, tokenizer, "the cat", 3)][1]
-    *_, (text, notice, maps) = all_of(writer, tokenizer)
+    *_, (_, text, notice, maps) = all_of(writer, tokenizer)
     assert "ended the text after 1 tokens" in notice and maps.count("<table>") == 1 and "generated" in text
 
 
@@ -192,7 +216,13 @@ def press(page, prompt: str, **sliders: int) -> None:
     for label, value in ({"New tokens": 2} | sliders).items():
         page.get_by_label(f"number input for {label}").fill(str(value))
         page.keyboard.press("Tab")
-    page.get_by_role("button", name="Generate").click()
+    submit(page, page.get_by_role("button", name="Generate").click)
+
+
+def submit(page, action: Callable[[], None]) -> None:
+    """Start to generate and wait for the end, which has a new link."""
+    page.evaluate("document.querySelector('a[download]')?.remove()")
+    action()
     page.wait_for_selector("a[download]")
 
 
@@ -219,8 +249,47 @@ def test_page_runs_the_first_block_alone(page):
 
 
 @pytest.mark.slow
+def test_page_generates_on_enter_and_keeps_a_seed(page):
+    seed, kept = page.get_by_label("Seed", exact=True), page.get_by_label("New seed each time")
+    kept.uncheck()
+    seed.fill("77")
+    press(page, "the cat")
+    assert seed.input_value() == "77"
+    kept.check()
+    submit(page, lambda: page.get_by_label("Prompt").press("Enter"))
+    drawn, text = seed.input_value(), page.locator("#text .generated").text_content()
+    assert drawn != "77"
+    kept.uncheck()
+    press(page, "the cat")
+    assert seed.input_value() == drawn and page.locator("#text .generated").text_content() == text
+    page.get_by_label("Prompt").press("Shift+Enter")
+    assert page.get_by_label("Prompt").input_value() == "the cat\n"
+
+
+@pytest.mark.slow
+def test_maps_on_a_phone_show_that_they_scroll(page):
+    """A pixel at the right edge of a map is darker than one beside it as long as there is more to the right."""
+    page.set_viewport_size({"width": 260, "height": 1200})
+    press(page, "the cat")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    a_map = page.locator(".map").first
+    width, shown = a_map.evaluate("map => [map.scrollWidth, map.clientWidth]")
+    assert width > shown
+
+    def edges() -> list[float]:
+        """Brightness of the first and of the last columns, as most of their pixels have it."""
+        picture = plt.imread(io.BytesIO(a_map.screenshot()))[..., :3].mean(-1)
+        return [np.median(picture[:, column]).item() for column in (1, -2)]
+
+    beginning = edges()
+    a_map.evaluate("map => map.scrollTo(map.scrollWidth, 0)")
+    end = edges()
+    assert beginning[0] > beginning[1] + 0.1 and end[1] > end[0] + 0.1
+
+
+@pytest.mark.slow
 def test_page_takes_an_example_and_an_empty_prompt(page):
-    page.get_by_role("button", name=app.EXAMPLES[0].strip()).click()
+    page.get_by_role("button", name=app.EXAMPLES[0]).click()
     page.wait_for_function("prompt => document.querySelector('textarea').value === prompt", arg=app.EXAMPLES[0])
     press(page, "")
     assert page.locator("#text .prompt").text_content() == ""

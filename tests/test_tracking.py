@@ -84,23 +84,28 @@ def wandb_runs(directory: Path) -> list[tuple[str, Run]]:
     return runs
 
 
-def logged(directory: Path, name: str, folder: str, unit: str = "_nats") -> Run:
+def shown_as(key: str, unit: str = "_nats") -> str:
+    """The name that trackers are to show for a value of a trainer's log."""
+    name = key + unit if key in LOSSES else key
+    return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
+
+
+def logged(directory: Path, folder: str, unit: str = "_nats") -> Run:
     """What the state of a trainer has, by the names that trackers are to show."""
     history = json.loads((directory / "checkpoints" / folder / "trainer_state.json").read_text())["log_history"]
     run: Run = defaultdict(list)
     for entry in history:
         for key in entry.keys() - {"step", "total_flos"}:
-            shown = key + unit if key in LOSSES else key
-            run[f"{name}/{shown}"].append((entry["step"], pytest.approx(entry[key], rel=1e-6)))
+            run[shown_as(key, unit)].append((entry["step"], pytest.approx(entry[key], rel=1e-6)))
     return run
 
 
-def without_samples(run: Run, name: str, steps: list[int]) -> Run:
+def without_samples(run: Run, steps: list[int]) -> Run:
     """A run without its texts, after a look at those."""
-    texts = run[f"{name}/samples"]
+    texts = run["eval/samples"]
     assert [step for step, _ in texts] == steps
     assert all(text.startswith("'the cat' -> '") and len(text) > 16 for _, text in texts)
-    return {key: values for key, values in run.items() if key != f"{name}/samples"}
+    return {key: values for key, values in run.items() if key != "eval/samples"}
 
 
 def once_per_step(run: Run) -> Run:
@@ -112,8 +117,8 @@ def only(blocks: str):
     return dataclasses.replace(BLOCKS, blocks=blocks)
 
 
-def names(block: str, unit: str = "_nats") -> set[str]:
-    return {f"{block}/{key}" for key in EVALUATED | COUNTED | {loss + unit for loss in LOSSES}}
+def names(unit: str = "_nats") -> set[str]:
+    return {shown_as(key, unit) for key in EVALUATED | COUNTED | LOSSES}
 
 
 @pytest.fixture
@@ -146,10 +151,10 @@ def test_tensorboard_has_what_each_block_logs_by_its_name(directory, data):
     assert set(runs) == {"runs/block_01", "runs/block_02"}  # and nothing of the stock callback
     for index in (1, 2):
         block = f"block_{index:02d}"
-        run = without_samples(runs[f"runs/{block}"], block, [3, 6])
-        assert run == logged(directory, block, f"block-{index:02d}")
-        assert set(run) == names(block)
-        assert [step for step, _ in run[f"{block}/loss_nats"]] == [2, 4, 6]
+        run = without_samples(runs[f"runs/{block}"], [3, 6])
+        assert run == logged(directory, f"block-{index:02d}")
+        assert set(run) == names()
+        assert [step for step, _ in run["train/loss_nats"]] == [2, 4, 6]
 
 
 def test_phase_1_is_tracked(data, tmp_path):
@@ -158,35 +163,35 @@ def test_phase_1_is_tracked(data, tmp_path):
     runs = tensorboard_runs(directory)
     assert set(runs) == {"runs/embeddings"}
     run = runs["runs/embeddings"]
-    assert run == logged(directory, "embeddings", "pretraining")
-    assert {"embeddings/loss_nats", "embeddings/eval_loss_nats", "embeddings/learning_rate"} < set(run)
+    assert run == logged(directory, "pretraining")
+    assert {"train/loss_nats", "eval/loss_nats", "train/learning_rate"} < set(run)
 
 
 def test_a_squared_error_is_not_called_nats(directory, data):
     reconfigure(directory, loss_type="mse")
     train_blocks(data, only("1"), arguments(directory, report_to=["tensorboard"]))
-    run = without_samples(tensorboard_runs(directory)["runs/block_01"], "block_01", [3, 6])
-    assert run == logged(directory, "block_01", "block-01", unit="")
-    assert set(run) == names("block_01", unit="")
+    run = without_samples(tensorboard_runs(directory)["runs/block_01"], [3, 6])
+    assert run == logged(directory, "block-01", unit="")
+    assert set(run) == names(unit="")
 
 
 def test_the_evaluation_after_the_end_is_tracked(directory, data):
     train_blocks(data, only("1"), arguments(directory, report_to=["tensorboard"], eval_strategy="no"))
     run = tensorboard_runs(directory)["runs/block_01"]
-    assert run == logged(directory, "block_01", "block-01")
-    assert [step for step, _ in run["block_01/eval_context_nats"]] == [6]
+    assert run == logged(directory, "block-01")
+    assert [step for step, _ in run["eval/context_nats"]] == [6]
 
 
 def test_tensorboard_forgets_what_an_interrupted_block_logged_after_its_checkpoint(directory, data, stop_at_5):
     args = (data, only("2"), arguments(directory, report_to=["tensorboard"]))
     stop_at_5(*args)
     stopped = tensorboard_runs(directory)["runs/block_02"]
-    assert [step for step, _ in stopped["block_02/loss_nats"]] == [2, 4]
+    assert [step for step, _ in stopped["train/loss_nats"]] == [2, 4]
     train_blocks(*args)
     assert len(list(directory.glob("runs/block_02/*tfevents*"))) == 2
-    run = without_samples(tensorboard_runs(directory)["runs/block_02"], "block_02", [3, 6])
-    assert run == logged(directory, "block_02", "block-02")
-    assert [step for step, _ in run["block_02/loss_nats"]] == [2, 4, 6]
+    run = without_samples(tensorboard_runs(directory)["runs/block_02"], [3, 6])
+    assert run == logged(directory, "block-02")
+    assert [step for step, _ in run["train/loss_nats"]] == [2, 4, 6]
 
 
 def test_trackio(directory, data, stop_at_5, trackio_folder):
@@ -199,13 +204,13 @@ def test_trackio(directory, data, stop_at_5, trackio_folder):
     assert list(trackio_folder.glob("blocks*.db"))
     runs = trackio_runs("blocks")
     assert set(runs) == {"model-block_01", "model-block_02"}
-    run = without_samples(runs["model-block_01"], "block_01", [3, 6])
-    assert run == logged(directory, "block_01", "block-01")
-    assert set(run) == names("block_01")
+    run = without_samples(runs["model-block_01"], [3, 6])
+    assert run == logged(directory, "block-01")
+    assert set(run) == names()
     resumed = runs["model-block_02"]
-    assert [step for step, _ in resumed["block_02/loss_nats"]] == [2, 4, 4, 6]  # it forgets nothing
-    expected = once_per_step(logged(directory, "block_02", "block-02"))["block_02/loss_nats"]
-    assert once_per_step(resumed)["block_02/loss_nats"] == expected
+    assert [step for step, _ in resumed["train/loss_nats"]] == [2, 4, 4, 6]  # it forgets nothing
+    expected = once_per_step(logged(directory, "block-02"))["train/loss_nats"]
+    assert once_per_step(resumed)["train/loss_nats"] == expected
 
 
 def test_wandb(directory, data, stop_at_5, tmp_path, monkeypatch):
@@ -219,12 +224,12 @@ def test_wandb(directory, data, stop_at_5, tmp_path, monkeypatch):
     train_blocks(data, only("2"), arguments(directory, **options))
     (first, run), (stopped, begin), (resumed, end) = wandb_runs(tmp_path)
     assert (first, stopped, resumed) == ("model-block_01", "model-block_02", "model-block_02")
-    run = without_samples(run, "block_01", [3, 6])
-    assert run == once_per_step(logged(directory, "block_01", "block-01"))
-    assert set(run) == names("block_01")
-    assert [step for step, _ in begin["block_02/loss_nats"]] == [2, 4]
-    expected = logged(directory, "block_02", "block-02")["block_02/loss_nats"]
-    assert end["block_02/loss_nats"] == expected[1:]
+    run = without_samples(run, [3, 6])
+    assert run == once_per_step(logged(directory, "block-01"))
+    assert set(run) == names()
+    assert [step for step, _ in begin["train/loss_nats"]] == [2, 4]
+    expected = logged(directory, "block-02")["train/loss_nats"]
+    assert end["train/loss_nats"] == expected[1:]
     assert set(tensorboard_runs(directory)) == {"runs/block_01", "runs/block_02"}  # both at once
 
 
@@ -276,7 +281,10 @@ def test_curves_have_the_values_of_the_state_files(directory, data, stop_at_5):
     phase_1 = checkpoints / "pretraining" / "trainer_state.json"
     blocks = [checkpoints / "block-00" / "trainer_state.json"]
     blocks += [checkpoints / "block-02" / "checkpoint-3" / "trainer_state.json"]
-    embeddings, *of_blocks = draw_run(directory).axes
+    figure = draw_run(directory)
+    embeddings, *of_blocks = figure.axes
+    assert [text.get_text() for text in embeddings.get_legend().get_texts()] == ["in training", "evaluated"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["block-00", "block-02"]
     assert lines(embeddings) == [curve(phase_1, "loss"), curve(phase_1, "eval_loss")]
     assert [axes.get_title() for axes in of_blocks if axes.axison] == [
         "blocks: loss in training",
@@ -287,7 +295,7 @@ def test_curves_have_the_values_of_the_state_files(directory, data, stop_at_5):
     keys = ("loss", "eval_context_nats", "eval_denoising_nats", "eval_bound_nats")
     for axes, key in zip(of_blocks, keys, strict=False):
         assert lines(axes) == [curve(state, key) for state in blocks]
-        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["block-00", "block-02"]
+        assert axes.get_legend() is None
 
     nats = {
         "block_nats": [3.0, -0.5, -0.25],
@@ -296,13 +304,30 @@ def test_curves_have_the_values_of_the_state_files(directory, data, stop_at_5):
         "predictive": 2.2,
     }
     (directory / "results.json").write_text(json.dumps({"details": {"validation": {}, "test": nats}}))
-    bound = draw_run(directory).axes[5]
+    figure = draw_run(directory)
+    bound = figure.axes[5]
+    figure.draw_without_rendering()
+    panels = [axes.get_window_extent() for axes in figure.axes]
+    for legend in (figure.legends[0], bound.get_legend()):  # covers nothing
+        assert not any(legend.get_window_extent().overlaps(panel) for panel in panels)
     assert bound.axison and bound.get_title() == "model on test: bound up to each block"
     curves = dict(zip([line.get_label() for line in bound.lines], lines(bound), strict=True))
     assert np.allclose(lines(bound)[0], [[0, 3.0], [1, 2.5], [2, 2.25]])
     assert np.allclose(curves["each block alone, on pure noise"], [[0, 3.0], [1, 2.9], [2, 2.8]])
     assert [nats for _, nats in curves["predictive distribution of all blocks"]] == [2.2, 2.2]
     assert [text.get_text() for text in bound.texts] == ["3.000", "-0.500", "-0.250"]
+
+
+def test_a_single_value_is_seen(tmp_path):
+    folder = tmp_path / "checkpoints" / "pretraining"
+    folder.mkdir(parents=True)
+    history = [{"step": 2, "loss": 3.5}, {"step": 4, "loss": 3.0}, {"step": 5, "eval_loss": 3.25}]
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    (axes,) = draw_run(tmp_path).axes
+    training, evaluated = axes.get_lines()
+    assert training.get_xydata().tolist() == [[2, 3.5], [4, 3]] and evaluated.get_xydata().tolist() == [[5, 3.25]]
+    assert (training.get_marker(), evaluated.get_marker()) == (".", "D")
+    assert [(text.get_text(), text.xy) for text in axes.texts] == [("3.250", (5, 3.25))]
 
 
 def test_the_state_of_a_finished_block_has_its_last_evaluation(directory, data):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file
 from torch import nn
@@ -292,10 +293,16 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(data, tmp_path):
 
 @pytest.mark.parametrize("loss_type", ["cross_entropy", "mse"])
 def test_shards_tell_what_they_are(directory, data, loss_type):
+    of_phase1 = read_metadata(directory / EMBEDDINGS_SHARD)
     reconfigure(directory, loss_type=loss_type)
     train_blocks(data, dataclasses.replace(BLOCKS, blocks="1"), arguments(directory))
     metadata = read_metadata(directory / block_shard(1))
     assert metadata["steps"] == "6" and 0 < float(metadata["context_nats"]) < 8
+    for shard, steps in ((of_phase1, "8"), (metadata, "6")):
+        notes = dict(line.split(": ", 1) for line in shard["training"].splitlines())
+        told = [notes[name] for name in ("learning_rate", "max_steps", "per_device_train_batch_size", "seed")]
+        assert told == ["0.005", steps, "4", "11"] and "num_train_epochs" not in notes
+        assert (notes["torch"], notes["transformers"]) == (torch.__version__, transformers.__version__)
 
 
 def test_blocks_out_of_range(directory, data):

@@ -220,7 +220,7 @@ def train_phase_1(corpus: Corpus, folder: Path, **options) -> Weights:
     config = NoPropConfig.from_pretrained(corpus.directory)
     tokenizer, args = load_tokenizer(str(corpus.directory)), arguments(folder, **(BASE | options))
     check_training_arguments(args)
-    model = pretrain_language_model(config, tokenizer, corpus.dataset, corpus.data, PretrainingArguments(), args)
+    model, _ = pretrain_language_model(config, tokenizer, corpus.dataset, corpus.data, PretrainingArguments(), args)
     return model.state_dict()
 
 

@@ -70,11 +70,12 @@ def test_a_prompt_that_does_not_fit(writer, tokenizer):
 def test_the_table_and_the_picture_show_every_block(writer, tokenizer):
     tokens = list(watch(writer, tokenizer, "the $old$", max_new_tokens=5, seed=1))
     console = Console(record=True, width=120, file=io.StringIO())
-    console.print(table(tokens[0]))
+    console.print(table(tokens[0], 3))
     shown = console.export_text()
     for belief in tokens[0].beliefs:
-        for name, share in belief.candidates:
+        for name, share in belief.candidates[:3]:
             assert f"{name} {share:.2f}" in shown
+        assert len(belief.candidates) > 3
     picture = figure("the $old$", tokens)
     panels = [axes for axes in picture.axes if axes.images]
     assert len(panels) == 5

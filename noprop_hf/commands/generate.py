@@ -1,7 +1,7 @@
 """Continue a prompt.
 
-%(prog)s runs/demo "Return the "
-%(prog)s runs/demo "Return the " --decoding_mode denoising --num_trajectories 4
+%(prog)s runs/demo "Return the"
+%(prog)s runs/demo "Return the" --decoding_mode denoising --num_trajectories 4
 """
 
 from transformers import TextStreamer, set_seed
@@ -15,7 +15,7 @@ from ..recipes import command_line, entry_point, number
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("model", help="a model directory, or a repository of the Hub")
-    parser.add_argument("prompt", help="the text to continue")
+    parser.add_argument("prompt", help="the text to continue, without a blank at its end: that begins the next word")
     parser.add_argument("--max_new_tokens", type=number(int, 1), default=100)
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
     parser.add_argument("--temperature", type=number(float, 1e-5), default=1.0)

@@ -1,7 +1,7 @@
 """See the chain of blocks turn noise into tokens: in the terminal, and as a picture.
 
-%(prog)s runs/demo "Return the "
-%(prog)s runs/demo "Return the " --save chain.png
+%(prog)s runs/demo "Return the"
+%(prog)s runs/demo "Return the" --save chain.png
 """
 
 from rich.console import Console
@@ -23,7 +23,7 @@ LEGEND = (
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("model", help="a model directory, or a repository of the Hub")
-    parser.add_argument("prompt", help="the text to continue")
+    parser.add_argument("prompt", help="the text to continue, without a blank at its end: that begins the next word")
     parser.add_argument("--max_new_tokens", type=number(int, 1), default=8)
     parser.add_argument("--num_candidates", type=number(int, 1), default=4, help="tokens shown for each block")
     parser.add_argument("--num_inference_blocks", type=number(int, 1), help="run only the first blocks")
@@ -33,13 +33,13 @@ def main() -> None:
     parser.add_argument("--save", type=picture, help="write the picture here, such as chain.png")
     args = vars(parser.parse_args())
 
-    name, save = args.pop("model"), args.pop("save")
+    name, save, num_candidates = args.pop("model"), args.pop("save"), args.pop("num_candidates")
     console, tokens = Console(), []
     model, tokenizer = load_model(name, args["num_inference_blocks"]), load_tokenizer(name)
     console.print(LEGEND, markup=False)
     for token in watch(model, tokenizer, **args):
         tokens.append(token)
-        console.print(table(token))
+        console.print(table(token, num_candidates))
     console.print(args["prompt"] + (tokens[-1].text if tokens else ""), markup=False)
     if save and tokens:
         figure(args["prompt"], tokens).savefig(save, dpi=120)
