@@ -888,10 +888,14 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
             **kwargs,
         )
         if decoding_mode == "predictive":
-            logits = self.get_output_embeddings()(outputs.last_hidden_state, outputs.bias).float()
-            # In place where nothing follows the logits, the largest tensor there is: no gradient, vmap or forward mode.
+            output_embeddings = self.get_output_embeddings()
+            logits = output_embeddings(outputs.last_hidden_state, outputs.bias).float()
+            # In place where nothing follows the logits, the largest tensor there is: no gradient, vmap or forward mode,
+            # and no hook that may have kept them.
             is_followed = (
                 logits.requires_grad
+                or not is_unchanged(output_embeddings, {OutputEmbeddings: OutputEmbeddings.forward})
+                or not is_unchanged(self.model.embed_tokens, {TokenTable: TokenTable.forward})
                 or torch.compiler.is_compiling()
                 or torch._C._are_functorch_transforms_active()
                 or unpack_dual(logits).tangent is not None
