@@ -48,6 +48,7 @@ RECIPES = PACKAGE / "recipes"
 MENDABLE = {
     getattr(errno, name) for name in "ENOSPC EDQUOT EACCES EPERM EROFS EISDIR ENOTDIR EEXIST ENAMETOOLONG".split()
 }
+DATA_SOURCES = ("dataset_name", "dataset_config_name", "train_file", "validation_file", "test_file")
 LARGEST_RECIPE = 2**16  # bytes: reading YAML is slow, and a repository may hold any
 
 
@@ -632,7 +633,7 @@ def read_config(name_or_path: str | Path, token: str | None = None) -> NoPropCon
     try:
         fields, _ = NoPropConfig.get_config_dict(name_or_path, token=token)
         kind = fields.get("model_type")
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(
             f"There is no model {str(name_or_path)!r} with a {CONFIG_NAME} that can be read. Give a model directory, "
             "or a repository of the Hub (and a connection to it)."
@@ -642,6 +643,7 @@ def read_config(name_or_path: str | Path, token: str | None = None) -> NoPropCon
             f"{name_or_path} holds a model of type {kind!r}, not a NoProp model. Give a directory that "
             "`noprop train` made, or a repository of the Hub with such a model."
         )
+    fields = {name: value for name, value in fields.items() if "attn_implementation" not in name}  # of who loads it
     try:
         return NoPropConfig.from_dict(fields)
     except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
@@ -701,6 +703,11 @@ def parse_arguments(
         find = find_corpus_file if model else find_recipe
         recipe = None if first is None else find(first)
         defaults = {} if recipe is None else _read_recipe(Path(recipe), parser, types)
+        blank = Namespace(**dict.fromkeys(_names(parser)))
+        values, _ = parser.parse_known_args(arguments, blank)
+        named = {name: value for name, value in vars(values).items() if value is not None}
+        if {"train_file", "dataset_name"} & named.keys():  # other data, of which the recipe names no part
+            defaults = {name: value for name, value in defaults.items() if name not in DATA_SOURCES}
         parser.set_defaults(**defaults)
         values, unknown = parser.parse_known_args(arguments)
         if unknown:
@@ -721,10 +728,7 @@ def parse_arguments(
         ) as error:  # of transformers, over values of its arguments
             raise ValueError(one_line(error)) from error
         if check is not None:
-            blank = Namespace(**dict.fromkeys(_names(parser)))
-            named = vars(parser.parse_known_args(arguments, blank)[0])
-            given = {name for name, value in named.items() if value is not None} | defaults.keys()
-            check(values, given, Recipe(*parsed))
+            check(values, named.keys() | defaults.keys(), Recipe(*parsed))
     except (OSError, ValueError) as error:
         parser.error(one_line(error))
     return (rest.model, *parsed) if model else tuple(parsed)
@@ -798,11 +802,11 @@ def _read_recipe(path: Path, parser: HfArgumentParser, types: Sequence[type]) ->
             raise ValueError(f"{path}: {_no_argument(str(name), _names(parser))}")
         if isinstance(value, list):
             if "list" not in str(hints[name]) or any(isinstance(item, list | dict | None) for item in value):
-                raise ValueError(f"{path}: {name} must not be {value}: give " + _expected(hints[name]))
+                raise ValueError(f"{path}: {name} must not be this list: give " + _expected(hints[name]))
             words[name] = [str(item) for item in value]
         elif isinstance(value, dict):
             if "dict" not in str(hints[name]):
-                raise ValueError(f"{path}: {name} must not be {value}: give " + _expected(hints[name]))
+                raise ValueError(f"{path}: {name} must not be a mapping: give " + _expected(hints[name]))
             words[name] = json.dumps(value, default=str)
         elif value is not None:
             words[name] = [str(value)] if actions[name].nargs == "+" else str(value)

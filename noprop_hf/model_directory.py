@@ -283,6 +283,9 @@ def block_fault(
     about the shard: damage, other tensors, weights that are not finite, another origin, or no training. None if nothing
     does."""
     mark = {"block": str(block_index), **block_mark(directory, config, table, block_index)}
+    data = read_metadata(directory / EMBEDDINGS_SHARD).get("data")
+    if data is not None:
+        mark["data"] = data
     return shard_fault(shard, shapes_in(block_shard(block_index), config), mark, stored_type(directory))
 
 
@@ -293,12 +296,23 @@ def block_is_trained(directory: Path, config: NoPropConfig, table: TokenTable, b
         ValueError: it is, but damaged, or does not belong there (see [`block_fault`]).
     """
     path = directory / block_shard(block_index)
-    if not path.is_file():
+    if not is_there(path):
         return False
     fault = block_fault(directory, config, table, block_index, check_whole(path))
     if fault is not None:
         raise ValueError(f"{path} {fault}. Remove it to train that block again, or use another output directory.")
     return True
+
+
+def is_there(shard: Path) -> bool:
+    """Whether a weight file is there.
+
+    Raises:
+        ValueError: a directory has its name.
+    """
+    if shard.is_dir():
+        raise ValueError(f"{shard} is a directory, but a file of this name is to be written: remove it.")
+    return shard.is_file()
 
 
 def missing_blocks(directory: Path) -> list[str]:
@@ -316,7 +330,7 @@ def check_data(directory: Path, data: str) -> None:
     Raises:
         ValueError: they are not.
     """
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in sorted(filter(is_there, directory.glob("*.safetensors"))):
         if _data_of(path) not in (None, data):
             raise ValueError(
                 f"{path.name} in {directory} was trained on other data, or on the same data cut in another way. Give "

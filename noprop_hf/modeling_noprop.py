@@ -679,9 +679,9 @@ class NoPropModel(NoPropPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if num_inference_blocks is None:
             num_inference_blocks = len(self.blocks)
-        if not 1 <= num_inference_blocks <= len(self.blocks):
+        if not isinstance(num_inference_blocks, int) or not 1 <= num_inference_blocks <= len(self.blocks):
             raise ValueError(
-                f"`num_inference_blocks` must be between 1 and {len(self.blocks)}, got {num_inference_blocks}."
+                f"`num_inference_blocks` must be an integer from 1 to {len(self.blocks)}, got {num_inference_blocks}."
             )
         early_exit = self.config.num_hidden_layers // self.config.num_layers_per_block
         num_inference_blocks = min(num_inference_blocks, early_exit)

@@ -4,8 +4,8 @@ Independent blocks read the same context and do not depend on one another. So ev
 decoder layer (norms, rotary positions, the cache, attention, activation, residual sums) is computed for all blocks at
 once. The linear layers themselves are called as the modules they are, one by one (or, if they are no more than their
 weight, computed from it as it is then): adapters, hooks, quantization and changed weights act on them as they do
-elsewhere, and no weight is copied or moved. Hooks on them may depend on the order of the calls: with any, blocks run one
-by one.
+elsewhere, and no weight is copied or moved. Hooks on them may depend on the order of the calls: with any, blocks run
+one by one.
 
 What is bypassed are the forward passes of the modules around them. They are those of `modeling_llama.py` and
 [`ContextEncoder`], to which [`find_layers`] holds them: with a hook, a patch or another class, blocks run one

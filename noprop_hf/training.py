@@ -69,6 +69,7 @@ from .model_directory import (
     block_mark,
     check_data,
     create_model_directory,
+    is_there,
     load_block,
     load_table,
     read_metadata,
@@ -146,6 +147,8 @@ def pretrain_embeddings(
     check_training_arguments(training_args, pretraining_args)
     directory = Path(training_args.output_dir)
     shard, made = directory / EMBEDDINGS_SHARD, []
+
+    is_there(shard)  # or raises
 
     def make() -> None:
         made.append(shard)
@@ -536,7 +539,7 @@ def _train_waiting(
     place: MeetingPlace | None,
 ) -> None:
     directory = Path(training_args.output_dir)
-    tokenizer = load_tokenizer(str(directory))
+    tokenizer = load_tokenizer(str(directory), config.vocab_size)
     dataset = tokenize(load_corpus(data_args), tokenizer, data_args)
     data = training_fingerprint(dataset["train"], data_args)
     check_data(directory, data)
