@@ -140,7 +140,8 @@ class DataArguments:
 
     def __post_init__(self):
         if self.train_file is not None:
-            self.dataset_name = self.dataset_config_name = None
+            if self.dataset_name is not None or self.dataset_config_name is not None:
+                raise ValueError("Give either a `train_file` or a dataset by name, not both: leave one of them out.")
         elif self.dataset_name is None:
             raise ValueError("Give a `dataset_name` (try 'cpython-docs') or a `train_file`.")
         elif self.dataset_name == CPYTHON_DOCS and self.dataset_config_name is not None:

@@ -10,9 +10,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 class SharedMemory:
     """Keys and values of some layers side by side, `(batch, heads of all layers, capacity, head_dim)` each.
 
-    Written in place, where a stock layer copies everything for every token. `used` holds the tokens that were written
-    for each layer, whoever wrote them: a layer that is behind (after cropping, or as a copy) finds its place taken and
-    moves to memory of its own.
+    Written in place, where a stock layer copies everything for every token. Each place in it belongs to one layer.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, num_layers: int, heads_per_layer: int, length: int):
@@ -23,7 +21,6 @@ class SharedMemory:
             for states in (keys, values)
         )
         self.heads_per_layer = heads_per_layer
-        self.used = [0] * num_layers
 
     def heads(self, first: int, count: int = 1) -> slice:
         """The heads of `count` layers."""
@@ -51,6 +48,13 @@ class GrowingLayer(DynamicLayer):
         self.length = 0  # tokens of this layer in the memory
         self.tensors: dict[str, torch.Tensor | None] = {}
         super().__init__(*args, **kwargs)
+
+    def __copy__(self) -> "GrowingLayer":
+        """A layer that goes its own way: from now on, neither of both writes into the memory that holds the tokens."""
+        self.tensors, self.memory = {"keys": self.keys, "values": self.values}, None
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, tensors=dict(self.tensors))
+        return other
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -101,7 +105,6 @@ class GrowingLayer(DynamicLayer):
                 )
             heads = memory.heads(place)
             memory.keys[:, heads, :length], memory.values[:, heads, :length] = self.keys, self.values
-        memory.used[place] = length
         self.memory, self.place, self.length, self.tensors = memory, place, length, {}
 
 
@@ -134,7 +137,7 @@ def write(
         memory is not None
         and memory.can_take(keys, values, end)
         and all(
-            layer.memory is memory and layer.place == place and layer.length == memory.used[place] == begin
+            layer.memory is memory and layer.place == place and layer.length == begin
             for place, layer in enumerate(written, written[0].place)
         )
     ):
@@ -144,7 +147,7 @@ def write(
     heads = memory.heads(written[0].place, count)
     memory.keys[:, heads, begin:end], memory.values[:, heads, begin:end] = keys, values
     for layer in written:
-        layer.length = memory.used[layer.place] = end
+        layer.length = end
     if begin == 0:
         return keys, values
     return memory.keys[:, heads, :end], memory.values[:, heads, :end]

@@ -440,6 +440,17 @@ def checkpoints_of(directory: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
+def _change(name: str, was: Any, now: Any) -> str:
+    """What has changed in an identity, for a person, who can do nothing with hashes."""
+    of = {
+        "data": "the training data (--train_file, --dataset_name, and how they are cut)",
+        "validation_data": "the validation data",
+        "fingerprint": "the embedding table or the configuration",
+        "previous_block": "the block before it",
+    }
+    return f"{of[name]} changed" if name in of and was and now else f"{name} was {was!r} and is {now!r}"
+
+
 def newest_checkpoint(directory: Path, identity: Mapping[str, Any]) -> str | None:
     """The newest good checkpoint in a directory, or none where there is no checkpoint.
 
@@ -455,10 +466,10 @@ def newest_checkpoint(directory: Path, identity: Mapping[str, Any]) -> str | Non
         names = sorted(set(kept["identity"]) | set(identity))
         changed = [name for name in names if kept["identity"].get(name) != identity.get(name)]
         if changed:
-            listed = ", ".join(f"{n} was {kept['identity'].get(n)!r} and is {identity.get(n)!r}" for n in changed)
+            listed = ", ".join(_change(name, kept["identity"].get(name), identity.get(name)) for name in changed)
             raise ValueError(
                 f"The run that stopped at step {step} in {directory} was another one: {listed}. Run it with its own "
-                "settings, or remove that folder to start anew."
+                "settings and data, or remove that folder to start anew."
             )
         threads = torch.get_num_threads()
         if kept.get("threads", threads) != threads:

@@ -3,6 +3,7 @@
 import math
 
 from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .compatibility_noprop import PreTrainedConfig
 from .noise_noprop import prior_levels
@@ -103,7 +104,11 @@ class NoPropConfig(PreTrainedConfig):
             self.noise_levels = prior_levels(self.noise_schedule, self.num_blocks, self.vocab_size, self.hidden_size)
         self.noise_levels = [float(level) for level in self.noise_levels]
         self._check_noise()
+        num_labels = kwargs.get("num_labels")
+        if num_labels is not None and (not isinstance(num_labels, int) or not 0 <= num_labels <= 2**20):
+            raise ValueError(f"`num_labels` must be an integer of at most {2**20}, got {str(num_labels)[:40]}.")
         super().__post_init__(**kwargs)
+        self._check_positions()
 
     @property
     def num_hidden_layers(self) -> int:
@@ -174,6 +179,23 @@ class NoPropConfig(PreTrainedConfig):
                 f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
                 f"({self.num_key_value_heads})."
             )
+
+    def _check_positions(self) -> None:
+        parameters = self.rope_parameters or {}
+        kind, theta = parameters.get("rope_type", "default"), parameters.get("rope_theta", 1.0)
+        if not isinstance(theta, int | float) or not 0 < theta < math.inf:
+            raise ValueError(f"`rope_theta` in `rope_parameters` must be positive and finite, got {str(theta)[:40]}.")
+        if kind == "default":
+            return
+        if not isinstance(kind, str) or kind not in ROPE_INIT_FUNCTIONS:
+            known = ", ".join(sorted({"default", *ROPE_INIT_FUNCTIONS}))
+            raise ValueError(f"`rope_type` in `rope_parameters` must be one of {known}: got {kind!r}.")
+        try:
+            ROPE_INIT_FUNCTIONS[kind](self, "cpu")
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise ValueError(
+                f"`rope_parameters` {parameters} do not fit their `rope_type`: {type(error).__name__} {error}."
+            ) from error
 
     def _check_noise(self) -> None:
         levels = self.noise_levels or []

@@ -322,19 +322,28 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
     )
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
     """Load a tokenizer of the Hub or a local directory. Code that comes with it is not run.
 
+    Args:
+        vocab_size: how many embeddings the model has that it is for.
+
     Raises:
-        ValueError: if no tokenizer can be loaded under that name.
+        ValueError: if no tokenizer can be loaded under that name, or it has more entries than the model.
     """
     try:
-        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(
             f"Cannot load the tokenizer {name_or_path!r}. Give a directory that holds one, or a name on the Hub "
             "(and a connection to it); leave --tokenizer_name out to train one on the training split."
         ) from error
+    if vocab_size is not None and vocabulary_size(tokenizer) > vocab_size:
+        raise ValueError(
+            f"The tokenizer of {name_or_path} has ids up to {vocabulary_size(tokenizer) - 1}, but the model has "
+            f"{vocab_size} embeddings: restore the tokenizer that was saved with the model."
+        )
+    return tokenizer
 
 
 def prompt_tokenizer(tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> PreTrainedTokenizerBase:

@@ -280,7 +280,7 @@ def load_model(name_or_path: str, num_inference_blocks: int | None = None) -> No
         )
     try:
         model = NoPropForCausalLM.from_pretrained(name_or_path)
-    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "mismatch" not in str(error):
             raise
         raise ValueError(f"Cannot load the model {name_or_path!r}: {one_line(error)}") from error
@@ -293,6 +293,10 @@ def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tens
     Raises:
         ValueError: if there is no token to continue from.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"The prompt {prompt[:40]!r} is not text in UTF-8.") from error
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = start + tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if not ids:
@@ -332,8 +336,8 @@ def report(directory: Path, data_args: DataArguments, block_args: BlockArguments
     Returns:
         The report, as text.
     """
-    tokenizer = load_tokenizer(str(directory))
     model = NoPropForCausalLM.from_pretrained(directory).eval()
+    tokenizer = load_tokenizer(str(directory), model.config.vocab_size)
     if torch.cuda.is_available():
         model.cuda()
     dataset = tokenize(load_corpus(data_args), tokenizer, data_args)

@@ -160,6 +160,8 @@ class NoPropGenerationMixin(GenerationMixin):
             The belief at a block as log-probabilities `(num_trajectories, ..., vocab_size)`, and the tokens
             `(num_trajectories, ...)` that the evidence moved towards on the way there (none at pure noise).
         """
+        if not isinstance(num_trajectories, int) or num_trajectories < 1:
+            raise ValueError(f"`num_trajectories` must be a positive integer, got {num_trajectories}.")
         blocks, table = self.model.blocks[: len(context_states)], self.model.embed_tokens.forward
         shape = (num_trajectories, *context_states[0].shape)
         evidence, level = torch.zeros(shape, device=context_states[0].device), 0.0

@@ -46,6 +46,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 from . import __version__
 from .arguments import PACKAGE, is_users, one_line
 from .configuration_noprop import NoPropConfig
+from .data import load_tokenizer
 from .evaluation import MODEL_ROW, perplexity
 from .layout import CORPUS_FILE, RESULTS_FILE
 from .model_directory import read_config, read_metadata
@@ -94,6 +95,7 @@ def files_to_push(directory: Path) -> dict[str, Path]:
 
     Raises:
         FileNotFoundError: the directory holds no model, or one whose blocks are not all there and whole.
+        ValueError: it holds no tokenizer, or that of another model, or its `corpus.yaml` is damaged.
     """
     if not (directory / EMBEDDINGS_SHARD).is_file():
         raise FileNotFoundError(f"{directory} holds no model: there is no {EMBEDDINGS_SHARD}.")
@@ -102,6 +104,9 @@ def files_to_push(directory: Path) -> dict[str, Path]:
     fault = model_fault(directory, config, shapes) or index_fault(directory, shapes)
     if fault is not None:
         raise FileNotFoundError(f"{directory} {fault}.")
+    load_tokenizer(str(directory), config.vocab_size)  # or raises, as does the next
+    if (directory / CORPUS_FILE).is_file():
+        _read_corpus(directory / CORPUS_FILE)
     return _existing(directory, SHARED_FILES | {block_shard(index) for index in range(config.num_blocks)})
 
 
@@ -128,10 +133,18 @@ def operation(name: str, path: Path) -> CommitOperationAdd:
     return CommitOperationAdd(name, _public_corpus(path) if name == CORPUS_FILE else path)
 
 
-def _public_corpus(path: Path) -> bytes:
-    fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(fields, dict):
+def _read_corpus(path: Path) -> dict[str, Any]:
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, yaml.YAMLError):
+        fields = None
+    if not isinstance(fields, dict) or any(isinstance(value, list | dict) for value in fields.values()):
         raise ValueError(f"{path} is damaged: it must be a YAML file of `name: value` lines.")
+    return fields
+
+
+def _public_corpus(path: Path) -> bytes:
+    fields = _read_corpus(path)
     private = {name for name in fields if name.endswith("_file")}
     if is_local(fields.get("dataset_name")):
         private.add("dataset_name")
@@ -417,7 +430,7 @@ def model_card(directory: Path, repo_id: str, license: str | None = None, langua
         language: language of the text, by its ISO 639-1 code.
     """
     config = NoPropConfig.from_pretrained(directory)
-    corpus = yaml.safe_load((directory / CORPUS_FILE).read_text(encoding="utf-8"))
+    corpus = _read_corpus(directory / CORPUS_FILE)
     results = json.loads((directory / RESULTS_FILE).read_text(encoding="utf-8"))
     shards = [read_metadata(directory / block_shard(block)) for block in range(config.num_blocks)]
     dataset = corpus.get("dataset_name")

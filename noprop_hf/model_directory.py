@@ -213,7 +213,7 @@ def read_config(name_or_path: str | Path, token: str | None = None) -> NoPropCon
     try:
         fields, _ = NoPropConfig.get_config_dict(name_or_path, token=token)
         kind = fields.get("model_type")
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(
             f"There is no model {str(name_or_path)!r} with a {CONFIG_NAME} that can be read. Give a model directory, "
             "or a repository of the Hub (and a connection to it)."
@@ -223,6 +223,7 @@ def read_config(name_or_path: str | Path, token: str | None = None) -> NoPropCon
             f"{name_or_path} holds a model of type {kind!r}, not a NoProp model. Give a directory that "
             "`noprop train` made, or a repository of the Hub with such a model."
         )
+    fields = {name: value for name, value in fields.items() if "attn_implementation" not in name}  # of who loads it
     try:
         return NoPropConfig.from_dict(fields)
     except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
@@ -283,6 +284,9 @@ def trained_shard(directory: Path, block_index: int) -> Path:
 
     Raises:
         FileNotFoundError: it is not there.
+    data = read_metadata(directory / EMBEDDINGS_SHARD).get("data")
+    if data is not None:
+        provenance["data"] = data
     """
     path = directory / block_shard(block_index)
     if not path.is_file():
@@ -323,12 +327,23 @@ def block_is_trained(directory: Path, config: NoPropConfig, table: TokenTable, b
         ValueError: it is, but damaged, or does not belong there (see [`block_fault`]).
     """
     path = directory / block_shard(block_index)
-    if not path.is_file():
+    if not shard_exists(path):
         return False
     fault = block_fault(directory, config, table, block_index, check_whole(path))
     if fault is not None:
         raise ValueError(f"{path} {fault}. Remove it to train that block again, or use another output directory.")
     return True
+
+
+def shard_exists(shard: Path) -> bool:
+    """Check whether a weight file exists.
+
+    Raises:
+        ValueError: if a directory has its name.
+    """
+    if shard.is_dir():
+        raise ValueError(f"{shard} is a directory, but a file of this name is to be written: remove it.")
+    return shard.is_file()
 
 
 def missing_blocks(directory: Path) -> list[str]:
@@ -346,7 +361,7 @@ def check_data(directory: Path, data: str) -> None:
     Raises:
         ValueError: they are not.
     """
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in sorted(filter(shard_exists, directory.glob("*.safetensors"))):
         if _data_of(path) not in (None, data):
             raise ValueError(
                 f"{path.name} in {directory} was trained on other data, or on the same data cut in another way. Give "

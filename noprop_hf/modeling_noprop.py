@@ -679,9 +679,9 @@ class NoPropModel(NoPropPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if num_inference_blocks is None:
             num_inference_blocks = len(self.blocks)
-        if not 1 <= num_inference_blocks <= len(self.blocks):
+        if not isinstance(num_inference_blocks, int) or not 1 <= num_inference_blocks <= len(self.blocks):
             raise ValueError(
-                f"`num_inference_blocks` must be between 1 and {len(self.blocks)}, got {num_inference_blocks}."
+                f"`num_inference_blocks` must be an integer from 1 to {len(self.blocks)}, got {num_inference_blocks}."
             )
         early_exit = self.config.num_hidden_layers // self.config.num_layers_per_block
         num_inference_blocks = min(num_inference_blocks, early_exit)
@@ -888,10 +888,14 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
             **kwargs,
         )
         if decoding_mode == "predictive":
-            logits = self.get_output_embeddings()(outputs.last_hidden_state, outputs.bias).float()
-            # In place where nothing follows the logits, the largest tensor there is: no gradient, vmap or forward mode.
+            output_embeddings = self.get_output_embeddings()
+            logits = output_embeddings(outputs.last_hidden_state, outputs.bias).float()
+            # In place where nothing follows the logits, the largest tensor there is: no gradient, vmap or forward mode,
+            # and no hook that may have kept them.
             is_followed = (
                 logits.requires_grad
+                or not is_unchanged(output_embeddings, {OutputEmbeddings: OutputEmbeddings.forward})
+                or not is_unchanged(self.model.embed_tokens, {TokenTable: TokenTable.forward})
                 or torch.compiler.is_compiling()
                 or torch._C._are_functorch_transforms_active()
                 or unpack_dual(logits).tangent is not None

@@ -486,7 +486,8 @@ def plan(recipe: Recipe) -> Plan:
     has_table = (directory / EMBEDDINGS_SHARD).is_file()
     corpus = load_corpus(recipe.data)
     if has_table:
-        config, tokenizer = load_config(directory, recipe.model), load_tokenizer(args.output_dir)
+        config = load_config(directory, recipe.model)
+        tokenizer = load_tokenizer(args.output_dir, config.vocab_size)
         table = load_table(directory, config)
     else:
         config, tokenizer, source = prepare_pretraining(recipe.model, recipe.data, corpus["train"])

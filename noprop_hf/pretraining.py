@@ -35,7 +35,7 @@ from .data import (
 from .evaluation import encode_prompt
 from .hub import LOCAL_SOURCE, is_local
 from .layout import CORPUS_FILE, lock_file
-from .model_directory import check_data, create_model_directory, load_table, read_config, read_metadata
+from .model_directory import check_data, create_model_directory, load_table, read_config, read_metadata, shard_exists
 from .modeling_noprop import NoPropForPreTraining, TokenTable
 from .noise_noprop import information_levels, standardize
 from .parallel import run_once
@@ -72,6 +72,7 @@ def pretrain_embeddings(
     check_training_arguments(training_args, pretraining_args)
     directory = Path(training_args.output_dir)
     shard, made = directory / EMBEDDINGS_SHARD, []
+    shard_exists(shard)  # raises if a directory has its name
 
     def make() -> None:
         made.append(shard)

@@ -44,6 +44,7 @@ from .shards_noprop import block_shard
 
 NO_MATPLOTLIB = "pictures are drawn with matplotlib, which is not installed: pip install matplotlib"
 RECIPES = PACKAGE / "recipes"
+DATA_SOURCES = ("dataset_name", "dataset_config_name", "train_file", "validation_file", "test_file")
 LARGEST_RECIPE = 2**16  # bytes: reading YAML is slow, and a repository may hold any
 
 
@@ -270,6 +271,11 @@ def parse_arguments(
         find = find_corpus_file if model else find_recipe
         recipe = None if first is None else find(first)
         defaults = {} if recipe is None else _read_recipe(Path(recipe), parser, types)
+        blank = Namespace(**dict.fromkeys(_names(parser)))
+        values, _ = parser.parse_known_args(arguments, blank)
+        named = {name: value for name, value in vars(values).items() if value is not None}
+        if {"train_file", "dataset_name"} & named.keys():  # other data, of which the recipe names no part
+            defaults = {name: value for name, value in defaults.items() if name not in DATA_SOURCES}
         parser.set_defaults(**defaults)
         values, unknown = parser.parse_known_args(arguments)
         if unknown:
@@ -290,10 +296,7 @@ def parse_arguments(
         ) as error:  # of transformers, over values of its arguments
             raise ValueError(one_line(error)) from error
         if check is not None:
-            blank = Namespace(**dict.fromkeys(_names(parser)))
-            named = vars(parser.parse_known_args(arguments, blank)[0])
-            given = {name for name, value in named.items() if value is not None} | defaults.keys()
-            check(values, given, Recipe(*parsed))
+            check(values, named.keys() | defaults.keys(), Recipe(*parsed))
     except (OSError, ValueError) as error:
         parser.error(one_line(error))
     return (rest.model, *parsed) if model else tuple(parsed)
@@ -367,11 +370,11 @@ def _read_recipe(path: Path, parser: HfArgumentParser, types: Sequence[type]) ->
             raise ValueError(f"{path}: {_no_argument(str(name), _names(parser))}")
         if isinstance(value, list):
             if "list" not in str(hints[name]) or any(isinstance(item, list | dict | None) for item in value):
-                raise ValueError(f"{path}: {name} must not be {value}: give " + _expected(hints[name]))
+                raise ValueError(f"{path}: {name} must not be this list: give " + _expected(hints[name]))
             words[name] = [str(item) for item in value]
         elif isinstance(value, dict):
             if "dict" not in str(hints[name]):
-                raise ValueError(f"{path}: {name} must not be {value}: give " + _expected(hints[name]))
+                raise ValueError(f"{path}: {name} must not be a mapping: give " + _expected(hints[name]))
             words[name] = json.dumps(value, default=str)
         elif value is not None:
             words[name] = [str(value)] if actions[name].nargs == "+" else str(value)

@@ -103,6 +103,8 @@ def fingerprint(config: NoPropConfig, table: torch.Tensor) -> str:
     # All that the configuration declares, but token ids and switches that no weight depends on.
     ignored = {"use_cache", "max_position_embeddings"} | {f"{name}_token_id" for name in ("pad", "bos", "eos", "mask")}
     fields = {name: getattr(config, name) for name in NoPropConfig.__annotations__ if name not in ignored}
+    if config.num_hidden_layers != config.num_blocks * config.num_layers_per_block:  # fewer, so another function
+        fields["num_hidden_layers"] = config.num_hidden_layers
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     digest.update(table.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -305,6 +307,8 @@ def model_fault(folder: Path, config: NoPropConfig, shapes: Mapping[str, tuple[i
         kind = weight_type(table)
         if any("fingerprint" in shard.metadata for shard in shards.values()):
             provenance["fingerprint"] = fingerprint(config, table.table)
+        if "data" in table.metadata:
+            provenance["data"] = table.metadata["data"]
         if table.metadata.get("fingerprint", provenance.get("fingerprint")) != provenance.get("fingerprint"):
             return CHANGED_CONFIG
     if weight_map and (fault := index_fault(folder, shapes)):

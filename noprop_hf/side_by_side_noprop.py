@@ -4,7 +4,8 @@ Independent blocks read the same context and do not depend on one another. So ev
 decoder layer (norms, rotary positions, the cache, attention, activation, residual sums) is computed for all blocks at
 once. The linear layers themselves are called as the modules they are, one by one (or, if they are no more than their
 weight, computed from it as it is then): adapters, hooks, quantization and changed weights act on them as they do
-elsewhere, and no weight is copied or moved.
+elsewhere, and no weight is copied or moved. Hooks on them may depend on the order of the calls: with any, blocks run
+one by one.
 
 What is bypassed are the forward passes of the modules around them. They are those of `modeling_llama.py` and
 [`ContextEncoder`], to which [`find_layers`] holds them: with a hook, a patch or another class, blocks run one
@@ -80,6 +81,12 @@ def is_unchanged(module: nn.Module, forwards: Mapping[type, Callable]) -> bool:
     )
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a hook on a module, or on a part of it, sees its forward pass."""
+    parts = (module,) if type(module) is nn.Linear else module.modules()
+    return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+
+
 class LayerModules(NamedTuple):
     """The modules of a decoder layer, looked up once."""
 
@@ -127,7 +134,7 @@ def find_layers(
         encoder = block.encoder
         if not (is_unchanged(block, forwards) and is_unchanged(encoder, forwards)):
             return None
-        if not is_unchanged(encoder.norm, forwards):
+        if not is_unchanged(encoder.norm, forwards) or has_hooks(encoder.input_projection):
             return None
         layers = [layer for layer in (_find_modules(layer, forwards, config) for layer in encoder.layers) if layer]
         if len(layers) < len(encoder.layers):
@@ -157,13 +164,14 @@ def _find_modules(layer: nn.Module, forwards: Mapping[type, Callable], config: A
     activation = mlp.act_fn
     if not is_unchanged(activation, forwards):
         return None
+    projections = attention.q_proj, attention.k_proj, attention.v_proj
+    others = attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    if any(map(has_hooks, (*projections, *others))):
+        return None
     return LayerModules(
         attention,
-        (attention.q_proj, attention.k_proj, attention.v_proj),
-        attention.o_proj,
-        mlp.gate_proj,
-        mlp.up_proj,
-        mlp.down_proj,
+        projections,
+        *others,
         activation,
         input_norm,
         output_norm,
@@ -216,7 +224,7 @@ def encode_side_by_side(
     rows = inputs_embeds.shape[0] * inputs_embeds.shape[1]
     step = max(1, ROWS_AT_ONCE.get(inputs_embeds.device.type, ROWS_AT_ONCE_ELSEWHERE) // rows)
     if last_only:
-        last_only = all(_takes_tokens_one_by_one(layer) for layer in layers[-1])
+        last_only = len(layers) > 0 and all(_takes_tokens_one_by_one(layer) for layer in layers[-1])
     states = [
         _encode(
             encoders,
@@ -234,8 +242,7 @@ def encode_side_by_side(
 
 
 def _takes_tokens_one_by_one(layer: LayerModules) -> bool:
-    """Whether what a layer makes of a token after its attention does not depend on which others it is called with, for
-    the modules and for any hook on them."""
+    """Whether what a layer makes of a token after its attention does not depend on which others it is called with."""
     return all(is_plain_linear(module) for module in (layer.output, layer.gate, layer.up, layer.down))
 
 
@@ -255,8 +262,8 @@ def _encode(
     attention_function = _attention_function(encoders[0].config)
     is_small = batch * length > FEW_ROWS or width * encoders[0].config.intermediate_size < LARGE_WEIGHT
     call = _call if is_small else _call_plain
-    scaled = inputs_embeds / width**0.5
-    states = _stack([call(encoder.input_projection, scaled) for encoder in encoders[group]])
+    # Scaled anew for each block, as a module may change what it is given.
+    states = _stack([call(encoder.input_projection, inputs_embeds / width**0.5) for encoder in encoders[group]])
     count = len(states)
     if attention_mask is not None and attention_mask.shape[1] > 1:  # a mask of its own for each head
         attention_mask = attention_mask.repeat(1, count, 1, 1)

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import is_offline_mode
+
 from .arguments import one_line
 from .checkpoints import checkpoints_of
 from .configuration_noprop import NoPropConfig
@@ -65,8 +67,14 @@ def remote_status(repo_id: str, token: str | None = None) -> list[BlockStatus]:
     """The blocks of a repository of the Hub.
 
     Raises:
+        ConnectionError: the Hub cannot be reached.
         ValueError: there is no such repository, or it holds no model.
     """
+    if is_offline_mode():  # what is in the cache may be old
+        raise ConnectionError(
+            f"There is no model {repo_id!r} here, and the Hub cannot be asked, since HF_HUB_OFFLINE is set: unset it, "
+            "or give a model directory."
+        )
     config = read_config(repo_id, token)
     place = MeetingPlace(repo_id, None, token, patience=60)
     table, published, claims = place.table(), place.blocks(), place.claims()

@@ -334,7 +334,7 @@ def train_blocks(
     waiting = [index for index in selected if index not in trained and index not in faults]
     waiting = broadcast_from_first(training_args, waiting)
     if waiting:
-        tokenizer = load_tokenizer(str(directory))
+        tokenizer = load_tokenizer(str(directory), config.vocab_size)
         dataset = tokenize(load_corpus(data_args), tokenizer, data_args)
         data = training_fingerprint(dataset["train"], data_args)
         check_data(directory, data)

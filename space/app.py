@@ -244,7 +244,8 @@ def launch(page: gr.Blocks, **options) -> str:
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("MODEL", str(Path(__file__).parent / "model"))
     try:
-        model, tokenizer = load_model(name), load_tokenizer(name)
+        model = load_model(name)
+        tokenizer = load_tokenizer(name, model.config.vocab_size)
     except ValueError as error:
         sys.exit(
             f"Cannot load a model from {name!r}: {error}\nName a model directory, or a repository of the Hub that can "

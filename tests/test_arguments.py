@@ -30,6 +30,22 @@ def test_recipe_and_command_line(tmp_path):
     assert block.sample_prompts == ["two words", "-dash"]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "given"),
+    [
+        ("train_file: a.txt\nvalidation_file: b.txt\ntest_file: c.txt", {"dataset_name": "x"}),
+        ("train_file: a.txt\nvalidation_file: b.txt", {"train_file": "d.txt"}),
+        ("dataset_name: x\ndataset_config_name: y\ntest_file: c.txt", {"train_file": "d.txt", "test_file": "e.txt"}),
+        ("dataset_name: x\ndataset_config_name: y", {"dataset_name": "z"}),
+    ],
+)
+def test_data_of_the_command_line_take_the_place_of_all_of_the_recipe(tmp_path, recipe, given):
+    words = [word for name, value in given.items() for word in (f"--{name}", value)]
+    data = parse(tmp_path, recipe + "\nmax_length: 32\noutput_dir: out", *words).data
+    names = ("dataset_name", "dataset_config_name", "train_file", "validation_file", "test_file")
+    assert {name: getattr(data, name) for name in names if getattr(data, name)} == given and data.max_length == 32
+
+
 def test_no_recipe():
     _, data, _, _, _, training, run = parse_recipe("test", ["--dataset_name", "x", "--dry_run", "--output_dir", "y"])
     assert run.dry_run is True and run.processes == 1

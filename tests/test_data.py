@@ -384,7 +384,8 @@ def test_no_source_of_data():
 
 def test_files_take_the_place_of_splits(corpus_file, docs, monkeypatch):
     monkeypatch.setattr(data, "cpython_docs", lambda: iter(docs))
-    assert DataArguments(dataset_name="no/such-dataset", train_file=corpus_file).dataset_name is None
+    with pytest.raises(ValueError, match="not both"):
+        DataArguments(dataset_name="cpython-docs", train_file=corpus_file)
     own = load_corpus(DataArguments(dataset_name="cpython-docs", test_file=corpus_file))
     plain = load_corpus(DataArguments(dataset_name="cpython-docs"))
     assert len(own["test"]) == 400 and own["validation"]["text"] == plain["validation"]["text"]

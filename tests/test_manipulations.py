@@ -6,6 +6,7 @@ Every change is compared with gradients on, where blocks run one by one through 
 import copy
 import functools
 import importlib.util
+import itertools
 import pickle
 import random
 
@@ -114,6 +115,13 @@ def input_hook(module: nn.Module) -> None:
     module.register_forward_pre_hook(distort, with_kwargs=True)
 
 
+def in_place_input_hook(module: nn.Module) -> None:
+    def double(module, args):
+        args[0].mul_(-2)
+
+    module.register_forward_pre_hook(double)
+
+
 def replace_forward(module: nn.Module) -> None:
     forward = module.forward
     module.forward = lambda *args, **kwargs: distorted(forward(*args, **kwargs))
@@ -149,14 +157,45 @@ def by_name(model: NoPropForCausalLM, name: str) -> nn.Module:
     return model.model.get_submodule(name)
 
 
-@pytest.mark.parametrize("change", [hook, input_hook, replace_forward], ids=lambda change: change.__name__)
-@pytest.mark.parametrize("name", CONTAINERS + LINEARS)
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        *itertools.product([hook, input_hook, replace_forward], CONTAINERS + LINEARS),
+        *itertools.product([in_place_input_hook], LINEARS),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
 def test_hooks_and_patches_act_on_every_module(model, name, change):
     before = agree(model)
     if change is input_hook and name == "embed_tokens":
         pytest.skip("its input are token ids")
     change(by_name(model, name))
     assert not torch.allclose(agree(model), before, atol=1e-3)
+
+
+def test_hooks_record_the_same_in_the_same_order(model):
+    """As one list of outputs shows it; and what a hook has kept stays as it was."""
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def keep(module, args, output):
+        kept.append((output, output.detach().clone()))
+
+    parts = {name.split(".")[-1] for name in (*LINEARS, *NORMS)} - {"0", "2"}
+    for part in sorted(parts | {"correction", "mlp", "output_embeddings"}):
+        modules = [module for name, module in model.named_modules() if name.split(".")[-1] == part]
+        handles = [module.register_forward_hook(keep) for module in modules]
+        records = []
+        for grads in (True, False):
+            kept.clear()
+            with torch.set_grad_enabled(grads):
+                model(INPUT)
+            records.append([*kept])
+        for handle in handles:
+            handle.remove()
+        assert len(modules) == len(records[0]) == len(records[1]) > 0
+        for (_, expected), (output, as_given) in zip(*records, strict=True):
+            torch.testing.assert_close(as_given, expected, atol=1e-4, rtol=1e-3)
+            assert torch.equal(output, as_given)
 
 
 @pytest.mark.parametrize(
@@ -278,10 +317,13 @@ def test_modules_of_another_kind_act(model):
 
 
 def test_a_layer_less(model):
-    """Fewer layers in a block, as layer dropping leaves them."""
+    """Fewer layers in a block, or none in any, as layer dropping leaves them."""
     encoder = by_name(model, "blocks.1.encoder")
     encoder.layers = encoder.layers[:1]
     torch.testing.assert_close(off(model), on(model), atol=1e-4, rtol=1e-3)
+    for block in model.model.blocks:
+        block.encoder.layers = nn.ModuleList()
+    torch.testing.assert_close(off(model, logits_to_keep=1), on(model)[:, -1:], atol=1e-4, rtol=1e-3)
 
 
 def narrow(model, layer: str, heads: int | None = None, features: int | None = None) -> None:

@@ -32,9 +32,10 @@ from noprop_hf.status import local_status
 def directory(model, tokenizer, tmp_path) -> Path:
     """The directory of a whole model, written part by part as training does."""
     path = tmp_path / "model"
-    create_model_directory(path, model.config, tokenizer, model.model.embed_tokens)
+    data = {"data": "1" * 64}
+    create_model_directory(path, model.config, tokenizer, model.model.embed_tokens, data)
     for block in model.model.blocks:
-        save_block(path, block, model.model.embed_tokens, {})
+        save_block(path, block, model.model.embed_tokens, data)
     return path
 
 
@@ -244,6 +245,7 @@ IN_SHARD = {  # of block 1
     "all in half precision": (lambda t, m: t.update({n: x.half() for n, x in t.items()}), "type F16"),
     "not a number": (lambda t, m: t[BIAS].fill_(float("nan")), "not finite"),
     "of another table": (lambda t, m: m.update(fingerprint="0" * 64), "another table or configuration"),
+    "of other data": (lambda t, m: m.update(data="0" * 64), "other data"),
     "no step": (lambda t, m: m.update(steps="0"), "no step"),
     "diverged": (lambda t, m: m.update(bound_nats="nan"), "diverged"),
     "no figure": (lambda t, m: m.update(bound_nats="evil"), "evil"),
@@ -264,6 +266,11 @@ IN_DIRECTORY = {
         "do not belong together",
     ),
     "levels": (lambda d: rewrite(d / "config.json", lambda f: f.update(noise_levels=[0, 1, 5])), "do not belong"),
+    "depth": (lambda d: rewrite(d / "config.json", lambda f: f.update(num_hidden_layers=2)), "do not belong together"),
+    "kind of positions": (
+        lambda d: rewrite(d / "config.json", lambda f: f["rope_parameters"].update(rope_type="fancy")),
+        "must be one of default",
+    ),
     "epsilon": (lambda d: rewrite(d / "config.json", lambda f: f.update(rms_norm_eps=0.1)), "do not belong together"),
     "other table": (
         lambda d: reshard(d / "embeddings.safetensors", lambda t, m: t["model.embed_tokens.weight"].mul_(2)),

@@ -48,11 +48,22 @@ def folder(trained, tokenizer, corpus_file, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     shutil.copytree(trained, folder / "model", ignore=shutil.ignore_patterns("checkpoints"))
     good = folder / "model"
-    for name in ("half", "damaged", "odd", "no_json", "huge", "deep", "odd_number", "bomb", "no_results"):
+    for name in ("half", "damaged", "odd", "no_json", "huge", "deep", "odd_number", "bomb", "no_results", "brackets"):
         shutil.copytree(good, folder / name)
     (folder / "half" / "block-01.safetensors").unlink()
+    (folder / "folder").mkdir()
+    shutil.copytree(folder / "half", folder / "folder", dirs_exist_ok=True)
+    (folder / "folder" / "block-01.safetensors").mkdir()
+    for name in ("large_tokenizer", "no_tokenizer", "odd_corpus"):
+        shutil.copytree(folder / "no_results", folder / name)
+    added = json.loads((good / "tokenizer.json").read_text())
+    added["added_tokens"].append(added["added_tokens"][0] | {"id": 5000, "content": "the"})
+    (folder / "large_tokenizer" / "tokenizer.json").write_text(json.dumps(added))
+    (folder / "no_tokenizer" / "tokenizer.json").unlink()
+    (folder / "odd_corpus" / "corpus.yaml").write_bytes(b"\xff\xfe")
     (folder / "damaged" / "block-01.safetensors").write_bytes(b"nothing")
     (folder / "no_json" / "config.json").write_text("{")
+    (folder / "brackets" / "config.json").write_text("[" * 100_000)
     config = json.loads((good / "config.json").read_text())
     (folder / "odd" / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
     (folder / "huge" / "config.json").write_text(json.dumps(config | {"num_blocks": 10**9, "noise_levels": None}))
@@ -165,6 +176,18 @@ REFUSED: list[tuple[str, str, str]] = [  # script, options, a word of the senten
     ("train", "--output_dir new", "`train_file`"),
     *((script, "good.yaml --output_dir llama", "type 'llama'") for script in TRAINING),
     *((script, "good.yaml --output_dir no_json", "no_json") for script in TRAINING),
+    ("train", "good.yaml --dataset_name x --train_file text.txt", "not both"),
+    ("train", "good.yaml --dataset_config_name x", "not both"),
+    *((script, "good.yaml --output_dir folder", "is a directory") for script in ("train", "train_blocks")),
+    ("generate", "model \udcff", "not text in UTF-8"),
+    *((script, "large_tokenizer the", "ids up to 300, but") for script in ("generate", "watch")),
+    ("evaluate_perplexity", "large_tokenizer", "ids up to 300, but"),
+    ("push_to_hub", "large_tokenizer user/x --dry_run", "ids up to 300, but"),
+    ("push_to_hub", "no_tokenizer user/x --dry_run", "Cannot load the tokenizer"),
+    ("push_to_hub", "odd_corpus user/x --dry_run", "corpus.yaml is damaged"),
+    *((script, "brackets the", "There is no model 'brackets'") for script in ("generate", "watch")),
+    ("status", "brackets", "There is no model 'brackets'"),
+    ("status", "user/name", "HF_HUB_OFFLINE"),
     ("train", "good.yaml --output_dir model --hidden_size 64", "hidden_size=16, but hidden_size=64"),
     *(
         (script, f"good.yaml --output_dir model --{name} no/such", f"{name}=None, but {name}=no/such is asked for")

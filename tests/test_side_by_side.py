@@ -221,6 +221,31 @@ def test_shallow_copies_of_a_cache_go_their_own_ways(model):
     close(model(REST, cache=cache).logits, with_gradients(model, torch.cat([PREFIX, REST], 1))[:, 5:])
 
 
+CHANGES = {
+    "grow": lambda model, cache: model(REST, cache=cache),
+    "crop": lambda model, cache: cache.crop(-2),
+    "reorder": lambda model, cache: cache.reorder_cache(torch.tensor([1, 0])),
+    "select": lambda model, cache: cache.batch_select_indices(torch.tensor([1, 1])),
+    "replace": lambda model, cache: [setattr(layer, "keys", 2 * layer.keys) for layer in cache.layers],
+    "grow and overwrite": lambda model, cache: (
+        model(REST, cache=cache) and [layer.values.zero_() for layer in cache.layers]
+    ),
+}
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+@pytest.mark.parametrize("has_memory", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_shallow_copy_does_not_see_what_is_done_to_the_other(model, change, has_memory, changed):
+    with torch.set_grad_enabled(not has_memory):
+        cache = model(PREFIX, use_cache=True)[CACHE]
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    CHANGES[change](model, (cache, other)[changed])
+    rest = model(REST, cache=(other, cache)[changed]).logits
+    close(rest, with_gradients(model, torch.cat([PREFIX, REST], 1))[:, 5:])
+
+
 def test_the_cache_has_the_layout_of_every_model(model):
     ours, stock = BlockCache(config=model.config), DynamicCache(config=model.config)
     for cache in (ours, stock):

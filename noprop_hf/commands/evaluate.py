@@ -32,7 +32,8 @@ class EvaluationArguments:
 @entry_point
 def main() -> None:
     name, args, data_args = parse_arguments((EvaluationArguments, DataArguments), __doc__, model=True)
-    model, tokenizer = load_model(name), load_tokenizer(name)
+    model = load_model(name)
+    tokenizer = load_tokenizer(name, model.config.vocab_size)
     corpus = load_corpus(data_args)
     if args.split not in corpus:
         raise SystemExit(f"The corpus has no {args.split!r} split, only {', '.join(corpus)}: choose one with --split.")

@@ -29,7 +29,7 @@ def main() -> None:
 
     set_seed(args.seed)
     model = load_model(args.model, args.num_inference_blocks)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, model.config.vocab_size)
     sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     model.generate(
         encode_prompt(args.prompt, tokenizer).to(model.device),

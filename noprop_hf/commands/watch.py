@@ -35,7 +35,8 @@ def main() -> None:
 
     name, save, num_candidates = args.pop("model"), args.pop("save"), args.pop("num_candidates")
     console, tokens = Console(), []
-    model, tokenizer = load_model(name, args["num_inference_blocks"]), load_tokenizer(name)
+    model = load_model(name, args["num_inference_blocks"])
+    tokenizer = load_tokenizer(name, model.config.vocab_size)
     console.print(LEGEND, markup=False)
     for token in watch(model, tokenizer, **args):
         tokens.append(token)
