@@ -243,7 +243,7 @@ def encode_side_by_side(
 
 
 def _takes_tokens_one_by_one(layer: LayerModules) -> bool:
-    """Check that a layer's result for a token, after attention, is independent of the other tokens of the call."""
+    """Check whether a layer's result for a token after attention is independent of the other tokens of the call."""
     return all(is_plain_linear(module) for module in (layer.output, layer.gate, layer.up, layer.down))
 
 
@@ -306,7 +306,7 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Compute `F.linear` with all threads of a CPU, where torch uses one thread if `rows` are few.
+    """Compute `F.linear` with several threads of a CPU, where torch uses one thread if `rows` are few.
 
     The rows of a large weight are split between the threads. Measured with two threads: 1.3 to 1.8 times as fast for 1
     to 32 rows and weights of 384 x 384 and more.
