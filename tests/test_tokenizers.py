@@ -35,8 +35,9 @@ from transformers import (
 from conftest import MODEL, run_python, sentences
 from noprop_hf import NoPropConfig, NoPropForCausalLM
 from noprop_hf.data import DataArguments, load_tokenizer, prompt_tokenizer, tokenize
-from noprop_hf.evaluation import Perplexity, encode_prompt
+from noprop_hf.evaluation import encode_prompt
 from noprop_hf.model_directory import create_model_directory, save_block
+from noprop_hf.perplexity import Perplexity
 from noprop_hf.pretraining import prepare_pretraining
 
 
