@@ -385,8 +385,8 @@ def _number(text: str) -> float:
 class ShardedFilesMixin(PushToHubMixin):
     """Save a model with one file for the table and one per block, and load only files that are a whole model."""
 
-    _is_sharded = False  # whether the weights are those of a table and blocks
-    _subfolders: tuple[str, ...] = ()  # of a model directory that hold the files of such a model
+    _is_sharded = False  # whether the weights are those of the table and the blocks
+    _subfolders: tuple[str, ...] = ()  # folders of a model directory to look for such a model in
 
     @classmethod
     def _weight_shapes(cls, config: NoPropConfig) -> dict[str, torch.Size]:
@@ -448,8 +448,7 @@ class ShardedFilesMixin(PushToHubMixin):
         with_info = kwargs.pop("output_loading_info", False)
         folder = Path(str(name), kwargs.get("subfolder") or "")
         is_local = folder.is_dir()
-        if is_local:
-            shapes = cls._check_files(name, folder, kwargs)
+        shapes = cls._check_files(name, folder, kwargs) if is_local else {}
         try:
             model, info = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
         except Exception as error:
@@ -478,7 +477,7 @@ class ShardedFilesMixin(PushToHubMixin):
         Args:
             name: the directory or repository that a message names.
             options: the options of loading.
-            cause: the error of loading that the check is to explain.
+            cause: the loading error that led to the check.
 
         Returns:
             The shapes of the weights that the model must hold, by plain names.
@@ -489,7 +488,7 @@ class ShardedFilesMixin(PushToHubMixin):
         if not (folder / CONFIG_NAME).is_file():
             return {}
         fields, _ = NoPropConfig.get_config_dict(folder)
-        kind, expected = fields.get("model_type"), NoPropConfig.model_type
+        kind, expected = fields.get("model_type"), cls.config_class.model_type
         if kind != expected:
             raise OSError(f"{name} holds a model of type {kind!r}, not of type {expected!r}.") from cause
         config = NoPropConfig.from_dict(fields)
