@@ -82,7 +82,7 @@ class ModelArguments:
     )
     context_source: str | None = field(
         default=None,
-        metadata={"help": "What a block reads: 'embeddings' (independent blocks) or 'previous_block' (in order)."},
+        metadata={"help": "What a block reads: 'embeddings', or 'trunk' (the states of the frozen layers of phase 1)."},
     )
 
     def config_fields(self) -> dict[str, Any]:

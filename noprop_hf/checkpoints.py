@@ -446,7 +446,7 @@ def _change(name: str, was: Any, now: Any) -> str:
         "data": "the training data (--train_file, --dataset_name, and how they are cut)",
         "validation_data": "the validation data",
         "fingerprint": "the embedding table or the configuration",
-        "previous_block": "the block before it",
+        "trunk": "the trunk",
     }
     return f"{of[name]} changed" if name in of and was and now else f"{name} was {was!r} and is {now!r}"
 

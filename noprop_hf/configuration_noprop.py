@@ -29,10 +29,9 @@ class NoPropConfig(PreTrainedConfig):
             (next tokens).
         block_initialization (`str`, defaults to `"random"`): initial weights of blocks: `"random"`, or `"pretraining"`
             (the layers of the model of phase 1), which is better for one or two epochs.
-        context_source (`str`, defaults to `"embeddings"`): input of a block's encoder: `"embeddings"` (the clean
-            embeddings alone, so that blocks are independent), or `"previous_block"` (also the context states of the
-            frozen block before it: still a local loss and the memory of one block's training, but blocks must be
-            trained in order, and encoded in order at inference).
+        context_source (`str`, defaults to `"embeddings"`): what the encoder of a block reads: `"embeddings"`, the clean
+            embeddings, or `"trunk"`, the states of a frozen trunk: the layers of the model of phase 1, which run once
+            for all blocks. A block starts as the model of phase 1 and adds its own layers to it.
         max_position_embeddings (`int`, defaults to 512): longest sequence that the model is trained for. Positions are
             rotary, so this is not a hard limit.
         noise_schedule (`str`, defaults to `"information"`): `"information"` or `"cosine"`.
@@ -110,18 +109,30 @@ class NoPropConfig(PreTrainedConfig):
         self._check_positions()
 
     @property
+    def num_trunk_layers(self) -> int:
+        """Layers of the trunk, which are those of the model of phase 1; 0 without a trunk."""
+        return self.num_pretraining_layers if self.context_source == "trunk" else 0
+
+    @property
+    def num_running_blocks(self) -> int:
+        """Blocks that run: all, unless `num_hidden_layers` is set to fewer layers."""
+        return (self.num_hidden_layers - self.num_trunk_layers) // self.num_layers_per_block
+
+    @property
     def num_hidden_layers(self) -> int:
-        """Number of layers that run: those of all blocks, or fewer whole blocks if set for early exit."""
-        return self.__dict__.get("_num_hidden_layers", self.num_blocks * self.num_layers_per_block)
+        """Layers that run: those of trunk and blocks unless set. Early exit sets fewer, in whole blocks."""
+        every_layer = self.num_trunk_layers + self.num_blocks * self.num_layers_per_block
+        return self.__dict__.get("_num_hidden_layers", every_layer)
 
     @num_hidden_layers.setter
     def num_hidden_layers(self, value: int) -> None:
-        blocks, rest = divmod(value, self.num_layers_per_block)
+        trunk, step = self.num_trunk_layers, self.num_layers_per_block
+        blocks, rest = divmod(value - trunk, step)
         if rest or not 1 <= blocks <= self.num_blocks:
             raise ValueError(
-                f"`num_hidden_layers` follows from `num_blocks` ({self.num_blocks}) and `num_layers_per_block` "
-                f"({self.num_layers_per_block}). For early exit after some blocks, give a multiple of "
-                f"{self.num_layers_per_block} up to {self.num_blocks * self.num_layers_per_block}, got {value}."
+                f"`num_hidden_layers` follows from `num_blocks` ({self.num_blocks}), `num_layers_per_block` ({step}) "
+                f"and the {trunk} layers of a trunk. For early exit after some blocks, set one of {trunk + step}, "
+                f"{trunk + 2 * step}, ..., {trunk + self.num_blocks * step}; got {value}."
             )
         self.__dict__.pop("_num_hidden_layers", None)
         if blocks < self.num_blocks:
@@ -133,7 +144,7 @@ class NoPropConfig(PreTrainedConfig):
             "loss_type": ("cross_entropy", "mse"),
             "pretraining_objective": ("mlm", "clm"),
             "block_initialization": ("pretraining", "random"),
-            "context_source": ("embeddings", "previous_block"),
+            "context_source": ("embeddings", "trunk"),
             "hidden_act": tuple(ACT2FN),
         }.items():
             value = getattr(self, name)

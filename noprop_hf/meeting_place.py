@@ -49,7 +49,6 @@ from .model_directory import (
     missing_table,
     read_metadata,
     shapes_in,
-    trained_shard,
     write_atomically,
 )
 from .shards_noprop import (
@@ -254,21 +253,6 @@ class MeetingPlace(Repository):
 
         return self.insist(look)
 
-    def fetch_block(self, block_index: int) -> bool:
-        """Download a block into the directory, if it is published.
-
-        Returns:
-            Whether it is.
-
-        Raises:
-            ValueError: it is damaged.
-        """
-        head = self.insist(self.head)
-        is_published = block_shard(block_index) in file_names(head)
-        if is_published:
-            self._fetch(block_shard(block_index), head)
-        return is_published
-
     def claims(self) -> dict[int, BlockClaim]:
         """Who works on which block."""
 
@@ -443,15 +427,6 @@ class NoMeetingPlace:
         """Return no block."""
         return {}
 
-    def fetch_block(self, block_index: int) -> bool:
-        """Raise, since a block that another one reads can only come from its training.
-
-        Raises:
-            FileNotFoundError: always.
-        """
-        trained_shard(self.directory, block_index)
-        return True
-
     def claim_block(self, block_index: int, take_over: bool = False) -> str | None:
         """Accept: processes of one machine exclude one another by locks."""
         return None
@@ -483,8 +458,8 @@ def published_fault(
     if shard is None:
         return "is damaged"
     provenance = {note: value for note, value in table.metadata.items() if note in ("fingerprint", "data")}
-    if config.context_source == "previous_block" and block_index > 0:
-        provenance["previous_block"] = noted_hash(published.get(block_shard(block_index - 1))) or ""
+    if config.context_source == "trunk":
+        provenance["trunk"] = table.content_hash or noted_hash(table) or ""
     lacking = sorted({CONTENT_HASH, *provenance} - shard.metadata.keys()) if provenance else []
     if lacking:
         return f"does not say what it was trained on: its metadata lack {', '.join(lacking)}"

@@ -23,7 +23,7 @@ from .arguments import one_line
 from .checkpoints import flush, raise_if_disk_is_full
 from .configuration_noprop import NoPropConfig
 from .layout import CORPUS_FILE
-from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, TokenTable, weight_shapes
+from .modeling_noprop import ContextEncoder, DenoisingBlock, NoPropForCausalLM, TokenTable, new_trunk, weight_shapes
 from .shards_noprop import (
     AUTO_MAP,
     CHANGED_CONFIG,
@@ -45,6 +45,7 @@ from .shards_noprop import (
 
 
 TABLE_PREFIX = "model.embed_tokens."
+TRUNK_PREFIX = "model.trunk."
 
 
 def block_prefix(block_index: int) -> str:
@@ -115,10 +116,11 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
-    """Read the tensors of a safetensors file, by their plain names without the prefix."""
+    """Read the tensors of a safetensors file whose names begin with a prefix, under the rest of their names."""
+    prefix = plain_name(prefix)
     with safe_open(path, framework="pt") as file:
-        names = {plain_name(name).removeprefix(plain_name(prefix)): name for name in file.keys()}  # noqa: SIM118
-        return {short: file.get_tensor(name) for short, name in names.items()}
+        names = [name for name in file.keys() if plain_name(name).startswith(prefix)]  # noqa: SIM118
+        return {plain_name(name).removeprefix(prefix): file.get_tensor(name) for name in names}
 
 
 def stored_type(directory: Path) -> str | None:
@@ -134,6 +136,7 @@ def create_model_directory(
     tokenizer: PreTrainedTokenizerBase,
     table: TokenTable,
     metadata: Mapping[str, str] | None = None,
+    trunk: ContextEncoder | None = None,
 ) -> None:
     """Write a model without its blocks: code, configurations, tokenizer, index and, last, the shard of the table.
 
@@ -141,6 +144,7 @@ def create_model_directory(
 
     Args:
         metadata: further metadata of the shard of the table.
+        trunk: the trunk, which is written into the same shard.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
@@ -156,6 +160,8 @@ def create_model_directory(
     remove_unfinished(directory / SAFE_WEIGHTS_INDEX_NAME)
     _write_text(directory / SAFE_WEIGHTS_INDEX_NAME, json.dumps(shard_index(model.state_dict()), indent=2) + "\n")
     tensors = {TABLE_PREFIX + name: tensor for name, tensor in table.state_dict().items()}
+    if trunk is not None:
+        tensors |= {TRUNK_PREFIX + name: tensor for name, tensor in trunk.state_dict().items()}
     provenance = {"fingerprint": fingerprint(config, table.weight)}
     flush_files(directory)
     save_shard(directory / EMBEDDINGS_SHARD, tensors, {**provenance, **(metadata or {})})
@@ -265,11 +271,20 @@ def load_table(directory: Path, config: NoPropConfig) -> TokenTable:
     return table
 
 
+def load_trunk(directory: Path, config: NoPropConfig) -> ContextEncoder | None:
+    """Read the frozen trunk of a model directory; None if the blocks read embeddings."""
+    trunk = new_trunk(config)
+    if trunk is not None:
+        trunk.load_state_dict(read_tensors(directory / EMBEDDINGS_SHARD, TRUNK_PREFIX))
+        trunk.requires_grad_(False).eval()
+    return trunk
+
+
 def save_block(directory: Path, block: DenoisingBlock, table: TokenTable, metadata: Mapping[str, str]) -> None:
     """Write the shard of one trained block."""
     prefix = block_prefix(block.block_index)
     tensors = {prefix + name: tensor for name, tensor in block.state_dict().items()}
-    provenance = block_provenance(directory, block.config, table, block.block_index)
+    provenance = block_provenance(directory, block.config, table)
     index = {"block": str(block.block_index)}
     save_shard(directory / block_shard(block.block_index), tensors, {**index, **provenance, **metadata})
 
@@ -277,35 +292,15 @@ def save_block(directory: Path, block: DenoisingBlock, table: TokenTable, metada
 def load_block(directory: Path, config: NoPropConfig, block_index: int) -> DenoisingBlock:
     """Read one trained block of a model directory."""
     block = DenoisingBlock(config, block_index)
-    block.load_state_dict(read_tensors(trained_shard(directory, block_index), block_prefix(block_index)))
+    block.load_state_dict(read_tensors(directory / block_shard(block_index), block_prefix(block_index)))
     return block
 
 
-def trained_shard(directory: Path, block_index: int) -> Path:
-    """Return the path of the shard of a block that another block reads.
-
-    Raises:
-        FileNotFoundError: if the shard does not exist.
-    """
-    path = directory / block_shard(block_index)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"Block {block_index + 1} reads block {block_index}, which is not in {directory}: with "
-            "`context_source='previous_block'`, train the blocks in order."
-        )
-    return path
-
-
-def block_provenance(directory: Path, config: NoPropConfig, table: TokenTable, block_index: int) -> dict[str, str]:
-    """Return the provenance of a block: the fingerprint of the model, and the hash of the block that it reads, if any.
-
-    Raises:
-        FileNotFoundError: if the block reads the block before it, which does not exist.
-        ValueError: if the block before it is damaged.
-    """
+def block_provenance(directory: Path, config: NoPropConfig, table: TokenTable) -> dict[str, str]:
+    """Return the provenance of any block: the fingerprint of the model, and the hash of the trunk, if there is one."""
     provenance = {"fingerprint": fingerprint(config, table.weight)}
-    if config.context_source == "previous_block" and block_index > 0:
-        provenance["previous_block"] = check_whole(trained_shard(directory, block_index - 1)).content_hash
+    if config.context_source == "trunk":
+        provenance["trunk"] = check_whole(directory / EMBEDDINGS_SHARD).content_hash
     return provenance
 
 
@@ -318,7 +313,7 @@ def block_fault(
         Damage, other tensors, weights that are not finite, another provenance or missing training, as the predicate of
         a sentence about the shard; or None.
     """
-    provenance = {"block": str(block_index), **block_provenance(directory, config, table, block_index)}
+    provenance = {"block": str(block_index), **block_provenance(directory, config, table)}
     data = read_metadata(directory / EMBEDDINGS_SHARD).get("data")
     if data is not None:
         provenance["data"] = data

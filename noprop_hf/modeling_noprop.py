@@ -166,20 +166,30 @@ def linear(in_features: int, out_features: int, initialize: Callable[[torch.Tens
 class ContextEncoder(nn.Module):
     """Pre-norm transformer over clean token embeddings, with rotary positions.
 
+    A trunk and a block on it are the two halves of one encoder: the trunk has no final norm, the block no input
+    projection.
+
     Args:
-        first_layer_idx: index of the first layer in a key-value cache shared by all blocks.
-        reads_states: whether the encoder also reads the context states of another encoder.
+        first_layer_idx: index of the first layer in a key-value cache shared by trunk and blocks.
+        reads_embeddings: whether the encoder reads embeddings, or else the states of a trunk.
+        is_trunk: whether it is a trunk, whose states another encoder reads.
     """
 
-    def __init__(self, config: NoPropConfig, num_layers: int, first_layer_idx: int = 0, reads_states: bool = False):
+    def __init__(
+        self,
+        config: NoPropConfig,
+        num_layers: int,
+        first_layer_idx: int = 0,
+        reads_embeddings: bool = True,
+        is_trunk: bool = False,
+    ):
         super().__init__()
         self.config = config
-        self.input_projection = linear(config.hidden_size, config.hidden_size, init.eye_)
-        self.state_projection = None
-        if reads_states:  # zeros: start as an encoder without the other one
-            self.state_projection = linear(config.hidden_size, config.hidden_size, init.zeros_)
+        self.input_projection = None
+        if reads_embeddings:
+            self.input_projection = linear(config.hidden_size, config.hidden_size, init.eye_)
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, first_layer_idx + i) for i in range(num_layers))
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = None if is_trunk else LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
 
     def attention_inputs(
@@ -209,19 +219,15 @@ class ContextEncoder(nn.Module):
         }
         return inputs if is_causal else inputs | {"is_causal": False}  # the layers are causal by default
 
-    def forward(
-        self, inputs_embeds: torch.Tensor, previous_states: torch.Tensor | None = None, **attention_inputs
-    ) -> torch.Tensor:
-        """Map clean embeddings `(batch, sequence, hidden_size)` to context states of the same shape."""
-        # Scale rows of norm sqrt(d) to norm 1: at full scale the embeddings dominate the layers' contributions.
-        scale = math.sqrt(inputs_embeds.shape[-1])
-        hidden_states = self.input_projection(inputs_embeds / scale)
-        if self.state_projection is not None:
-            assert previous_states is not None
-            hidden_states = hidden_states + self.state_projection(previous_states / scale)
+    def forward(self, inputs_embeds: torch.Tensor, **attention_inputs) -> torch.Tensor:
+        """Map clean embeddings, or the states of a trunk, `(batch, sequence, hidden_size)` to states of that shape."""
+        hidden_states = inputs_embeds
+        if self.input_projection is not None:
+            # Scale rows of norm sqrt(d) to norm 1: at full scale the embeddings dominate the layers' contributions.
+            hidden_states = self.input_projection(inputs_embeds / math.sqrt(inputs_embeds.shape[-1]))
         for layer in self.layers:
             hidden_states = layer(hidden_states, **attention_inputs)
-        return self.norm(hidden_states)
+        return hidden_states if self.norm is None else self.norm(hidden_states)
 
 
 class DenoisingHead(nn.Module):
@@ -286,7 +292,7 @@ class NoPropPreTrainedModel(ShardedFilesMixin, PreTrainedModel):
     config: NoPropConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DenoisingBlock"]
+    _no_split_modules = ["DenoisingBlock", "ContextEncoder"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -341,16 +347,20 @@ class NoPropPreTrainedModel(ShardedFilesMixin, PreTrainedModel):
 
 
 def weight_shapes(config: NoPropConfig) -> dict[str, torch.Size]:
-    """Return the shapes of the weights of table and blocks, by their names in [`NoPropModel`]."""
+    """Return the shapes of the weights of table, trunk and blocks, by their names in [`NoPropModel`]."""
     with torch.device("meta"):
-        table = TokenTable(config)
-        # All blocks after the first have the same shapes.
-        blocks = [DenoisingBlock(config, index) for index in range(min(2, config.num_blocks))]
+        table, trunk, block = TokenTable(config), new_trunk(config), DenoisingBlock(config)  # blocks are alike
     shapes = {f"embed_tokens.{name}": tensor.shape for name, tensor in table.state_dict().items()}
+    if trunk is not None:
+        shapes |= {f"trunk.{name}": tensor.shape for name, tensor in trunk.state_dict().items()}
     for index in range(config.num_blocks):
-        weights = blocks[min(index, 1)].state_dict()
-        shapes |= {f"blocks.{index}.{name}": tensor.shape for name, tensor in weights.items()}
+        shapes |= {f"blocks.{index}.{name}": tensor.shape for name, tensor in block.state_dict().items()}
     return shapes
+
+
+def new_trunk(config: NoPropConfig) -> ContextEncoder | None:
+    """Create the trunk of a model, with random weights; None unless `config.context_source` is `"trunk"`."""
+    return ContextEncoder(config, config.num_trunk_layers, is_trunk=True) if config.num_trunk_layers else None
 
 
 @dataclass
@@ -393,9 +403,9 @@ class DenoisingBlock(NoPropPreTrainedModel):
         self.block_index = block_index
         assert config.noise_levels is not None  # resolved by the configuration
         self.level = config.noise_levels[block_index]
-        num_layers = config.num_layers_per_block
-        reads_states = config.context_source == "previous_block" and block_index > 0
-        self.encoder = ContextEncoder(config, num_layers, block_index * num_layers, reads_states)
+        num_layers, reads_embeddings = config.num_layers_per_block, config.context_source == "embeddings"
+        first_layer_idx = config.num_trunk_layers + block_index * num_layers
+        self.encoder = ContextEncoder(config, num_layers, first_layer_idx, reads_embeddings)
         self.head = DenoisingHead(config, self.level)
         self.gradient_checkpointing = False
         self.post_init()
@@ -416,7 +426,7 @@ class DenoisingBlock(NoPropPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         generator: torch.Generator | None = None,
-        previous_states: torch.Tensor | None = None,
+        trunk: ContextEncoder | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         kept: slice | torch.Tensor = slice(None),
         **attention_inputs,
@@ -435,8 +445,7 @@ class DenoisingBlock(NoPropPreTrainedModel):
             num_items_in_batch: divisor of the summed losses (gradient accumulation); the number of predicted tokens of
                 this batch when not given.
             generator: source of randomness; torch's global one when not given.
-            previous_states (`(batch, sequence, hidden_size)`, *optional*): context states of the block before, which a
-                block reads with `context_source="previous_block"`.
+            trunk (*optional*): the frozen trunk, if `config.context_source` is `"trunk"`.
             inputs_embeds (`(batch, sequence, hidden_size)`), kept, attention_inputs: instead of tokens and labels,
                 rows of the table, the positions to answer, and the result of [`ContextEncoder.attention_inputs`].
 
@@ -446,12 +455,15 @@ class DenoisingBlock(NoPropPreTrainedModel):
         """
         if labels is None:
             positions = {"attention_mask": attention_mask, "position_ids": position_ids}
-            context = self.encoder(inputs_embeds, previous_states, **positions, **attention_inputs)
+            context = self.encoder(inputs_embeds, **positions, **attention_inputs)
             return context, *self.head(context[:, kept])
         assert table is not None
         inputs_embeds = table(input_ids)
         attention_inputs = self.encoder.attention_inputs(inputs_embeds, attention_mask, position_ids)
-        context = self.encoder(inputs_embeds, previous_states, **attention_inputs)[:, :-1]
+        if trunk is not None:
+            with torch.no_grad():
+                inputs_embeds = trunk(inputs_embeds, **attention_inputs)
+        context = self.encoder(inputs_embeds, **attention_inputs)[:, :-1]
         targets = labels[:, 1:]
         predicted = places(targets != -100)
         context, targets = context[predicted], targets[predicted]
@@ -538,10 +550,9 @@ class NoPropModelOutput(BaseModelOutputWithPast):
 
 
 class NoPropModel(NoPropPreTrainedModel):
-    """The frozen table and all blocks.
+    """The frozen table, the frozen trunk if there is one, and all blocks.
 
-    The blocks read the same clean context and do not depend on one another. (With `context_source="previous_block"`,
-    each block also reads the states of the block before it.)
+    The blocks read the same clean context, embeddings or states of the trunk, and do not depend on one another.
     """
 
     _is_sharded = True
@@ -555,6 +566,7 @@ class NoPropModel(NoPropPreTrainedModel):
     def __init__(self, config: NoPropConfig):
         super().__init__(config)
         self.embed_tokens = TokenTable(config)
+        self.trunk = new_trunk(config)
         self.blocks = nn.ModuleList(DenoisingBlock(config, index) for index in range(config.num_blocks))
         self.gradient_checkpointing = False
         self.post_init()
@@ -593,8 +605,7 @@ class NoPropModel(NoPropPreTrainedModel):
             raise ValueError(
                 f"`num_inference_blocks` must be an integer from 1 to {len(self.blocks)}, got {num_inference_blocks}."
             )
-        early_exit = self.config.num_hidden_layers // self.config.num_layers_per_block
-        num_inference_blocks = min(num_inference_blocks, early_exit)
+        num_inference_blocks = min(num_inference_blocks, self.config.num_running_blocks)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and cache is None:
@@ -605,6 +616,9 @@ class NoPropModel(NoPropPreTrainedModel):
         self._check_cache(cache, blocks)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         attention_inputs = blocks[0].encoder.attention_inputs(inputs_embeds, attention_mask, position_ids, cache)
+        module_inputs = attention_inputs | kwargs | layer_arguments(inputs_embeds, cache) | {"use_cache": use_cache}
+        if self.trunk is not None:
+            inputs_embeds = self.trunk(inputs_embeds, **module_inputs)
         recorded = {f"output_{name}": getattr(self.config, f"output_{name}", None) for name in self._can_record_outputs}
         layers = None if self.training else find_layers(blocks, self._forwards, cache, recorded | kwargs)
         if layers is not None:
@@ -619,12 +633,7 @@ class NoPropModel(NoPropPreTrainedModel):
             )[:, :, kept]
             answers = [(context, *block.head(context)) for block, context in zip(blocks, states, strict=True)]
         else:
-            answers = []
-            inputs = attention_inputs | kwargs | {"inputs_embeds": inputs_embeds, "kept": kept}
-            inputs |= layer_arguments(inputs_embeds, cache)
-            for block in blocks:
-                previous = answers[-1][0] if answers else None  # read with `context_source="previous_block"` only
-                answers.append(block(previous_states=previous, use_cache=use_cache, **inputs))
+            answers = [block(inputs_embeds=inputs_embeds, kept=kept, **module_inputs) for block in blocks]
             answers = [(context[:, kept], *answer) for context, *answer in answers]
         context_states, predictions, biases = zip(*answers, strict=True)
         device = inputs_embeds.device  # blocks may lie on several devices
@@ -718,7 +727,7 @@ class OutputEmbeddings(nn.Module):
     @property
     def bias(self) -> torch.Tensor:
         config, device = self.model.config, self.weight.device  # blocks may lie on several devices
-        blocks = self.model.blocks[: config.num_hidden_layers // config.num_layers_per_block]
+        blocks = self.model.blocks[: config.num_running_blocks]
         return torch.stack([block.head.bias.to(device) for block in blocks]).mean(0)
 
     def forward(self, points: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -33,8 +33,15 @@ from .checkpoints import DurableTrainer, newest_checkpoint, run_identity, use_on
 from .configuration_noprop import NoPropConfig
 from .data import load_corpus, load_tokenizer, tokenize, training_fingerprint
 from .meeting_place import NoMeetingPlace
-from .model_directory import block_is_trained, check_data, load_table
-from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForPreTraining, TokenTable
+from .model_directory import block_is_trained, check_data, load_table, load_trunk
+from .modeling_noprop import (
+    ContextEncoder,
+    DenoisingBlock,
+    NoPropForCausalLM,
+    NoPropForPreTraining,
+    TokenTable,
+    new_trunk,
+)
 from .noise_noprop import standardize
 from .parallel import group_processes
 from .pretraining import (
@@ -282,14 +289,12 @@ class Rehearsal:
             trainer = pretraining_trainer(self.config, self.tokenizer, self.dataset, pretraining, args)
             return self._measure(trainer)
 
-    def block(self, table: TokenTable, index: int) -> TrainingCost:
-        """Measure a block, from a random start; blocks that it reads are random as well."""
-        reads = range(index) if self.config.context_source == "previous_block" else ()
-        previous = [DenoisingBlock(self.config, earlier) for earlier in reads]
+    def block(self, table: TokenTable, trunk: ContextEncoder | None, index: int) -> TrainingCost:
+        """Measure a block, from a random start."""
         block = DenoisingBlock(copy.deepcopy(self.config), index)
         with self._arguments() as args:
-            trainer = block_trainer(block, table, previous, self.tokenizer, self.dataset, args)
-            return self._measure(trainer, [trainer.table, *trainer.previous])
+            trainer = block_trainer(block, table, trunk, self.tokenizer, self.dataset, args)
+            return self._measure(trainer, [part for part in (trainer.table, trainer.trunk) if part is not None])
 
     def steps(self, args: TrainingArguments) -> int:
         """Count the optimizer steps of a whole training."""
@@ -497,12 +502,12 @@ def plan(recipe: Recipe) -> Plan:
     data = training_fingerprint(dataset["train"], recipe.data)
     check_data(directory, data)
     check_block_data(recipe.blocks, tokenizer, dataset["train"], args)
+    trunk = load_trunk(directory, config) if has_table else new_trunk(config)
     splits = {name: SplitSize.of(corpus[name], dataset[name]) for name in dataset}
     if not has_table:
         table.log_prior.copy_(log_prior(dataset["train"], config.vocab_size))
     selected = parse_blocks(recipe.blocks.blocks, config.num_blocks)
-    at_once = 1 if config.context_source == "previous_block" else len(selected)
-    groups = group_processes(recipe.blocks.parallelism, recipe.run.processes, at_once)
+    groups = group_processes(recipe.blocks.parallelism, recipe.run.processes, len(selected))
 
     rehearsal = Rehearsal(recipe, config, tokenizer, dataset, splits["train"], groups[1])
     together = {"world_size": groups[1]}
@@ -514,7 +519,9 @@ def plan(recipe: Recipe) -> Plan:
         phase1 = rehearsal.phase1()
         phase1_remaining = phase1.steps - _step_of(checkpoint)
 
-    run = BlockRun(directory, config, table, tokenizer, dataset, data, args, recipe.blocks, NoMeetingPlace(directory))
+    run = BlockRun(
+        directory, config, table, trunk, tokenizer, dataset, data, args, recipe.blocks, NoMeetingPlace(directory)
+    )
     remaining = {}
     for index in selected:
         if has_table and block_is_trained(directory, config, table, index):
@@ -523,8 +530,7 @@ def plan(recipe: Recipe) -> Plan:
             checkpoint = run.checkpoint(index, **together) if has_table else None
             remaining[index] = rehearsal.steps(args) - _step_of(checkpoint)
     waiting = [index for index in selected if remaining[index] > 0]
-    # In order, each block costs a bit more than the one before: measure the one in the middle.
-    block = rehearsal.block(table, waiting[len(waiting) // 2]) if waiting else None
+    block = rehearsal.block(table, trunk, waiting[-1]) if waiting else None
 
     sizes = Sizes.of(config)
     model_bytes = sizes.model + rehearsal.tokenizer_bytes + SMALL_FILES

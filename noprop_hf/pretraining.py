@@ -36,7 +36,7 @@ from .evaluation import encode_prompt
 from .hub import LOCAL_SOURCE, is_local
 from .layout import CORPUS_FILE, lock_file
 from .model_directory import check_data, create_model_directory, load_table, read_config, read_metadata, shard_exists
-from .modeling_noprop import NoPropForPreTraining, TokenTable
+from .modeling_noprop import NoPropForPreTraining, TokenTable, new_trunk
 from .noise_noprop import information_levels, standardize
 from .parallel import run_once
 from .shards_noprop import EMBEDDINGS_SHARD, PRETRAINING_FOLDER, without_progress_bar
@@ -101,7 +101,7 @@ def _make_table(
     if block_args is not None:
         check_block_data(block_args, tokenizer, dataset["train"], training_args)
 
-    table = TokenTable(config)
+    table, trunk = TokenTable(config), new_trunk(config)
     origin = {"data": data} | sources(model_args)
     if source is not None:
         table.weight.copy_(standardize(source))
@@ -110,6 +110,8 @@ def _make_table(
             config, tokenizer, dataset, data, pretraining_args, training_args
         )
         table.weight.copy_(model.token_table())
+        if trunk is not None:
+            trunk.load_state_dict(model.encoder.state_dict(), strict=False)  # without the norm, which is the blocks'
         if training_args.should_save:
             shutil.rmtree(directory / PRETRAINING_FOLDER, ignore_errors=True)  # of a run that was killed
             with without_progress_bar():
@@ -123,7 +125,7 @@ def _make_table(
     corpus_fields = {name: value for name, value in vars(data_args).items() if value is not None}
     levels = [round(level, 4) for level in config.noise_levels or []]
     (directory / CORPUS_FILE).write_text(yaml.safe_dump(corpus_fields, sort_keys=False), encoding="utf-8")
-    create_model_directory(directory, config, tokenizer, table, origin)
+    create_model_directory(directory, config, tokenizer, table, origin, trunk)
     logger.info(f"The embedding table is in {directory}; noise levels {levels}.")
 
 

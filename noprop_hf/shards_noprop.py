@@ -110,7 +110,7 @@ def fingerprint(config: NoPropConfig, table: torch.Tensor) -> str:
     # All declared fields of the configuration, except token ids and switches that do not affect weights.
     ignored = {"use_cache", "max_position_embeddings"} | {f"{name}_token_id" for name in ("pad", "bos", "eos", "mask")}
     fields = {name: getattr(config, name) for name in NoPropConfig.__annotations__ if name not in ignored}
-    if config.num_hidden_layers != config.num_blocks * config.num_layers_per_block:  # early exit: another function
+    if config.num_running_blocks != config.num_blocks:  # early exit: another function
         fields["num_hidden_layers"] = config.num_hidden_layers
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     digest.update(table.detach().float().cpu().contiguous().numpy().tobytes())
@@ -343,9 +343,8 @@ def model_fault(folder: Path, config: NoPropConfig, shapes: Mapping[str, tuple[i
         metadata = dict(provenance)
         if name in blocks:
             metadata["block"] = str(blocks[name])
-            previous = shards.get(block_shard(blocks[name] - 1))
-            if previous is not None:
-                metadata["previous_block"] = previous.content_hash
+            if config.context_source == "trunk" and table is not None:
+                metadata["trunk"] = table.content_hash
         fault = shard_fault(shard, expected, metadata, kind)
         if fault:
             remedy = "Restore that file, or remove it and train it again" if weight_map else NO_MODEL
@@ -366,8 +365,8 @@ def read_index(folder: Path) -> dict[str, str] | None:
 
 
 def is_part(name: str) -> bool:
-    """Check whether a weight of this plain name belongs to the table or to a block."""
-    return name.startswith(("embed_tokens.", "blocks."))
+    """Check whether a weight of this plain name belongs to the table, the trunk or a block."""
+    return name.startswith(("embed_tokens.", "trunk.", "blocks."))
 
 
 def listed(names: Sequence[str]) -> str:

@@ -125,7 +125,7 @@ def find_layers(
     ):
         return None
     config = blocks[0].encoder.config
-    if config.context_source != "embeddings" or config._attn_implementation not in ("sdpa", "eager"):
+    if config._attn_implementation not in ("sdpa", "eager"):
         return None
     if _attention_function(config) not in ATTENTION_FUNCTIONS:
         return None
@@ -266,8 +266,11 @@ def _encode(
     is_small = batch * length > FEW_ROWS or width * encoders[0].config.intermediate_size < LARGE_WEIGHT
     call = _call if is_small else _call_plain
     # Scaled again for each block, since a module may change its input in place.
-    states = _stack([call(encoder.input_projection, inputs_embeds / width**0.5) for encoder in encoders[group]])
-    count = len(states)
+    count = len(encoders[group])
+    if encoders[0].input_projection is None:  # on a trunk
+        states = inputs_embeds.expand(count, -1, -1, -1)
+    else:
+        states = _stack([call(encoder.input_projection, inputs_embeds / width**0.5) for encoder in encoders[group]])
     if attention_mask is not None and attention_mask.shape[1] > 1:  # one mask per head
         attention_mask = attention_mask.repeat(1, count, 1, 1)
     for all_layers in layers:

@@ -39,12 +39,12 @@ from .model_directory import (
     block_is_trained,
     block_provenance,
     check_data,
-    load_block,
     load_table,
+    load_trunk,
     read_metadata,
     save_block,
 )
-from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForPreTraining, TokenTable
+from .modeling_noprop import ContextEncoder, DenoisingBlock, NoPropForCausalLM, NoPropForPreTraining, TokenTable
 from .parallel import broadcast_from_first, hold_lock, holder_of, run_once
 from .pretraining import check_block_data, load_config
 from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, block_shard, fingerprint, pretraining_folder
@@ -66,14 +66,14 @@ class BlockTrainer(DurableTrainer):
     Args:
         model ([`DenoisingBlock`]): the block.
         table ([`TokenTable`]): the frozen table.
-        previous: with `context_source="previous_block"`, the trained blocks before it, which only run forward.
+        trunk ([`ContextEncoder`], *optional*): the frozen trunk, if the block reads its states.
         kwargs: arguments of [`DurableTrainer`].
     """
 
-    def __init__(self, model: DenoisingBlock, table: TokenTable, previous: Sequence[DenoisingBlock] = (), **kwargs):
+    def __init__(self, model: DenoisingBlock, table: TokenTable, trunk: ContextEncoder | None = None, **kwargs):
         super().__init__(model=model, **kwargs)
         self.table = table.to(self.args.device)
-        self.previous = [block.to(self.args.device).eval().requires_grad_(False) for block in previous]
+        self.trunk = None if trunk is None else trunk.to(self.args.device)
         self._terms: dict[str, list[torch.Tensor]] = {}  # the loss by term, of every batch since the last log
         self._eval_terms: list[torch.Tensor] = []
         self._eval_generator: torch.Generator | None = None
@@ -81,9 +81,7 @@ class BlockTrainer(DurableTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None
     ):
-        inputs = {**inputs, "table": self.table}
-        if self.previous:
-            inputs["previous_states"] = self._previous_states(inputs["input_ids"], inputs.get("attention_mask"))
+        inputs = {**inputs, "table": self.table, "trunk": self.trunk}
         if not model.training:
             inputs["generator"] = self._eval_generator
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -95,15 +93,6 @@ class BlockTrainer(DurableTrainer):
             nats = [outputs.context_nats, outputs.denoising_nats, outputs.bound_nats]
             self._eval_terms.append(torch.stack([*(term * count for term in nats), count]).detach())
         return (loss, outputs) if return_outputs else loss
-
-    @torch.no_grad()
-    def _previous_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        embeds, states = self.table(input_ids), None
-        with self.accelerator.autocast():
-            attention_inputs = self.previous[0].encoder.attention_inputs(embeds, attention_mask)
-            for block in self.previous:
-                states = block.encoder(embeds, states, **attention_inputs)
-        return states
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._terms:
@@ -128,7 +117,7 @@ class BlockTrainer(DurableTrainer):
 def block_trainer(
     block: DenoisingBlock,
     table: TokenTable,
-    previous: Sequence[DenoisingBlock],
+    trunk: ContextEncoder | None,
     tokenizer: PreTrainedTokenizerBase,
     dataset: dict[str, Dataset | IterableDataset],
     args: TrainingArguments,
@@ -137,13 +126,13 @@ def block_trainer(
     """Create the trainer of a block.
 
     Args:
-        previous: see [`BlockTrainer`].
+        trunk: see [`BlockTrainer`].
         args, identity: see [`BlockRun.arguments`].
     """
     return BlockTrainer(
         block,
         table,
-        previous,
+        trunk,
         identity=identity,
         args=args,
         train_dataset=dataset["train"],
@@ -158,13 +147,16 @@ def block_seed(seed: int, block_index: int) -> int:
 
 
 def new_block(directory: Path, config: NoPropConfig, table: TokenTable, block_index: int) -> DenoisingBlock:
-    """Create an untrained block: random, or initialised from the model of phase 1 (`config.block_initialization`).
+    """Create an untrained block: random, or initialised from the model of phase 1.
+
+    A block on a trunk starts as the model of phase 1, which the trunk is a part of: its own layers add nothing yet.
+    Other blocks start as `config.block_initialization` says.
 
     Raises:
         FileNotFoundError: if the model of phase 1 is needed and missing.
     """
     block = DenoisingBlock(copy.deepcopy(config), block_index)
-    if config.block_initialization == "random":
+    if config.context_source == "embeddings" and config.block_initialization == "random":
         block.head.bias.data.copy_(table.log_prior)
         return block
     if not pretraining_folder(directory).is_dir():
@@ -173,7 +165,13 @@ def new_block(directory: Path, config: NoPropConfig, table: TokenTable, block_in
             "embeddings, or make both with `noprop pretrain`."
         )
     start = NoPropForPreTraining.from_pretrained(directory)
-    block.encoder.load_state_dict(start.encoder.state_dict(), strict=False)  # `state_projection` starts at zero
+    if config.context_source == "trunk":
+        for layer in block.encoder.layers:
+            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                nn.init.zeros_(projection.weight)
+        block.encoder.norm.load_state_dict(start.encoder.norm.state_dict())
+    else:
+        block.encoder.load_state_dict(start.encoder.state_dict())
     block.head.readout.load_state_dict(start.readout.state_dict())
     block.head.bias.data.copy_(start.bias)
     return block
@@ -194,6 +192,7 @@ class BlockRun:
     directory: Path
     config: NoPropConfig
     table: TokenTable
+    trunk: ContextEncoder | None
     tokenizer: PreTrainedTokenizerBase
     dataset: dict[str, Dataset | IterableDataset]
     data: str
@@ -205,7 +204,7 @@ class BlockRun:
         """Derive the training arguments of a block, and everything else that its result depends on."""
         seed = block_seed(self.training_args.seed, block_index)
         args = trainer_arguments(self.training_args, block_name(block_index), seed=seed)
-        provenance = block_provenance(self.directory, self.config, self.table, block_index)
+        provenance = block_provenance(self.directory, self.config, self.table)
         return args, {**provenance, **data_identity(self.data, self.dataset, args)}
 
     def checkpoint(self, block_index: int, **fields: Any) -> str | None:
@@ -217,22 +216,9 @@ class BlockRun:
         Raises:
             ValueError: as [`newest_checkpoint`].
         """
-        reads_another = self.config.context_source == "previous_block" and block_index > 0
-        if reads_another and not (self.directory / block_shard(block_index - 1)).is_file():
-            return None  # that block is trained first
         args, identity = self.arguments(block_index)
         streams = isinstance(self.dataset["train"], IterableDataset)
         return newest_checkpoint(Path(args.output_dir), run_identity(args, identity | fields, streams))
-
-    def previous_blocks(self, block_index: int) -> list[DenoisingBlock]:
-        """Load the trained blocks whose states a block reads: none, unless `context_source="previous_block"`."""
-        if self.config.context_source != "previous_block":
-            return []
-        previous = []
-        for index in range(block_index):
-            previous.append(load_block(self.directory, self.config, index))
-            block_is_trained(self.directory, self.config, self.table, index)  # raises if it is another model's
-        return previous
 
 
 def train_block(run: BlockRun, block_index: int) -> dict[str, float]:
@@ -245,17 +231,16 @@ def train_block(run: BlockRun, block_index: int) -> dict[str, float]:
         FloatingPointError: if the training diverged. Nothing is written.
     """
     args, identity = run.arguments(block_index)
-    previous = run.previous_blocks(block_index)
     set_seed(args.seed)
     block = new_block(run.directory, run.config, run.table, block_index)
-    trainer = block_trainer(block, run.table, previous, run.tokenizer, run.dataset, args, identity)
+    trainer = block_trainer(block, run.table, run.trunk, run.tokenizer, run.dataset, args, identity)
     if args.should_save:
         trainer.add_callback(ReportCallback(run.place, block_index))
     title = f"block {block_index} ({block_index + 1} of {run.config.num_blocks})"
     in_nats = run.config.loss_type == "cross_entropy"
     with track(trainer, run.directory, f"block_{block_index:02d}", in_nats, title) as tracking:
         if args.eval_strategy != "no" and run.block_args.sample_prompts:
-            trainer.add_callback(SampleCallback(run, previous, tracking))
+            trainer.add_callback(SampleCallback(run, tracking))
         summary = trainer.train_durably().metrics
         metrics = final_metrics(trainer)
     trainer.save_state()
@@ -339,7 +324,8 @@ def train_blocks(
         data = training_fingerprint(dataset["train"], data_args)
         check_data(directory, data)
         check_block_data(block_args, tokenizer, dataset["train"], training_args)
-        run = BlockRun(directory, config, table, tokenizer, dataset, data, training_args, block_args, meeting)
+        trunk = load_trunk(directory, config)
+        run = BlockRun(directory, config, table, trunk, tokenizer, dataset, data, training_args, block_args, meeting)
         _train_waiting(run, waiting)
     foreign = [block_shard(index) for index, fault in faults.items() if fault is not None]
     if foreign:
@@ -377,17 +363,9 @@ def _train_or_release(run: BlockRun, block_index: int) -> None:
 
 
 def _is_taken(run: BlockRun, block_index: int) -> bool:
-    """Whether another process has trained a block or trains it, or a block that it reads is missing."""
+    """Whether another process has trained a block or trains it,"""
     if (run.directory / block_shard(block_index)).is_file():
         return True
-    if run.config.context_source == "previous_block":
-        for earlier in range(block_index):
-            if not (run.directory / block_shard(earlier)).is_file() and not run.place.fetch_block(earlier):
-                logger.warning(
-                    f"Block {block_index} is skipped: it reads block {earlier}, which is neither in {run.directory} "
-                    f"nor in {run.place.repo_id}. Run the same command again when that block is published."
-                )
-                return True
     reason = run.place.claim_block(block_index, run.block_args.take_over)
     if reason is not None:
         logger.warning(f"Block {block_index} {reason}")
@@ -408,41 +386,40 @@ class ReportCallback(TrainerCallback):
         self.place.report(self.block_index, state.global_step)
 
 
-def model_of_blocks(blocks: Sequence[DenoisingBlock], table: TokenTable) -> NoPropForCausalLM:
-    """Build the language model of some blocks, which shares the memory of the blocks and the table.
+def model_of_block(block: DenoisingBlock, table: TokenTable, trunk: ContextEncoder | None) -> NoPropForCausalLM:
+    """Build the language model of one block, which shares the memory of its parts.
 
     The layers keep their indices in the cache of the full model, so use it with `use_cache=False`.
     """
-    config = copy.deepcopy(blocks[0].config)
-    config.num_blocks, config.noise_levels = len(blocks), [0.0] * len(blocks)
+    config = copy.deepcopy(block.config)
+    config.num_blocks, config.noise_levels = 1, [0.0]
     with torch.device("meta"):
         model = NoPropForCausalLM(config)
     model.model.embed_tokens = table
-    model.model.blocks = nn.ModuleList(blocks)
+    model.model.trunk = trunk
+    model.model.blocks = nn.ModuleList([block])
     return model
 
 
 class SampleCallback(TrainerCallback):
-    """Log text that the block writes, alone or on top of those it reads, at every evaluation.
+    """Log text that the block writes on its own, at every evaluation.
 
     It does not draw from the random numbers of training.
 
     Args:
         run: the run that the block belongs to.
-        previous: the blocks that it reads.
         tracking: where the samples are logged as well.
     """
 
-    def __init__(self, run: BlockRun, previous: Sequence[DenoisingBlock], tracking: TrackingCallback):
+    def __init__(self, run: BlockRun, tracking: TrackingCallback):
         self.run = run
-        self.previous = previous
         self.tracking = tracking
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control, model: DenoisingBlock, **kwargs):
         if not state.is_world_process_zero:
             return
         was_training = model.training
-        alone = model_of_blocks([*self.previous, model], self.run.table).eval()
+        alone = model_of_block(model, self.run.table, self.run.trunk).eval()
         texts = sample_texts(
             alone,
             self.run.tokenizer,
