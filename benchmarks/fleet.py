@@ -235,7 +235,7 @@ def simulate(args: FleetArguments, folder: Path, server: HubServer) -> dict[str,
             print(f"{told - begin:4.0f} s: {len(published(args, server))} blocks, {kills} kills", flush=True)
     fleet.stop()
     logs = [path.read_text() for path in folder.glob("worker-*/log.txt")]
-    retries = sum(log.count("tried again in") for log in logs)
+    retries = sum(log.count("retrying in") for log in logs)
     errors = {line for log in logs for line in log.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)}
     print("\n".join(sorted(errors)))
     return {

@@ -224,7 +224,7 @@ AutoTokenizer.from_pretrained("user/tiny", **options)
     save_file(
         {name: tensor + 0.5 for name, tensor in shard.items()}, directory / "block-00.safetensors", {"format": "pt"}
     )
-    assert "holds a model already. Use --update" in push(server, directory, fails=True)
+    assert "already holds a model. Use --update" in push(server, directory, fails=True)
     push(server, directory, "--update", "--commit_message", "second")
     assert repository.messages[-1] == "second"
     code = f"""
@@ -270,7 +270,7 @@ def test_the_card_s_example_runs(server, directory, tmp_path, model, tokenizer):
 
 def test_private_and_dry_run(server, directory, tmp_path):
     output = push(server, directory, "--dry_run")
-    assert re.search(r"[\d,]+  block-01.safetensors", output) and "would go to user/tiny" in output
+    assert re.search(r"[\d,]+  block-01.safetensors", output) and "to be uploaded to user/tiny" in output
     assert not server.repositories
     push(server, directory, "--private")
     assert server.repositories["user/tiny"].private

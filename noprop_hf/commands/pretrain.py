@@ -1,4 +1,4 @@
-"""Phase 1: make the frozen embedding table and the model directory around it.
+"""Phase 1: create the frozen embedding table and the model directory.
 
 %(prog)s recipes/demo.yaml
 accelerate launch -m noprop_hf pretrain recipes/demo.yaml --push_to_hub true --hub_model_id user/name
@@ -14,7 +14,7 @@ from ..recipes import entry_point, parse_recipe
 def main() -> None:
     recipe = parse_recipe(__doc__, parallelism="data")
     if recipe.run.dry_run:
-        raise SystemExit("Only `noprop train` plans, both phases at once: call that with --dry_run.")
+        raise SystemExit("--dry_run plans both phases at once: run `noprop train` with it.")
     check_sharing(recipe.training)
     place = meeting_place(recipe.training)
     if place is not None and recipe.training.should_save:
