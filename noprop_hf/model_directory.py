@@ -284,9 +284,6 @@ def trained_shard(directory: Path, block_index: int) -> Path:
 
     Raises:
         FileNotFoundError: it is not there.
-    data = read_metadata(directory / EMBEDDINGS_SHARD).get("data")
-    if data is not None:
-        provenance["data"] = data
     """
     path = directory / block_shard(block_index)
     if not path.is_file():
@@ -317,6 +314,9 @@ def block_fault(
     about the shard: damage, other tensors, weights that are not finite, another origin, or no training. None if nothing
     does."""
     provenance = {"block": str(block_index), **block_provenance(directory, config, table, block_index)}
+    data = read_metadata(directory / EMBEDDINGS_SHARD).get("data")
+    if data is not None:
+        provenance["data"] = data
     return shard_fault(shard, shapes_in(block_shard(block_index), config), provenance, stored_type(directory))
 
 

@@ -11,11 +11,9 @@ turn noise into a token.
 Method: NoProp (Li, Teh, Pascanu 2025, arXiv 2503.24322), with the noise entering as evidence (see `noise_noprop.py`).
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -33,14 +31,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
-from transformers.utils import (
-    CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    ModelOutput,
-    cached_file,
-    can_return_tuple,
-)
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .cache_noprop import BlockCache
 from .compatibility_noprop import (
@@ -55,16 +46,7 @@ from .compatibility_noprop import (
 from .configuration_noprop import NoPropConfig
 from .generation_noprop import Beliefs, NoPropGenerationMixin
 from .noise_noprop import sample_evidence, standardize
-from .shards_noprop import (
-    AUTO_MAP,
-    PRETRAINING_FOLDERS,
-    listed,
-    model_fault,
-    plain_name,
-    shard_index,
-    shard_of,
-    without_progress_bar,
-)
+from .shards_noprop import PRETRAINING_FOLDERS, ShardedFilesMixin
 from .side_by_side_noprop import (
     LLAMA_FORWARDS,
     encode_side_by_side,
@@ -292,7 +274,9 @@ class DenoisingHead(nn.Module):
         return hidden
 
 
-class NoPropPreTrainedModel(PreTrainedModel):
+class NoPropPreTrainedModel(ShardedFilesMixin, PreTrainedModel):
+    """Base of all models: what transformers asks of a model class, and the initial weights."""
+
     config: NoPropConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -313,44 +297,6 @@ class NoPropPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif hasattr(module, "initialize"):
             module.initialize(module.weight)
-
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        is_main_process: bool = True,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        push_to_hub: bool = False,
-        **kwargs,
-    ) -> None:
-        """Save as every model of transformers, with one file for the embeddings and one per block under the index."""
-        self.config.auto_map = dict(AUTO_MAP)
-        if (
-            not isinstance(self.base_model, NoPropModel)
-            or kwargs.get("variant")
-            or getattr(self, "_hf_peft_config_loaded", False)
-        ):
-            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub=push_to_hub, **kwargs)
-            return
-        commit_arguments = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
-        commit = {name: kwargs.pop(name) for name in commit_arguments if name in kwargs}
-        kwargs["max_shard_size"] = "1000TB"
-        state_dict = self.state_dict() if state_dict is None else state_dict
-        index = shard_index(state_dict)
-        directory = Path(save_directory)
-        shards = sorted(set(index["weight_map"].values()))
-        for shard in shards:
-            tensors = {name: tensor for name, tensor in state_dict.items() if shard_of(name) == shard}
-            with without_progress_bar():
-                super().save_pretrained(directory, is_main_process, tensors, **kwargs)
-            if is_main_process:
-                (directory / SAFE_WEIGHTS_NAME).replace(directory / shard)
-        if is_main_process:
-            for stale in directory.glob("block-*.safetensors"):
-                if stale.name not in shards:
-                    stale.unlink()
-            (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        if push_to_hub:
-            self.push_to_hub(commit.pop("repo_id", directory.name), token=kwargs.get("token"), **commit)
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Refused for other embeddings: every block is trained for the frozen table.
@@ -380,51 +326,6 @@ class NoPropPreTrainedModel(PreTrainedModel):
         return self.get_input_embeddings()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """Load a model as every model of transformers, and refuse files that are not a whole model.
-
-        Raises:
-            OSError: the files are not those of the configuration that is saved with them, blocks are missing or not
-                trained, or weights are corrupted.
-        """
-        name = pretrained_model_name_or_path
-        if name is None or kwargs.get("state_dict") is not None:  # weights handed in
-            return super().from_pretrained(name, *model_args, **kwargs)
-        with_info = kwargs.pop("output_loading_info", False)
-        folder = Path(str(name), kwargs.get("subfolder") or "")
-        is_local = folder.is_dir()
-        shapes = cls._check_files(name, folder, kwargs) if is_local else {}
-        try:
-            model, info = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
-        finally:
-            # Files that are downloaded are there only now. Also when loading failed: the error does not name the file.
-            if not is_local:
-                config = find_config(name, kwargs.get("subfolder") or "", kwargs)
-                shapes = {} if config is None else cls._check_files(name, Path(config).parent, kwargs)
-        lacking = sorted(weight for weight in info["missing_keys"] if plain_name(weight) in shapes)
-        if lacking:  # in files of other formats
-            raise OSError(f"{name} is not a whole model: it lacks {listed(lacking)}.")
-        return (model, info) if with_info else model
-
-    @classmethod
-    def _check_files(cls, name: str | Path, folder: Path, options: dict) -> dict[str, torch.Size]:
-        """Refuse a folder that does not hold a whole model; returns the shapes of the weights that it must hold."""
-        if not (folder / CONFIG_NAME).is_file():
-            return {}
-        fields, _ = NoPropConfig.get_config_dict(folder)
-        kind, expected = fields.get("model_type"), cls.config_class.model_type
-        if kind != expected:
-            raise OSError(f"{name} holds a model of type {kind!r}, not of type {expected!r}.")
-        config = NoPropConfig.from_dict(fields)
-        shapes = cls._weight_shapes(config)
-        # A variant and weights of another format are in other files.
-        if not options.get("variant") and not options.get("gguf_file") and options.get("use_safetensors") is not False:
-            fault = model_fault(folder, config, shapes)
-            if fault is not None:
-                raise OSError(f"{name} {fault}.")
-        return {} if getattr(config, "quantization_config", None) is not None else shapes
-
-    @classmethod
     def _weight_shapes(cls, config: NoPropConfig) -> dict[str, torch.Size]:
         return weight_shapes(config)
 
@@ -439,15 +340,6 @@ def weight_shapes(config: NoPropConfig) -> dict[str, torch.Size]:
         weights = blocks[min(index, 1)].state_dict()
         shapes |= {f"blocks.{index}.{name}": tensor.shape for name, tensor in weights.items()}
     return shapes
-
-
-def find_config(name_or_path: str | Path, subfolder: str, options: dict) -> str | None:
-    """Where the configuration in a folder of a directory or repository is, looked up with the options of loading."""
-    names = ("cache_dir", "revision", "token", "local_files_only")
-    lookup = {name: options[name] for name in names if name in options}
-    return cached_file(
-        name_or_path, CONFIG_NAME, subfolder=subfolder, _raise_exceptions_for_missing_entries=False, **lookup
-    )
 
 
 @dataclass
@@ -636,6 +528,7 @@ class NoPropModel(NoPropPreTrainedModel):
     """The frozen table and all blocks. The blocks read the same clean context and do not depend on one another (with
     `context_source="previous_block"`, each reads the states of the one before as well)."""
 
+    _is_sharded = True
     # The forward passes that are bypassed where blocks run side by side.
     _forwards: Mapping[type, Callable] = {
         **LLAMA_FORWARDS,
@@ -1012,6 +905,8 @@ class NoPropForPreTraining(NoPropPreTrainedModel):
     returns it.
     """
 
+    _subfolders = PRETRAINING_FOLDERS
+
     def __init__(self, config: NoPropConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -1027,16 +922,6 @@ class NoPropForPreTraining(NoPropPreTrainedModel):
         super()._init_weights(module)
         if module is self:
             init.zeros_(self.bias)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """Load the model of phase 1, also when the directory is that of the causal model made with it."""
-        nested = pretrained_model_name_or_path is not None and not kwargs.get("subfolder")
-        for folder in PRETRAINING_FOLDERS if nested else ():
-            if find_config(pretrained_model_name_or_path, folder, kwargs) is not None:
-                kwargs["subfolder"] = folder
-                break
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     @classmethod
     def _weight_shapes(cls, config: NoPropConfig) -> dict[str, torch.Size]:

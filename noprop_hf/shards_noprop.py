@@ -12,7 +12,14 @@ from io import BufferedReader
 from pathlib import Path
 
 import torch
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    PushToHubMixin,
+    cached_file,
+    logging,
+)
 
 from .configuration_noprop import NoPropConfig
 
@@ -361,3 +368,136 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
+
+
+class ShardedFilesMixin(PushToHubMixin):
+    """Save a model with one file for the table and one per block, and load only files that are a whole model."""
+
+    _is_sharded = False  # whether the weights are those of a table and blocks
+    _subfolders: tuple[str, ...] = ()  # of a model directory that hold the files of such a model
+
+    @classmethod
+    def _weight_shapes(cls, config: NoPropConfig) -> dict[str, torch.Size]:
+        """Return the shapes of the weights that a saved model must hold, by plain names."""
+        raise NotImplementedError
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """Save as every model of transformers, with one file for the table and one per block under the index."""
+        self.config.auto_map = dict(AUTO_MAP)
+        if (
+            not getattr(type(self.base_model), "_is_sharded", False)
+            or kwargs.get("variant")
+            or getattr(self, "_hf_peft_config_loaded", False)
+        ):
+            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub=push_to_hub, **kwargs)
+            return
+        commit_arguments = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
+        commit = {name: kwargs.pop(name) for name in commit_arguments if name in kwargs}
+        kwargs["max_shard_size"] = "1000TB"
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        index = shard_index(state_dict)
+        directory = Path(save_directory)
+        shards = sorted(set(index["weight_map"].values()))
+        for shard in shards:
+            tensors = {name: tensor for name, tensor in state_dict.items() if shard_of(name) == shard}
+            with without_progress_bar():
+                super().save_pretrained(directory, is_main_process, tensors, **kwargs)
+            if is_main_process:
+                (directory / SAFE_WEIGHTS_NAME).replace(directory / shard)
+        if is_main_process:
+            for stale in directory.glob("block-*.safetensors"):
+                if stale.name not in shards:
+                    stale.unlink()
+            (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        if push_to_hub:
+            self.push_to_hub(commit.pop("repo_id", directory.name), token=kwargs.get("token"), **commit)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Load a model as every model of transformers, and refuse files that are not a whole model.
+
+        Raises:
+            OSError: if the files are not those of the configuration that is saved with them, blocks are missing or not
+                trained, or weights are corrupted.
+        """
+        name = pretrained_model_name_or_path
+        if name is not None and not kwargs.get("subfolder"):
+            nested = (folder for folder in cls._subfolders if find_config(name, folder, kwargs) is not None)
+            kwargs["subfolder"] = next(nested, "")
+        if name is None or kwargs.get("state_dict") is not None:  # the weights come from the caller
+            return super().from_pretrained(name, *model_args, **kwargs)
+        with_info = kwargs.pop("output_loading_info", False)
+        folder = Path(str(name), kwargs.get("subfolder") or "")
+        is_local = folder.is_dir()
+        if is_local:
+            shapes = cls._check_files(name, folder, kwargs)
+        try:
+            model, info = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
+        except Exception as error:
+            if not is_local:  # the error does not name the damaged file, which is in the cache now
+                cls._check_download(name, kwargs, error)
+            raise
+        if not is_local:
+            shapes = cls._check_download(name, kwargs)
+        lacking = sorted(weight for weight in info["missing_keys"] if plain_name(weight) in shapes)
+        if lacking:  # in files of other formats
+            raise OSError(f"{name} is not a whole model: it lacks {listed(lacking)}.")
+        return (model, info) if with_info else model
+
+    @classmethod
+    def _check_download(cls, name: str | Path, options: dict, cause: Exception | None = None) -> dict[str, torch.Size]:
+        """Check the files of a repository as [`_check_files`] does, once they are in the cache."""
+        config = find_config(name, options.get("subfolder") or "", options)
+        return {} if config is None else cls._check_files(name, Path(config).parent, options, cause)
+
+    @classmethod
+    def _check_files(
+        cls, name: str | Path, folder: Path, options: dict, cause: Exception | None = None
+    ) -> dict[str, torch.Size]:
+        """Check that a folder holds a whole model.
+
+        Args:
+            name: the directory or repository that a message names.
+            options: the options of loading.
+            cause: the error of loading that the check is to explain.
+
+        Returns:
+            The shapes of the weights that the model must hold, by plain names.
+
+        Raises:
+            OSError: if the folder holds another model or part of one.
+        """
+        if not (folder / CONFIG_NAME).is_file():
+            return {}
+        fields, _ = NoPropConfig.get_config_dict(folder)
+        kind, expected = fields.get("model_type"), NoPropConfig.model_type
+        if kind != expected:
+            raise OSError(f"{name} holds a model of type {kind!r}, not of type {expected!r}.") from cause
+        config = NoPropConfig.from_dict(fields)
+        shapes = cls._weight_shapes(config)
+        # A variant and weights of another format are in other files.
+        if not options.get("variant") and not options.get("gguf_file") and options.get("use_safetensors") is not False:
+            fault = model_fault(folder, config, shapes)
+            if fault is not None:
+                raise OSError(f"{name} {fault}.") from cause
+        return {} if getattr(config, "quantization_config", None) is not None else shapes
+
+
+def find_config(name_or_path: str | Path, subfolder: str, options: dict) -> str | None:
+    """Return the path of the configuration in a folder of a directory or repository.
+
+    Args:
+        options: the options of loading, of which those that select the repository's files are used.
+    """
+    names = ("cache_dir", "revision", "token", "local_files_only")
+    lookup = {name: options[name] for name in names if name in options}
+    return cached_file(
+        name_or_path, CONFIG_NAME, subfolder=subfolder, _raise_exceptions_for_missing_entries=False, **lookup
+    )
