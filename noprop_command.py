@@ -15,6 +15,7 @@ COMMANDS = {
     "watch": "see the chain of blocks turn noise into tokens",
     "plot": "draw the learning curves of a run",
     "status": "list the blocks of a model, and which of them are trained",
+    "plan": "forecast data, model, steps, memory, time and disk of a training run",
     "push": "share a model on the Hub",
 }
 
