@@ -19,16 +19,17 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from quality import Bench, QualityArguments, measured_once
 from torch.nn import functional as F
 from transformers import HfArgumentParser
 
+from common import measured_once
 from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM
 from noprop_hf.generation_noprop import Beliefs
 from noprop_hf.model_directory import create_model_directory, load_block, load_table
 from noprop_hf.modeling_noprop import TokenTable, vocabulary_nats
 from noprop_hf.noise_noprop import information_levels, prior_levels, sample_evidence, standardize
 from noprop_hf.training import new_block
+from quality import Bench, QualityArguments
 
 
 @dataclass

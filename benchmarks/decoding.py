@@ -10,43 +10,18 @@ fastest of the other runs counts (there is one such run where it takes more than
 stock model's.
 """
 
-import ctypes
-import gc
 import json
-import sys
-import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import yaml
-from memory import Peak, device_name, num_parameters, stock_model
 from torch.nn import functional as F
 from transformers import HfArgumentParser, PreTrainedModel
-from transformers.generation import BaseStreamer
 
-from noprop_hf import NoPropConfig, NoPropForCausalLM, modeling_noprop
-
-
-SHAPES = {
-    "demo": {
-        "vocab_size": 4096,
-        "hidden_size": 128,
-        "num_blocks": 4,
-        "num_layers_per_block": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 352,
-    },
-    "t4": {},  # the defaults of the configuration
-}
-
-
-LONG = 10  # seconds of a run that counts alone
+from common import SHAPES, device_name, measure, models, num_parameters, seconds
+from noprop_hf import NoPropConfig, NoPropForCausalLM
 
 
 @dataclass
@@ -71,86 +46,6 @@ class DecodingArguments:
             self.new_tokens, self.repeats = 16, 2
 
 
-def models(config: NoPropConfig, device: torch.device) -> dict[str, PreTrainedModel]:
-    """Ours, and a stock model as deep and with as many parameters."""
-    torch.manual_seed(0)
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    length = config.max_position_embeddings
-    stock = stock_model(config, max_position_embeddings=length, bos_token_id=None, eos_token_id=None)
-    found = {"ours": NoPropForCausalLM(config), "stock": stock}
-    return {name: model.to(device, dtype).eval() for name, model in found.items()}
-
-
-def one_by_one() -> AbstractContextManager:
-    """Run blocks one after the other, as where a module was changed."""
-    return patch.object(modeling_noprop, "find_layers", lambda *args: None)
-
-
-class Clock(BaseStreamer):
-    """When the tokens of a generation came."""
-
-    def __init__(self):
-        self.marks: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.marks.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
-def generate(model: PreTrainedModel, prompts: torch.Tensor, count: int, **options: Any) -> dict[str, float]:
-    """Seconds to the first token, and from there to the last; `options` are those of the model's `generate`."""
-    clock = Clock()
-    model.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        max_new_tokens=count,
-        min_new_tokens=count,
-        pad_token_id=0,
-        streamer=clock,
-        **options,
-    )
-    prompt, first, *_, last = clock.marks  # the prompt is put first
-    return {"first": first - prompt, "others": last - first}
-
-
-def seconds(compute: Callable[[], Any], device: torch.device) -> float:
-    begin = time.perf_counter()
-    compute()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
-
-
-def give_back_memory() -> None:
-    """Return what is freed and kept to the operating system: it would hide what is used again."""
-    gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def measure(
-    found: dict[str, PreTrainedModel], prompts: torch.Tensor, args: DecodingArguments
-) -> dict[str, dict[str, float]]:
-    """The fastest times of generating and of scoring with each kind of model, and the least peak of memory that
-    generating takes beside the weights."""
-    device = found["ours"].device
-    kinds = {"ours": "ours", "one_by_one": "ours", "stock": "stock"}
-    runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
-    for _ in range(args.repeats + 1):
-        for kind, name in kinds.items():
-            model = found[name]
-            with one_by_one() if kind == "one_by_one" else nullcontext():
-                give_back_memory()
-                peak = Peak(device.type)
-                taken = generate(model, prompts, 1 + args.new_tokens) | {"peak_bytes": peak.bytes()}
-                runs[kind].append(taken | {"scoring": seconds(partial(score, model, prompts), device)})
-        if len(runs["stock"]) > 1 and sum(runs["stock"][0][job] for job in ("first", "others", "scoring")) > LONG:
-            break
-    return {kind: {job: min(run[job] for run in own[1:]) for job in own[0]} for kind, own in runs.items()}
-
-
 @torch.no_grad()
 def generation(found: dict[str, PreTrainedModel], args: DecodingArguments) -> list[dict[str, Any]]:
     device, rows = found["ours"].device, []
@@ -158,7 +53,7 @@ def generation(found: dict[str, PreTrainedModel], args: DecodingArguments) -> li
     for batch_size in args.batch_sizes:
         for prompt_length in args.prompt_lengths:
             prompts = torch.randint(vocab_size, (batch_size, prompt_length), device=device)
-            found_times = measure(found, prompts, args)
+            found_times = measure(found, prompts, args.new_tokens, args.repeats)
             row: dict[str, Any] = {"batch_size": batch_size, "prompt_length": prompt_length}
             for kind, times in found_times.items():
                 row[kind] = {
@@ -177,12 +72,6 @@ def generation(found: dict[str, PreTrainedModel], args: DecodingArguments) -> li
             rows.append(row)
             print(table_row(row), flush=True)
     return rows
-
-
-def score(model: PreTrainedModel, texts: torch.Tensor, tokens_at_a_time: int = 4096) -> None:
-    """The nats of texts, in batches as an evaluation would make them."""
-    for rows in texts.split(max(1, tokens_at_a_time // texts.shape[1])):
-        model(rows, labels=rows, use_cache=False).loss.item()
 
 
 HEADER = [

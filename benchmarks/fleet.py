@@ -24,9 +24,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
 from hub_server import TOKEN, Chaos, HubServer, hub_server
 
 
@@ -188,7 +185,8 @@ def block_names(args: FleetArguments) -> list[str]:
 
 
 def published(args: FleetArguments, server: HubServer) -> dict[str, bytes]:
-    files = server.repositories[REPOSITORY].files("main")
+    repository = server.repositories[REPOSITORY]
+    files = repository.commits[repository.head]
     return {name: files[name] for name in block_names(args) if name in files}
 
 
@@ -196,7 +194,7 @@ def leave(server: HubServer, files: dict[str, bytes]) -> None:
     """Commit files past all workers."""
     with server.lock:
         repository = server.repositories[REPOSITORY]
-        repository.commit({**repository.files("main"), **files}, "left by somebody")
+        repository.commit({**repository.commits[repository.head], **files}, "left by somebody")
 
 
 def first_junk(args: FleetArguments, folder: Path) -> dict[str, bytes]:

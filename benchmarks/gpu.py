@@ -51,9 +51,7 @@ from transformers import CompileConfig, HfArgumentParser, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the package need not be installed
 
-from decoding import DecodingArguments, generate, measure, models
-from memory import EndToEnd, OneBlock, Peak, Training, device_name, random_text
-
+from common import EndToEnd, OneBlock, Peak, Training, device_name, generate, measure, models, random_text
 from noprop_hf import NoPropConfig, NoPropForPreTraining
 
 
@@ -439,7 +437,6 @@ def decoding(setting: Setting) -> Iterator[dict[str, Any]]:
         setting.config.max_position_embeddings, setting.prompt_length + setting.new_tokens + 1
     )
     found = models(setting.config, setting.device)
-    args = DecodingArguments(new_tokens=setting.new_tokens, repeats=setting.repeats)
     prompts = {
         size: torch.randint(setting.config.vocab_size, (size, setting.prompt_length), device=setting.device)
         for size in setting.decoding_batch_sizes
@@ -447,7 +444,7 @@ def decoding(setting: Setting) -> Iterator[dict[str, Any]]:
     result: dict[str, Any] = {"prompt_length": setting.prompt_length, "new_tokens": setting.new_tokens}
     for size, prompt in prompts.items():
         with torch.no_grad():
-            times = measure(found, prompt, args)
+            times = measure(found, prompt, setting.new_tokens, setting.repeats)
         row: dict[str, Any] = {
             kind: {"tokens_per_second": size * setting.new_tokens / own["others"]} for kind, own in times.items()
         }

@@ -12,10 +12,7 @@ loads a whole model and uses it, over the bytes of its weights.
 """
 
 import json
-import math
-import sys
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,11 +21,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import HfArgumentParser
 
-from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM
-from noprop_hf.modeling_noprop import TokenTable
-from noprop_hf.noise_noprop import standardize
+from common import KINDS, Peak, Training, device_name, process_bytes, random_text
+from noprop_hf import NoPropConfig, NoPropForCausalLM
 
 
 SLACK = 1.25  # the bar: this much of 1/N, and the table's share
@@ -58,116 +54,10 @@ class MemoryArguments:
         return NoPropConfig(num_blocks=num_blocks, **{name: getattr(self, name) for name in names})
 
 
-class OneBlock(nn.Module):
-    """The last block of a model, with its frozen table."""
-
-    def __init__(self, config: NoPropConfig):
-        super().__init__()
-        self.block = DenoisingBlock(config, config.num_blocks - 1)
-        self.table = TokenTable(config)
-        self.table.weight.copy_(standardize(torch.randn_like(self.table.weight)))
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.block(tokens, tokens, self.table).loss
-
-
-class EndToEnd(nn.Module):
-    """A stock model as deep as all blocks together, with a learned and tied table."""
-
-    def __init__(self, config: NoPropConfig):
-        super().__init__()
-        self.model = LlamaForCausalLM(stock_config(config))
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.model(tokens, labels=tokens, use_cache=False).loss
-
-
-def stock_config(config: NoPropConfig, **options: Any) -> LlamaConfig:
-    """A stock configuration of the same sizes, as deep as all blocks together; `options` are further arguments."""
-    return LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        tie_word_embeddings=True,
-        **options,
-    )
-
-
-def stock_model(config: NoPropConfig, **options: Any) -> LlamaForCausalLM:
-    """A stock model as deep as all blocks together, its feed-forward layers widened to their parameters.
-
-    Args:
-        options: further arguments of [`LlamaConfig`].
-    """
-    stock = stock_config(config, **options)
-    with torch.device("meta"):
-        missing = num_parameters(NoPropForCausalLM(config)) - num_parameters(LlamaForCausalLM(stock))
-    stock.intermediate_size += round(missing / (3 * stock.num_hidden_layers * stock.hidden_size))
-    return LlamaForCausalLM(stock)
-
-
-def num_parameters(model: PreTrainedModel) -> int:
-    """All parameters, the frozen table among them, tied ones once."""
-    table = model.model.embed_tokens.weight
-    return model.num_parameters() + (0 if isinstance(table, nn.Parameter) else table.numel())
-
-
-KINDS: dict[str, Callable[[NoPropConfig], nn.Module]] = {"block": OneBlock, "end_to_end": EndToEnd}
-
-
 def prepare(kind: str, args: MemoryArguments, num_blocks: int, device: str) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     model = KINDS[kind](args.config(num_blocks)).to(device).train()
     return model, random_text(args.vocab_size, args.batch_size, args.max_length).to(device)
-
-
-def random_text(vocab_size: int, *shape: int) -> torch.Tensor:
-    """Tokens as often as those of a text, by Zipf's law: how many different ones a batch has counts for its softmax."""
-    frequencies = 1 / torch.arange(1, vocab_size + 1)
-    return torch.multinomial(frequencies, math.prod(shape), replacement=True).view(shape)
-
-
-class Training:
-    """A model of [`KINDS`] with its optimizer, for steps as `Trainer` makes them: AdamW, under autocast where that is
-    asked for, with scaled losses in float16.
-
-    Args:
-        precision: of autocast; float32 is none.
-        max_grad_norm: to which gradients are clipped; they are left alone when not given.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        precision: torch.dtype = torch.float32,
-        learning_rate: float = 1e-3,
-        max_grad_norm: float | None = None,
-    ):
-        device_type = next(model.parameters()).device.type
-        self.model, self.max_grad_norm = model, max_grad_norm
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, learning_rate, fused=True)
-        self.scaler = torch.amp.GradScaler(device_type, enabled=precision == torch.float16)
-        self.autocast = torch.autocast(device_type, precision, enabled=precision != torch.float32)
-
-    def loss(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The loss of a batch of tokens `(batch, sequence)`, in nats."""
-        with self.autocast:
-            return self.model(tokens)
-
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Make a step with a batch of tokens `(batch, sequence)`; returns its loss, still on the device."""
-        loss = self.loss(tokens)
-        self.scaler.scale(loss).backward()
-        if self.max_grad_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        return loss.detach()
 
 
 def train(model: nn.Module, tokens: torch.Tensor, steps: int = 2) -> torch.optim.Optimizer:
@@ -196,25 +86,6 @@ def counted(kind: str, args: MemoryArguments, num_blocks: int) -> dict[str, int]
     }
 
 
-class Peak:
-    """The peak of memory since it was made, over what was in use then: of the allocator on a GPU, of the resident
-    memory of the process on Linux; elsewhere it is not known, and 0."""
-
-    def __init__(self, device: str):
-        self.device, self.before = device, 0
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        elif sys.platform == "linux":
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-            self.before = process_bytes("VmRSS")
-
-    def bytes(self) -> int:
-        if self.device == "cuda":
-            return torch.cuda.max_memory_allocated() - self.before
-        return process_bytes("VmHWM") - self.before if sys.platform == "linux" else 0
-
-
 def resident(kind: str, args: MemoryArguments, num_blocks: int) -> int:
     """Peak of resident memory while training, over what this process has before. Run it in a fresh one, on Linux."""
     peak = Peak("cpu")
@@ -240,17 +111,6 @@ def assembled(directory: str) -> float:
     done.set()
     watcher.join()
     return (max(peaks) - before) / sum(tensor.nbytes for tensor in model.state_dict().values())
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} thread(s)"
-
-
-def process_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def allocated(kind: str, args: MemoryArguments, num_blocks: int) -> int:

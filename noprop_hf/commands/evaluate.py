@@ -10,7 +10,8 @@ of its own, and what is printed is what the `perplexity` metric of `evaluate` gi
 from dataclasses import dataclass, field
 
 from ..data import DataArguments, load_corpus, load_tokenizer, tokenize
-from ..evaluation import Perplexity, evaluate_model, load_model, perplexity
+from ..evaluation import evaluate_model, load_model, perplexity
+from ..perplexity import Perplexity
 from ..recipes import entry_point, parse_arguments
 
 

@@ -25,7 +25,8 @@ TOKEN = "hf_test_token"
 
 
 PORTAL = b"<!DOCTYPE html><html><body>Please accept the terms of this network.</body></html>"
-# As the Hub says it, which the package must recognize.
+WRONG_ANSWERS: list[bytes | dict | list] = [PORTAL, {}, []]
+# The Hub's own wording, which the package must recognize.
 LOST_UPLOAD = "Your push was rejected because an LFS pointer pointed to a file that does not exist."
 
 
@@ -109,7 +110,7 @@ class HubServer(ThreadingHTTPServer):
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}  # LFS, by sha256
         self.faults: list[Fault] = []
-        self.chaos: Chaos | None = None
+        self.chaos = Chaos(0, Random())
         self.clock_ahead = 0.0  # seconds
         self.requests: list[tuple[str, str]] = []
 
@@ -162,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         with self.server.lock:
             chaos = self.server.chaos
-            fault = chaos.draw() if chaos is not None else None
+            fault = chaos.draw()
         length = int(self.headers.get("Content-Length", 0))
         if fault == "cut request":
             self.rfile.read(length // 2)
@@ -182,7 +183,7 @@ class Handler(BaseHTTPRequestHandler):
         elif fault in ("500", "503"):
             return self.fail(int(fault), "Fault", "chaos")
         elif fault == "wrong":
-            return self.reply(200, chaos.random.choice([PORTAL, {}, []]))
+            return self.reply(200, chaos.random.choice(WRONG_ANSWERS))
         with self.server.lock:
             self.server.requests.append((self.command, path))
             planned = next((f for f in self.server.faults if self.matches(f, path)), None)
@@ -270,7 +271,7 @@ class Handler(BaseHTTPRequestHandler):
         parent = header["value"].get("parentCommit")
         if parent is not None and parent != repository.head:
             return self.fail(412, "Conflict", "A commit has happened since. Please refresh and try again.")
-        files = dict(repository.files(match[2]))
+        files = dict(repository.commits[repository.head])
         for operation in operations:
             value = operation["value"]
             if operation["key"] == "file":
