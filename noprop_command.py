@@ -15,6 +15,7 @@ COMMANDS = {
     "watch": "show how the chain of blocks turns noise into tokens",
     "plot": "plot the learning curves of a run",
     "status": "list the blocks of a model, and which of them are trained",
+    "plan": "forecast data, model, steps, memory, time and disk of a training run",
     "push": "upload a model to the Hub",
 }
 

@@ -1,4 +1,4 @@
-"""A key-value cache in the layout of every model of transformers, whose memory suits blocks that run side by side."""
+"""A key-value cache with the interface of transformers, which blocks that run side by side can fill at once."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,13 +8,14 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 
 class SharedMemory:
-    """Keys and values of some layers side by side, `(batch, heads of all layers, capacity, head_dim)` each.
+    """Keys and values of several layers side by side, `(batch, heads of all layers, capacity, head_dim)` each.
 
-    Written in place, where a stock layer copies everything for every token. Each place in it belongs to one layer.
+    New tokens are written in place, while a stock layer copies all its tokens for every new one. Each place belongs to
+    one layer.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, num_layers: int, heads_per_layer: int, length: int):
-        """Reserve memory like `keys` and `values` for `length` tokens and for some more."""
+        """Reserve memory of the type and device of `keys` and `values` for `length` tokens and a quarter more."""
         capacity = length + length // 4 + 16
         self.keys, self.values = (
             states.new_empty(states.shape[0], num_layers * heads_per_layer, capacity, states.shape[-1])
@@ -23,11 +24,11 @@ class SharedMemory:
         self.heads_per_layer = heads_per_layer
 
     def heads(self, first: int, count: int = 1) -> slice:
-        """The heads of `count` layers."""
+        """Select the heads of `count` layers."""
         return slice(first * self.heads_per_layer, (first + count) * self.heads_per_layer)
 
     def can_take(self, keys: torch.Tensor, values: torch.Tensor, end: int) -> bool:
-        """Whether these keys and values can be written in place, up to token `end`."""
+        """Check whether these keys and values can be written in place, up to token `end`."""
         return (
             end <= self.keys.shape[2]
             and keys.shape[0] == self.keys.shape[0]
@@ -39,7 +40,7 @@ class SharedMemory:
 class GrowingLayer(DynamicLayer):
     """A [`DynamicLayer`] whose keys and values can lie in memory with room to grow, shared with other layers.
 
-    To everything outside it is the stock layer: `keys` and `values` are tensors of its own tokens, and may be replaced.
+    Its interface is that of the stock layer: `keys` and `values` hold the layer's own tokens, and may be replaced.
     """
 
     def __init__(self, *args, **kwargs):
@@ -50,7 +51,7 @@ class GrowingLayer(DynamicLayer):
         super().__init__(*args, **kwargs)
 
     def __copy__(self) -> "GrowingLayer":
-        """A layer that goes its own way: from now on, neither of both writes into the memory that holds the tokens."""
+        """Copy the layer. Afterwards neither the layer nor its copy writes into the shared memory."""
         self.tensors, self.memory = {"keys": self.keys, "values": self.values}, None
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__, tensors=dict(self.tensors))
@@ -88,13 +89,18 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        is_plain = type(key_states) is type(value_states) is torch.Tensor  # others, quantized say, have no memory here
-        if not is_plain or torch.is_grad_enabled() or torch.compiler.is_compiling():  # autograd needs what it saved
+        is_plain = type(key_states) is type(value_states) is torch.Tensor  # not a quantized tensor, for example
+        # Autograd needs the tensors that it saved, which a write in place would change.
+        if not is_plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().update(key_states, value_states, *args, **kwargs)
         return write([self], key_states, value_states)
 
     def move(self, memory: SharedMemory, place: int) -> None:
-        """Copy what this layer holds to its place in another memory."""
+        """Copy keys and values of this layer to its place in another memory.
+
+        Raises:
+            ValueError: if the memory is for another batch size.
+        """
         length = self.get_seq_length()
         if length > 0:
             assert self.keys is not None and self.values is not None
@@ -115,15 +121,15 @@ def write(
     first: int = 0,
     count: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Append keys and values of layers that lie side by side.
+    """Append keys and values to layers that lie side by side.
 
     Args:
         layers: all layers that share memory, with the same number of tokens each.
-        keys, values (`(batch, count * heads, sequence, head_dim)`): what to append to `count` layers from `first` on;
-            to all of them when not given.
+        keys, values (`(batch, count * heads, sequence, head_dim)`): the keys and values to append.
+        first, count: the layers to append to: `count` layers from `first` on; all layers by default.
 
     Returns:
-        Keys and values of these `count` layers, `(batch, count * heads, all tokens, head_dim)` each.
+        All keys and values of these `count` layers, `(batch, count * heads, all tokens, head_dim)` each.
     """
     count = len(layers) if count is None else count
     written = layers[first : first + count]
@@ -159,13 +165,13 @@ class BlockCache(DynamicCache):
     layers: list[Any]
 
     def __init__(self, *args, **kwargs):
-        """Arguments are those of [`DynamicCache`]."""
+        """Create a cache from the arguments of [`DynamicCache`]."""
         super().__init__(*args, **kwargs)
-        stock = self.layers
-        self.layers = [GrowingLayer() for _ in stock]
-        for layer, given in zip(self.layers, stock, strict=True):
-            if given.is_initialized:
-                DynamicLayer.update(layer, given.keys, given.values)
+        stock_layers = self.layers
+        self.layers = [GrowingLayer() for _ in stock_layers]
+        for layer, stock_layer in zip(self.layers, stock_layers, strict=True):
+            if stock_layer.is_initialized:
+                DynamicLayer.update(layer, stock_layer.keys, stock_layer.values)
 
 
 __all__ = ["BlockCache"]

@@ -1,6 +1,7 @@
-"""What differs between the versions of torch and transformers: the newest API, or its counterpart where it is missing.
+"""Differences between versions of torch and transformers: the newest API, or its counterpart in older versions.
 
-Every difference is found by an attribute or a signature. The comments name the version of transformers that brought it.
+Every difference is detected by an attribute or a signature. The comments name the version of transformers that
+introduced it.
 """
 
 import inspect
@@ -18,9 +19,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 
 MASK_PARAMETERS = inspect.signature(masking_utils.create_causal_mask).parameters
-CACHE = "cache" if "cache" in MASK_PARAMETERS else "past_key_values"  # 5.24: what a key-value cache is called
+CACHE = "cache" if "cache" in MASK_PARAMETERS else "past_key_values"  # 5.24: the name of a key-value cache
 INPUTS_EMBEDS = "inputs_embeds" if "inputs_embeds" in MASK_PARAMETERS else "input_embeds"  # 5.2
-# Until 5.3: masks and layers are told where in the cache their tokens belong.
+# Until 5.3: masks and layers take the positions of their tokens in the cache.
 TAKES_CACHE_POSITION = "cache_position" in inspect.signature(LlamaDecoderLayer.forward).parameters
 
 try:
@@ -29,7 +30,7 @@ try:
 except ImportError:
     from transformers.utils.generic import check_model_inputs
 
-    capture_outputs = check_model_inputs  # which does both
+    capture_outputs = check_model_inputs  # does both
 
     def merge_with_config_defaults(forward):
         return forward
@@ -44,11 +45,11 @@ except ImportError:
 
 
 def layer_arguments(inputs_embeds: torch.Tensor, cache: Any) -> dict[str, Any]:
-    """What layers are told of a cache: a [`Cache`], or a paged one, which has always been an argument `cache`."""
+    """Return the arguments that pass a cache to layers: a [`Cache`], or a paged cache, always named `cache`."""
     arguments = {CACHE if cache is None or isinstance(cache, Cache) else "cache": cache}
     if TAKES_CACHE_POSITION:
-        seen = cache.get_seq_length() if isinstance(cache, Cache) else 0
-        arguments["cache_position"] = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+        start = cache.get_seq_length() if isinstance(cache, Cache) else 0
+        arguments["cache_position"] = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + start
     return arguments
 
 
@@ -60,7 +61,7 @@ def create_mask(
     cache: Any,
     is_causal: bool,
 ) -> Any:
-    """`create_causal_mask` of transformers, or its `create_bidirectional_mask`, which reads no cache."""
+    """Call `create_causal_mask` of transformers, or its `create_bidirectional_mask`, which takes no cache."""
     arguments = {"config": config, INPUTS_EMBEDS: inputs_embeds, "attention_mask": attention_mask}
     if not is_causal and hasattr(masking_utils, "create_bidirectional_mask"):  # 5.0
         return masking_utils.create_bidirectional_mask(**arguments)
@@ -79,9 +80,9 @@ def chunked_cross_entropy(
     reduction: str,
     chunk_size: int,
 ) -> torch.Tensor:
-    """Cross-entropy of `softmax(prediction table^T + bias)`, whose logits exist for `chunk_size` rows at a time only.
+    """Compute the cross-entropy of `softmax(prediction table^T + bias)`, in chunks of `chunk_size` rows of logits.
 
-    The backward pass computes them anew. See [`vocabulary_nats`] for the arguments; the leading shape is flat.
+    The backward pass computes the logits again. See [`vocabulary_nats`] for the arguments; the leading shape is flat.
     """
 
     def nats(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -102,7 +103,7 @@ def linear_cross_entropy(
     reduction: str,
     chunk_size: int,
 ) -> torch.Tensor:
-    """[`chunked_cross_entropy`] by torch, where it has it (2.13)."""
+    """Compute [`chunked_cross_entropy`] by the function of torch (2.13), if it exists."""
     if not hasattr(F, "linear_cross_entropy"):
         return chunked_cross_entropy(prediction, table, bias, targets, reduction, chunk_size)
     options = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=chunk_size)
@@ -128,12 +129,12 @@ if not is_dataclass(PreTrainedConfig):  # 5.4
             self.__post_init__(**kwargs)
 
         def __post_init__(self, **kwargs):
-            given = dict(kwargs.pop("rope_scaling", None) or self.rope_parameters or {})
-            given.setdefault("rope_type", given.get("type", "default"))
-            self.rope_parameters = {"rope_theta": kwargs.pop("rope_theta", 10_000.0)} | given
+            parameters = dict(kwargs.pop("rope_scaling", None) or self.rope_parameters or {})
+            parameters.setdefault("rope_type", parameters.get("type", "default"))
+            self.rope_parameters = {"rope_theta": kwargs.pop("rope_theta", 10_000.0)} | parameters
             token_ids = {name: getattr(self, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
             super().__init__(**token_ids, **kwargs)
 
-        # Where rotary positions of 4.57 look for their parameters.
+        # Read by the rotary positions of 4.57.
         rope_theta = property(lambda self: self.rope_parameters["rope_theta"])
         rope_scaling = property(lambda self: self.rope_parameters)

@@ -10,8 +10,7 @@ from .noise_noprop import prior_levels
 
 
 class NoPropConfig(PreTrainedConfig):
-    r"""
-    Configuration of [`NoPropForCausalLM`], [`NoPropModel`], [`DenoisingBlock`] and [`NoPropForPreTraining`].
+    r"""Configuration of [`NoPropForCausalLM`], [`NoPropModel`], [`DenoisingBlock`] and [`NoPropForPreTraining`].
 
     The defaults give ten blocks of three layers over a BERT vocabulary.
 
@@ -26,16 +25,16 @@ class NoPropConfig(PreTrainedConfig):
         correction_size (`int`, *optional*): width of the head's correction MLP; `hidden_size` when not given.
         num_pretraining_layers (`int`, *optional*): layers of the model of phase 1; `num_layers_per_block` when not
             given.
-        pretraining_objective (`str`, defaults to `"clm"`): what the model of phase 1 learns: `"mlm"` (masked
-            tokens) or `"clm"` (next tokens).
-        block_initialization (`str`, defaults to `"random"`): where blocks start: `"random"`, or `"pretraining"` (the
-            layers of the model of phase 1), which is better where the corpus is read once or twice only.
-        context_source (`str`, defaults to `"embeddings"`): what the encoder of a block reads: `"embeddings"` (the
-            clean embeddings alone, so that blocks are independent), or `"previous_block"` (the context states of the
-            block before it, which is frozen, as well: still a local loss and the memory of one block's training, but
-            blocks must be trained in order, and encoded in order at inference).
-        max_position_embeddings (`int`, defaults to 512): longest sequence the model is meant for. Positions are
-            rotary, so it is not a hard limit.
+        pretraining_objective (`str`, defaults to `"clm"`): objective of phase 1: `"mlm"` (masked tokens) or `"clm"`
+            (next tokens).
+        block_initialization (`str`, defaults to `"random"`): initial weights of blocks: `"random"`, or `"pretraining"`
+            (the layers of the model of phase 1), which is better for one or two epochs.
+        context_source (`str`, defaults to `"embeddings"`): input of a block's encoder: `"embeddings"` (the clean
+            embeddings alone, so that blocks are independent), or `"previous_block"` (also the context states of the
+            frozen block before it: still a local loss and the memory of one block's training, but blocks must be
+            trained in order, and encoded in order at inference).
+        max_position_embeddings (`int`, defaults to 512): longest sequence that the model is trained for. Positions are
+            rotary, so this is not a hard limit.
         noise_schedule (`str`, defaults to `"information"`): `"information"` or `"cosine"`.
         noise_levels (`list[float]`, *optional*): signal-to-noise ratio of each block, block 0 (pure noise, 0) first,
             non-decreasing. Resolved from `noise_schedule` when not given; phase 1 refines the information schedule
@@ -43,15 +42,15 @@ class NoPropConfig(PreTrainedConfig):
         loss_type (`str`, defaults to `"cross_entropy"`): `"cross_entropy"`, or `"mse"` between the clean embedding
             and the block's mean embedding (NoProp, arXiv 2503.24322, eq. 8).
         sampled_softmax (`bool`, defaults to `True`): train blocks with a softmax over the tokens that a batch predicts
-            (importance-weighted), instead of the whole vocabulary, which each block would pay for anew. For
+            (importance-weighted), instead of the whole vocabulary, whose cost every block would repeat. For
             `loss_type="cross_entropy"`; phase 1 and evaluation use the whole vocabulary.
-        denoising_weight (`float`, defaults to 0.5): weight of the loss at the block's own noise level; the rest goes
-            to the loss on pure noise, which makes every block a language model as well.
+        denoising_weight (`float`, defaults to 0.5): weight of the loss at the block's own noise level; the remaining
+            weight is that of the loss on pure noise, which makes every block a language model as well.
         initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
-        mask_token_id (`int`, *optional*): id of the tokenizer's mask, which a model of phase 1 that was trained on next
-            tokens refuses to fill.
+        mask_token_id (`int`, *optional*): id of the tokenizer's mask token, which a model of phase 1 with the objective
+            `"clm"` refuses to fill.
 
-    The remaining arguments are those of [`LlamaConfig`], whose layers the blocks are made of.
+    The remaining arguments are those of [`LlamaConfig`], since blocks consist of Llama layers.
     """
 
     model_type = "noprop"
@@ -112,7 +111,7 @@ class NoPropConfig(PreTrainedConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        """Layers that run, those of all blocks unless set: early exit sets fewer, in whole blocks."""
+        """Number of layers that run: those of all blocks, or fewer whole blocks if set for early exit."""
         return self.__dict__.get("_num_hidden_layers", self.num_blocks * self.num_layers_per_block)
 
     @num_hidden_layers.setter
@@ -143,7 +142,7 @@ class NoPropConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be {listed} or {choices[-1]!r}, got {value!r}.")
 
     def _check_sizes(self) -> None:
-        # Far beyond any model, so that a configuration of a stranger cannot take all memory or time.
+        # Limits far beyond any model, so that an untrusted configuration cannot take all memory or time.
         for limit, names in {
             2**31: "vocab_size max_position_embeddings",
             2**20: "hidden_size intermediate_size correction_size num_attention_heads num_key_value_heads",

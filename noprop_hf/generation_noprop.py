@@ -15,10 +15,10 @@ from .noise_noprop import sample_evidence
 
 
 class Beliefs:
-    """What the chain believes about the next token, block by block.
+    """The chain's belief about the next token, block by block.
 
-    Blocks are independent estimates of one posterior, so block b does not replace what the blocks before it said but
-    refines it: the belief at block b is the normalised geometric mean of the distributions of blocks 0 to b, each
+    Blocks are independent estimates of one posterior, so block b refines the belief of the blocks before it instead of
+    replacing it: the belief at block b is the normalised geometric mean of the distributions of blocks 0 to b, each
     updated by Bayes' rule to the evidence `s_b` (block b itself through its head, which was trained at that level). In
     logits, `l_b = (mean_{j<=b} a_j + s_b) E^T + mean_{j<=b} bias_j`, where `a_j` is a block's answer without evidence.
     On pure noise this is the predictive distribution of the first blocks.
@@ -35,29 +35,29 @@ class Beliefs:
         """Fold the next block into the belief.
 
         Args:
-            head ([`DenoisingHead`]): that of the block.
-            context (`(..., hidden_size)`): its context states, of a shape that can be expanded to that of the evidence.
-            evidence (`(..., hidden_size)`): evidence at its level, in float32.
+            head ([`DenoisingHead`]): the head of the block.
+            context (`(..., hidden_size)`): the block's context states, in a shape that expands to that of the evidence.
+            evidence (`(..., hidden_size)`): evidence at the block's level, in float32.
 
         Returns:
-            The belief without the evidence, `(..., hidden_size)`, its bias, `(vocab_size,)`, and the block's own answer
-            on pure noise, a point in the shape of its context states and its bias; all in float32.
+            The belief without the evidence, `(..., hidden_size)`, its bias, `(vocab_size,)`, and the block's answer on
+            pure noise, a point in the shape of `context` and a bias; all in float32.
         """
         self.count += 1
-        device = evidence.device  # blocks may lie on several
+        device = evidence.device  # blocks may lie on several devices
         alone, bias = (tensor.float().to(device) for tensor in head(context))
         informed, _ = head(context.expand_as(evidence), evidence)
-        own = informed.float().to(device) - evidence
-        belief = (self.answers + own) / self.count
+        answer = informed.float().to(device) - evidence
+        belief = (self.answers + answer) / self.count
         self.answers = self.answers + alone
         self.biases = self.biases + bias
         return belief, self.biases / self.count, (alone, bias)
 
 
 class NoPropGenerationMixin(GenerationMixin):
-    """`generate` of transformers, which can also run the chain from pure noise for every token.
+    """`generate` of transformers with a second mode, which runs the chain from pure noise for every token.
 
-    The chain lives in `forward` (`decoding_mode="denoising"` returns the last block's distribution at the end of a
+    The chain is part of `forward` (`decoding_mode="denoising"` returns the last block's distribution at the end of a
     sampled trajectory), so streaming, stopping, caching and scores are those of [`GenerationMixin`].
     """
 
@@ -75,26 +75,27 @@ class NoPropGenerationMixin(GenerationMixin):
     ) -> GenerateOutput | torch.LongTensor:
         """Generate token ids; see [`~transformers.GenerationMixin.generate`] for the common arguments.
 
-        `decoding_mode`, `num_inference_blocks`, `num_trajectories` and `seed` can also be kept in the
+        `decoding_mode`, `num_inference_blocks`, `num_trajectories` and `seed` can also be set in the
         [`GenerationConfig`].
 
         Args:
             decoding_mode (`str`, *optional*): `"predictive"` (default) decodes from the deterministic predictive
                 distribution; `"denoising"` runs the chain of blocks from pure noise for every token. With the chain,
-                `do_sample=True` draws from the chain's own distribution, and without it the likeliest token of the
-                averaged trajectories is taken.
+                `do_sample=True` draws from the chain's distribution, and `do_sample=False` takes the likeliest token of
+                the averaged trajectories.
             num_inference_blocks (`int`, *optional*): run only the first blocks.
             num_trajectories (`int`, *optional*): trajectories of the chain to average for each token.
-            seed (`int`, *optional*): fixes everything random in the call, and leaves torch's global state as it was.
+            seed (`int`, *optional*): seed of all random numbers in the call, which then leaves torch's global random
+                state unchanged.
             generator (`torch.Generator`, *optional*): source of the chain's randomness (not of `do_sample`).
         """
-        own = {
+        chain_arguments = {
             "decoding_mode": decoding_mode,
             "num_inference_blocks": num_inference_blocks,
             "num_trajectories": num_trajectories,
             "generator": generator,
         }
-        kwargs |= {name: value for name, value in own.items() if value is not None}
+        kwargs |= {name: value for name, value in chain_arguments.items() if value is not None}
         for name in {"cache", "past_key_values"} & kwargs.keys():  # two names of one argument
             kwargs[CACHE] = kwargs.pop(name)
         if seed is None:
@@ -109,7 +110,7 @@ class NoPropGenerationMixin(GenerationMixin):
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, *args, **kwargs
     ) -> tuple[GenerationConfig, dict]:
-        """Hand what the configuration keeps of our own arguments to `forward`, as is done with `output_attentions`."""
+        """Pass the chain's arguments in the configuration to `forward`, as stock code does with `output_attentions`."""
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
         for name in ("decoding_mode", "num_inference_blocks", "num_trajectories"):
             value = getattr(generation_config, name, None)
@@ -118,11 +119,11 @@ class NoPropGenerationMixin(GenerationMixin):
         return generation_config, model_kwargs
 
     def _prepare_cache_for_generation(self, generation_config: GenerationConfig, model_kwargs: dict, *args) -> None:
-        """Where `generate` makes the default cache, make the one that blocks running side by side can fill."""
+        """Replace the default cache by one that blocks running side by side can fill."""
         is_given = CACHE in model_kwargs
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        made = None if is_given else model_kwargs.get(CACHE)
-        if made is not None and type(made) is DynamicCache and not made.offloading:
+        cache = None if is_given else model_kwargs.get(CACHE)
+        if cache is not None and type(cache) is DynamicCache and not cache.offloading:
             model_kwargs[CACHE] = BlockCache(config=self.config)
 
     @torch.no_grad()
@@ -136,7 +137,7 @@ class NoPropGenerationMixin(GenerationMixin):
 
         Args:
             context_states: the context states of the blocks to run, `(..., hidden_size)` each.
-            num_trajectories: independent chains.
+            num_trajectories: number of independent chains.
 
         Returns:
             `torch.Tensor` of shape `(..., vocab_size)`: log-probabilities of the next token.
@@ -151,14 +152,14 @@ class NoPropGenerationMixin(GenerationMixin):
         num_trajectories: int = 1,
         generator: torch.Generator | None = None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """The chain, block by block: `s_{b+1} = s_b + D e_y + sqrt(D) eps` with `y` drawn from the belief at block b.
+        """Run the chain: `s_{b+1} = s_b + D e_y + sqrt(D) eps`, with `y` drawn from the belief at block b.
 
-        Drawing a token, where the paper moves to the mean embedding (NoProp, arXiv 2503.24322, section 2), makes a step
-        of any size exact when the belief is the true posterior.
+        The paper moves to the mean embedding (NoProp, arXiv 2503.24322, section 2). Drawing a token instead makes a
+        step of any size exact when the belief is the true posterior.
 
         Yields:
             The belief at a block as log-probabilities `(num_trajectories, ..., vocab_size)`, and the tokens
-            `(num_trajectories, ...)` that the evidence moved towards on the way there (none at pure noise).
+            `(num_trajectories, ...)` that the evidence has just moved towards (None at pure noise).
         """
         if not isinstance(num_trajectories, int) or num_trajectories < 1:
             raise ValueError(f"`num_trajectories` must be a positive integer, got {num_trajectories}.")
@@ -178,7 +179,7 @@ class NoPropGenerationMixin(GenerationMixin):
 
 
 def sample_categorical(log_probs: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Draw one index from each row of `(..., num_classes)` log-probabilities; returns shape `(...)`."""
+    """Draw one index `(...)` from each row of log-probabilities `(..., num_classes)`."""
     rows = log_probs.flatten(0, -2).exp()
     if generator is not None:
         rows = rows.to(generator.device)

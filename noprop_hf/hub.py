@@ -6,7 +6,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from importlib.util import find_spec
@@ -484,14 +484,19 @@ def model_card(directory: Path, repo_id: str, license: str | None = None, langua
         samples=results["samples"],
         num_parameters=model.num_parameters(),
         num_trained=model.num_parameters(only_trainable=True),
-        # Metadata of shards may come from other workers.
-        costs=[(int(shard["steps"]), float(shard["seconds"])) for shard in shards],
+        costs=[(_figure(shard, "steps"), _figure(shard, "seconds")) for shard in shards],
         notes={", ".join(names): note for note, names in parts.items() if note},
         prompt=repr(results["samples"][0][0] if results["samples"] else "The"),
         hub=constants.ENDPOINT,
         version=__version__,
         has_plot=find_spec("matplotlib") is not None,
     )
+
+
+def _figure(metadata: Mapping[str, str], name: str) -> str:
+    """Return a number of a shard's metadata, which other workers and savers write; a dash if it is missing or none."""
+    value = metadata.get(name, "")
+    return value if re.fullmatch(r"\d{1,12}(\.\d{1,6})?", value) else "–"
 
 
 def card_files(directory: Path, repo_id: str, license: str | None, language: str | None) -> dict[str, bytes]:

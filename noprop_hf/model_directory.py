@@ -1,7 +1,7 @@
 """The model directory: one safetensors file for the table, one per block, under the standard index.
 
-Phase 1 writes everything but the blocks. Whoever trains block 3 then reads the table, writes the file of block 3 and
-touches nothing else, and once all files are there the directory is a model like any other: no merge step.
+Phase 1 writes everything but the blocks. A worker that trains block 3 then reads the table, writes the file of block 3
+and touches no other file. Once all files exist, the directory is a model like any other, without a merge step.
 """
 
 import json
@@ -48,18 +48,18 @@ TABLE_PREFIX = "model.embed_tokens."
 
 
 def block_prefix(block_index: int) -> str:
-    """Where a block's weights stand in the state dict of [`NoPropForCausalLM`]."""
+    """Return the prefix of a block's weights in the state dict of [`NoPropForCausalLM`]."""
     return f"model.blocks.{block_index}."
 
 
 def write_atomically(path: Path, write) -> None:
-    """Call `write(temporary_path)`, then give the file its name: it is there whole or not at all."""
-    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # safetensors writes a temporary file of its own in it
+    """Call `write(temporary_path)`, then rename the file: under its final name it is always complete."""
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # also holds the temporary file of safetensors
     temporary = folder / path.name
     try:
         folder.mkdir(exist_ok=True)
         temporary.touch()
-        mode = temporary.stat().st_mode  # of any new file here; safetensors would keep others from reading it
+        mode = temporary.stat().st_mode  # that of any new file, while safetensors lets only the owner read
         write(temporary)
         temporary.chmod(mode)
         flush(temporary)
@@ -73,7 +73,7 @@ def write_atomically(path: Path, write) -> None:
 
 
 def remove_unfinished(path: Path) -> None:
-    """Remove what killed runs left of writing a file. Only for who holds the lock that allows to write it."""
+    """Remove the temporary files of killed runs. The caller must hold the lock for writing the file."""
     for left in path.parent.glob(f".{path.name}.*.tmp"):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
@@ -89,12 +89,12 @@ def save_shard(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mappin
     """Write tensors and string metadata to a safetensors file, atomically, with a hash of the content.
 
     Raises:
-        FloatingPointError: a tensor holds numbers that are not finite. The file is not written.
+        FloatingPointError: if a tensor is not finite. The file is not written.
     """
     tensors = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise FloatingPointError(f"{path} is not written, since {name} holds numbers that are not finite.")
+            raise FloatingPointError(f"{path} is not written, since {name} is not finite.")
     contents = ((name, tensor.reshape(-1).view(torch.uint8).numpy().tobytes()) for name, tensor in tensors.items())
     remove_unfinished(path)
     metadata = {"format": "pt", CONTENT_HASH: content_hash(contents), **metadata}
@@ -102,10 +102,10 @@ def save_shard(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mappin
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The string metadata of a safetensors file.
+    """Read the string metadata of a safetensors file.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: if the file is damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -115,14 +115,14 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, their plain names without that of `prefix`."""
+    """Read the tensors of a safetensors file, by their plain names without the prefix."""
     with safe_open(path, framework="pt") as file:
         names = {plain_name(name).removeprefix(plain_name(prefix)): name for name in file.keys()}  # noqa: SIM118
         return {short: file.get_tensor(name) for short, name in names.items()}
 
 
 def stored_type(directory: Path) -> str | None:
-    """The type of the weights in a model directory, as safetensors calls it."""
+    """Return the type of the weights in a model directory, by its name in safetensors."""
     with safe_open(directory / EMBEDDINGS_SHARD, framework="pt") as file:
         names = [name for name in file.keys() if plain_name(name) == TABLE_WEIGHT]  # noqa: SIM118
         return file.get_slice(names[0]).get_dtype() if names else None
@@ -135,9 +135,12 @@ def create_model_directory(
     table: TokenTable,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write all of a model but its blocks: code, configurations, tokenizer, index and, last, the embedding shard.
+    """Write a model without its blocks: code, configurations, tokenizer, index and, last, the shard of the table.
 
-    The embedding shard under its final name therefore says that the directory is complete. `metadata` is kept in it.
+    If the shard of the table exists under its final name, the directory is therefore complete.
+
+    Args:
+        metadata: further metadata of the shard of the table.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
@@ -159,7 +162,7 @@ def create_model_directory(
 
 
 def _save_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write a tokenizer under the name that transformers 4 knows its class by, too."""
+    """Write a tokenizer whose configuration transformers 4 can read as well."""
     tokenizer.save_pretrained(directory)
     path = directory / TOKENIZER_CONFIG_FILE
     fields = json.loads(path.read_text(encoding="utf-8"))
@@ -171,59 +174,58 @@ def _save_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase) -> None
 
 
 def flush_files(directory: Path) -> None:
-    """Flush to disk all that the embedding shard stands for: the files and folders of phase 1, and their names."""
+    """Flush the files and folders of phase 1, and their names, to disk before the shard of the table is written."""
     folders = [folder for folder in (pretraining_folder(directory), directory) if folder.is_dir()]
     for path in (*(path for folder in folders for path in folder.iterdir() if path.is_file()), *folders):
         flush(path)
-    for parent in directory.resolve().parents:  # some of which may be new
+    for parent in directory.resolve().parents:  # some may be new
         flush(parent)
 
 
 def damaged(shard: Path) -> str:
-    """What to say of a weight file that is damaged."""
-    return (
-        f"{shard} is damaged. Remove it and run the same command again: what it holds is made anew, from the last "
-        "checkpoint on."
-    )
+    """Return the message for a damaged weight file."""
+    return f"{shard} is damaged. Remove it and run the same command again, which resumes from the last checkpoint."
 
 
 def check_whole(shard: Path) -> Shard:
     """Read a weight file.
 
     Raises:
-        ValueError: it is not what was written.
+        ValueError: if the file is damaged.
     """
-    found = read_shard(shard)
-    if found is None:
+    content = read_shard(shard)
+    if content is None:
         raise ValueError(damaged(shard))
-    return found
+    return content
 
 
 def shapes_in(shard: str, config: NoPropConfig) -> dict[str, torch.Size]:
-    """The shapes of the weights that belong into a shard, by their names in [`NoPropModel`]."""
+    """Return the shapes of the weights that belong to a shard, by their names in [`NoPropModel`]."""
     return {name: shape for name, shape in weight_shapes(config).items() if shard_of(name) == shard}
 
 
 def read_config(name_or_path: str | Path, token: str | None = None) -> NoPropConfig:
-    """The configuration in a model directory, or a repository of the Hub.
+    """Read the configuration of a model directory or a repository of the Hub.
 
     Raises:
-        ValueError: there is none, it cannot be read, or it is that of another kind of model.
+        ValueError: if the configuration is missing, damaged, or that of another kind of model.
     """
     try:
         fields, _ = NoPropConfig.get_config_dict(name_or_path, token=token)
         kind = fields.get("model_type")
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"There is no model {str(name_or_path)!r} with a {CONFIG_NAME} that can be read. Give a model directory, "
-            "or a repository of the Hub (and a connection to it)."
+            f"There is no model {str(name_or_path)!r} with a readable {CONFIG_NAME}. Give a model directory, or a "
+            "repository of the Hub (and a connection to it)."
         ) from error
     if kind != NoPropConfig.model_type:
         raise ValueError(
             f"{name_or_path} holds a model of type {kind!r}, not a NoProp model. Give a directory that "
             "`noprop train` made, or a repository of the Hub with such a model."
         )
-    fields = {name: value for name, value in fields.items() if "attn_implementation" not in name}  # of who loads it
+    fields = {
+        name: value for name, value in fields.items() if "attn_implementation" not in name
+    }  # a choice of the user
     try:
         return NoPropConfig.from_dict(fields)
     except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
@@ -231,7 +233,7 @@ def read_config(name_or_path: str | Path, token: str | None = None) -> NoPropCon
 
 
 def missing_table(directory: Path) -> str:
-    """The message for a model directory without a table."""
+    """Return the message for a model directory without a table."""
     return f"{directory} holds no {EMBEDDINGS_SHARD}. Pretrain the embeddings first: `noprop pretrain`."
 
 
@@ -239,9 +241,9 @@ def load_table(directory: Path, config: NoPropConfig) -> TokenTable:
     """Read the frozen table of a model directory.
 
     Raises:
-        FileNotFoundError: phase 1 has not been run.
-        ValueError: the table is damaged, not of the size that the configuration says, or was made for another
-            configuration than the directory now has; or the index of the directory is not that of its configuration.
+        FileNotFoundError: if phase 1 has not been run.
+        ValueError: if the table is damaged, differs in size from `config`, or was made for another configuration than
+            that of the directory; or if the index of the directory does not fit its configuration.
     """
     path = directory / EMBEDDINGS_SHARD
     if not path.is_file():
@@ -251,9 +253,9 @@ def load_table(directory: Path, config: NoPropConfig) -> TokenTable:
     if fault:
         raise ValueError(f"{path} {fault}. Use another output directory, or the settings the table was made with.")
     assert shard.table is not None
-    saved = read_config(directory)  # also where `config` is another one
-    own = fingerprint(saved, shard.table)
-    if shard.metadata.get("fingerprint", own) != own:
+    saved = read_config(directory)  # may differ from `config`
+    expected = fingerprint(saved, shard.table)
+    if shard.metadata.get("fingerprint", expected) != expected:
         raise ValueError(f"{directory} {CHANGED_CONFIG}.")
     fault = index_fault(directory, weight_shapes(saved))
     if fault:
@@ -268,8 +270,8 @@ def save_block(directory: Path, block: DenoisingBlock, table: TokenTable, metada
     prefix = block_prefix(block.block_index)
     tensors = {prefix + name: tensor for name, tensor in block.state_dict().items()}
     provenance = block_provenance(directory, block.config, table, block.block_index)
-    own = {"block": str(block.block_index)}
-    save_shard(directory / block_shard(block.block_index), tensors, {**own, **provenance, **metadata})
+    index = {"block": str(block.block_index)}
+    save_shard(directory / block_shard(block.block_index), tensors, {**index, **provenance, **metadata})
 
 
 def load_block(directory: Path, config: NoPropConfig, block_index: int) -> DenoisingBlock:
@@ -280,13 +282,10 @@ def load_block(directory: Path, config: NoPropConfig, block_index: int) -> Denoi
 
 
 def trained_shard(directory: Path, block_index: int) -> Path:
-    """The shard of a block that another block reads.
+    """Return the path of the shard of a block that another block reads.
 
     Raises:
-        FileNotFoundError: it is not there.
-    data = read_metadata(directory / EMBEDDINGS_SHARD).get("data")
-    if data is not None:
-        provenance["data"] = data
+        FileNotFoundError: if the shard does not exist.
     """
     path = directory / block_shard(block_index)
     if not path.is_file():
@@ -298,11 +297,11 @@ def trained_shard(directory: Path, block_index: int) -> Path:
 
 
 def block_provenance(directory: Path, config: NoPropConfig, table: TokenTable, block_index: int) -> dict[str, str]:
-    """What a block is trained on, as metadata of its shard: the fingerprint, and the block that it reads if it does.
+    """Return the provenance of a block: the fingerprint of the model, and the hash of the block that it reads, if any.
 
     Raises:
-        FileNotFoundError: it reads the block before it, which is not there.
-        ValueError: that block is damaged.
+        FileNotFoundError: if the block reads the block before it, which does not exist.
+        ValueError: if the block before it is damaged.
     """
     provenance = {"fingerprint": fingerprint(config, table.weight)}
     if config.context_source == "previous_block" and block_index > 0:
@@ -313,18 +312,24 @@ def block_provenance(directory: Path, config: NoPropConfig, table: TokenTable, b
 def block_fault(
     directory: Path, config: NoPropConfig, table: TokenTable, block_index: int, shard: Shard | None
 ) -> str | None:
-    """What keeps the content of a block's shard from its place in a model directory, as the predicate of a sentence
-    about the shard: damage, other tensors, weights that are not finite, another origin, or no training. None if nothing
-    does."""
+    """Find the reason why a shard is not that of a trained block of a model directory.
+
+    Returns:
+        Damage, other tensors, weights that are not finite, another provenance or missing training, as the predicate of
+        a sentence about the shard; or None.
+    """
     provenance = {"block": str(block_index), **block_provenance(directory, config, table, block_index)}
+    data = read_metadata(directory / EMBEDDINGS_SHARD).get("data")
+    if data is not None:
+        provenance["data"] = data
     return shard_fault(shard, shapes_in(block_shard(block_index), config), provenance, stored_type(directory))
 
 
 def block_is_trained(directory: Path, config: NoPropConfig, table: TokenTable, block_index: int) -> bool:
-    """Whether a block's shard is there.
+    """Check whether the shard of a block exists.
 
     Raises:
-        ValueError: it is, but damaged, or does not belong there (see [`block_fault`]).
+        ValueError: if the shard exists, but is damaged or does not belong there (see [`block_fault`]).
     """
     path = directory / block_shard(block_index)
     if not shard_exists(path):
@@ -339,33 +344,33 @@ def shard_exists(shard: Path) -> bool:
     """Check whether a weight file exists.
 
     Raises:
-        ValueError: if a directory has its name.
+        ValueError: if a directory has the name of the file.
     """
     if shard.is_dir():
-        raise ValueError(f"{shard} is a directory, but a file of this name is to be written: remove it.")
+        raise ValueError(f"{shard} is a directory, but must be a file: remove the directory.")
     return shard.is_file()
 
 
 def missing_blocks(directory: Path) -> list[str]:
-    """The shards of blocks that are not in a model directory."""
+    """Return the names of the block shards that a model directory lacks."""
     shards = map(block_shard, range(read_config(directory).num_blocks))
     return [shard for shard in shards if not (directory / shard).is_file()]
 
 
 def check_data(directory: Path, data: str) -> None:
-    """Make sure that the training data are those of the table and of the blocks that are there.
+    """Check that the table and all existing blocks were trained on these data.
 
     Args:
         data: the fingerprint of the training data (see [`~noprop_hf.data.data_fingerprint`]).
 
     Raises:
-        ValueError: they are not.
+        ValueError: if a shard was trained on other data.
     """
     for path in sorted(filter(shard_exists, directory.glob("*.safetensors"))):
         if _data_of(path) not in (None, data):
             raise ValueError(
-                f"{path.name} in {directory} was trained on other data, or on the same data cut in another way. Give "
-                f"the data arguments that {CORPUS_FILE} beside it holds, or use another output directory."
+                f"{path.name} in {directory} was trained on other data, or on the same data with another split or "
+                f"length. Use the data arguments in {CORPUS_FILE} beside it, or another output directory."
             )
 
 
@@ -373,4 +378,4 @@ def _data_of(shard: Path) -> str | None:
     try:
         return read_metadata(shard).get("data")
     except ValueError:
-        return None  # damaged: for whoever needs that block to say
+        return None  # damaged, which is reported where the block is used

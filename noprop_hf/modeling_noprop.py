@@ -4,18 +4,16 @@
                                                    ├-> head -> logits = E (W h + s + correction(h, s)) + b
     next token -> clean embedding + noise      -> s ┘
 
-Each [`DenoisingBlock`] is one encoder and one head, trained on its own at its own noise level. Nothing flows between
-blocks. [`NoPropForCausalLM`] holds all of them: side by side they give a predictive distribution, in sequence they
-turn noise into a token.
+Each [`DenoisingBlock`] is one encoder and one head, trained on its own at its own noise level, without messages or
+gradients between blocks. [`NoPropForCausalLM`] holds all blocks: side by side they give a predictive distribution, in
+sequence they turn noise into a token.
 
 Method: NoProp (Li, Teh, Pascanu 2025, arXiv 2503.24322), with the noise entering as evidence (see `noise_noprop.py`).
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -33,14 +31,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
-from transformers.utils import (
-    CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    ModelOutput,
-    cached_file,
-    can_return_tuple,
-)
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .cache_noprop import BlockCache
 from .compatibility_noprop import (
@@ -55,16 +46,7 @@ from .compatibility_noprop import (
 from .configuration_noprop import NoPropConfig
 from .generation_noprop import Beliefs, NoPropGenerationMixin
 from .noise_noprop import sample_evidence, standardize
-from .shards_noprop import (
-    AUTO_MAP,
-    PRETRAINING_FOLDERS,
-    listed,
-    model_fault,
-    plain_name,
-    shard_index,
-    shard_of,
-    without_progress_bar,
-)
+from .shards_noprop import PRETRAINING_FOLDERS, ShardedFilesMixin
 from .side_by_side_noprop import (
     LLAMA_FORWARDS,
     encode_side_by_side,
@@ -78,10 +60,10 @@ from .side_by_side_noprop import (
 def vocabulary_nats(
     prediction: torch.Tensor, table: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor, reduction: str = "none"
 ) -> torch.Tensor:
-    """Cross-entropy of `softmax(prediction E^T + bias)`, in nats, without holding all logits at once.
+    """Compute the cross-entropy of `softmax(prediction E^T + bias)`, in nats, without holding all logits at once.
 
-    It runs in float32 under autocast too: the evidence makes logits of tens (hundreds with the cosine schedule), where
-    float16 resolves a tenth of a nat at best.
+    The computation is in float32 under autocast too: the evidence makes logits of tens (hundreds with the cosine
+    schedule), where float16 resolves a tenth of a nat at best.
 
     Args:
         prediction (`(..., hidden_size)`), table (`(vocab_size, hidden_size)`), bias (`(vocab_size,)`).
@@ -95,16 +77,16 @@ def vocabulary_nats(
             bias.float(),
             targets.flatten(),
             reduction,
-            # 2^23 logits (32 MB) at a time: on 2 CPU cores a fifth faster than the default of a few dozen rows.
+            # 2^23 logits (32 MB) at a time: 20 % faster on 2 CPU cores than the default of a few dozen rows.
             chunk_size=max(1, 2**23 // table.shape[0]),
         )
     return nats.view(targets.shape) if reduction == "none" else nats
 
 
 def places(mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The indices where a mask is true, which select the same rows as the mask.
+    """Return the indices where a mask is true, which select the same rows as the mask.
 
-    The host waits for the device once, to learn how many there are. With a mask it waits for every tensor.
+    The host waits for the device once, to learn the number of indices. Indexing with the mask waits for every tensor.
     """
     return mask.nonzero(as_tuple=True)
 
@@ -112,20 +94,20 @@ def places(mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def sampled_candidates(
     targets: torch.Tensor, log_prior: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The tokens that stand for the vocabulary in the softmax of a batch: those that it predicts.
+    """Reduce the softmax of a batch from the whole vocabulary to the tokens that the batch predicts.
 
     A token `j` of unigram probability `q_j` is among `n` targets with probability `pi_j = 1 - (1 - q_j)^n`. With
-    `log pi_j` taken off its logit, the sum over the candidates is in expectation that over the vocabulary (importance
-    sampling of the partition function; Bengio and Senecal 2008, "Adaptive importance sampling to accelerate training of
-    a neural probabilistic language model", IEEE TNN 19(4)).
+    `log pi_j` subtracted from its logit, the sum over the candidates equals in expectation the sum over the vocabulary
+    (importance sampling of the partition function; Bengio and Senecal 2008, "Adaptive importance sampling to accelerate
+    training of a neural probabilistic language model", IEEE TNN 19(4)).
 
     Args:
         targets (`(num_tokens,)`): the tokens that the batch predicts.
-        log_prior (`(vocab_size,)`): their log-probabilities in the training data, up to a constant.
+        log_prior (`(vocab_size,)`): log-probabilities of all tokens in the training data, up to a constant.
 
     Returns:
-        The candidates `(num_candidates,)`, the targets as indices among them `(num_tokens,)`, and what to add to the
-        candidates' logits, `-log pi`, `(num_candidates,)`.
+        The candidates `(num_candidates,)`, the targets as indices into the candidates `(num_tokens,)`, and the
+        correction to add to the candidates' logits, `-log pi`, `(num_candidates,)`.
     """
     tokens, indices = targets.unique(return_inverse=True)
     probabilities = log_prior.float().softmax(-1)[tokens]
@@ -134,10 +116,10 @@ def sampled_candidates(
 
 
 class TokenTable(nn.Module):
-    """The frozen embedding table, at the input and at the output, and the unigram statistics found with it.
+    """The frozen embedding table, used at the input and at the output, with unigram statistics.
 
     `weight` (`(vocab_size, hidden_size)`) has standardized rows and takes no gradient; `log_prior` (`(vocab_size,)`)
-    holds the log-probability of each token in the training data (zeros when unknown), where every bias starts.
+    holds the log-probability of each token in the training data (zeros when unknown), the initial value of every bias.
     """
 
     def __init__(self, config: NoPropConfig):
@@ -147,13 +129,15 @@ class TokenTable(nn.Module):
         self.register_buffer("log_prior", torch.zeros(config.vocab_size))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Keep the table frozen when loading puts another parameter in its place."""
+        """Keep the table frozen when loading replaces the parameter."""
         super().register_parameter(name, None if param is None else param.requires_grad_(False))
 
     def forward(
         self, inputs: torch.Tensor, bias: torch.Tensor | None = None, targets: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Every use of the table, since tools that offload weights have them at hand in `forward` only.
+        """Look up tokens, or compare points with the table.
+
+        Every use of the table is a call of `forward`, since tools that offload weights load them for `forward` only.
 
         Args:
             inputs: token ids `(...)`, or points in embedding space `(..., hidden_size)`.
@@ -173,7 +157,7 @@ class TokenTable(nn.Module):
 
 
 def linear(in_features: int, out_features: int, initialize: Callable[[torch.Tensor], torch.Tensor]) -> nn.Linear:
-    """A linear layer without bias that keeps how its weight is initialized."""
+    """Create a linear layer without bias that carries the initializer of its weight."""
     layer = nn.Linear(in_features, out_features, bias=False)
     layer.initialize = initialize
     return layer
@@ -184,7 +168,7 @@ class ContextEncoder(nn.Module):
 
     Args:
         first_layer_idx: index of the first layer in a key-value cache shared by all blocks.
-        reads_states: whether it reads the context states of another encoder as well.
+        reads_states: whether the encoder also reads the context states of another encoder.
     """
 
     def __init__(self, config: NoPropConfig, num_layers: int, first_layer_idx: int = 0, reads_states: bool = False):
@@ -192,7 +176,7 @@ class ContextEncoder(nn.Module):
         self.config = config
         self.input_projection = linear(config.hidden_size, config.hidden_size, init.eye_)
         self.state_projection = None
-        if reads_states:  # begin as an encoder that is alone
+        if reads_states:  # zeros: start as an encoder without the other one
             self.state_projection = linear(config.hidden_size, config.hidden_size, init.zeros_)
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, first_layer_idx + i) for i in range(num_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -206,28 +190,30 @@ class ContextEncoder(nn.Module):
         cache: Cache | None = None,
         is_causal: bool = True,
     ) -> dict:
-        """Mask and positions. They are the same for every block, so a model of many blocks computes them once.
+        """Compute mask and positions, which are the same for every block: a model of many blocks needs them once.
 
         Args:
-            is_causal: whether a position sees only itself and earlier ones; phase 1 looks both ways as well.
+            is_causal: whether a position attends to itself and earlier positions only. Phase 1 can also attend to later
+                ones.
         """
-        # Given positions may be those of packed texts, and to find that out the host waits for the device.
+        # Before positions are made up: `create_mask` looks for packed texts in given ones, where the host has to wait
+        # for the device.
         mask = create_mask(self.config, inputs_embeds, attention_mask, position_ids, cache, is_causal)
         if position_ids is None:
-            seen = cache.get_seq_length() if cache is not None else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
+            start = cache.get_seq_length() if cache is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + start)[None]
         inputs = {
             "attention_mask": mask,
             "position_ids": position_ids,
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
         }
-        return inputs if is_causal else inputs | {"is_causal": False}  # the layers are causal by themselves
+        return inputs if is_causal else inputs | {"is_causal": False}  # the layers are causal by default
 
     def forward(
         self, inputs_embeds: torch.Tensor, previous_states: torch.Tensor | None = None, **attention_inputs
     ) -> torch.Tensor:
-        """`(batch, sequence, hidden_size)` clean embeddings to context states of the same shape."""
-        # Rows of norm sqrt(d) become rows of norm 1: as they are, a token drowns what the layers find out about it.
+        """Map clean embeddings `(batch, sequence, hidden_size)` to context states of the same shape."""
+        # Scale rows of norm sqrt(d) to norm 1: at full scale the embeddings dominate the layers' contributions.
         scale = math.sqrt(inputs_embeds.shape[-1])
         hidden_states = self.input_projection(inputs_embeds / scale)
         if self.state_projection is not None:
@@ -239,10 +225,10 @@ class ContextEncoder(nn.Module):
 
 
 class DenoisingHead(nn.Module):
-    """From a context state and the evidence about the next token to a point `u` in embedding space.
+    """Map a context state and the evidence about the next token to a point `u` in embedding space.
 
-    `u = W h + s + correction(h, s)`, and the block's logits are `u E^T + bias`. Rows of equal norm make `s E^T` exactly
-    what Bayes' rule adds to the logits of the context, so the head learns only what Bayes' rule cannot give it.
+    `u = W h + s + correction(h, s)`, and the block's logits are `u E^T + bias`. As all rows have the same norm, `s E^T`
+    is exactly the term that Bayes' rule adds to the logits of the context, and the head learns only a correction to it.
     """
 
     def __init__(self, config: NoPropConfig, level: float):
@@ -258,30 +244,32 @@ class DenoisingHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, context: torch.Tensor, evidence: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """
+        """Compute the block's answer.
+
         Args:
             context (`(..., hidden_size)`): states of the context encoder.
-            evidence (`(..., hidden_size)`, *optional*): noised next token at the block's level; none is pure noise.
+            evidence (`(..., hidden_size)`, *optional*): noised next token at the block's level; pure noise when not
+                given.
 
         Returns:
-            The point `u`, `(..., hidden_size)`, in float32 when there is evidence, and the bias, `(vocab_size,)`.
+            The point `u`, `(..., hidden_size)`, in float32 when evidence is given, and the bias, `(vocab_size,)`.
         """
         if self.evidence_scale == 0:
             evidence = None
         if evidence is None:
             correction = self._correct_alone(context)
         else:
-            seen = (evidence / self.evidence_scale).to(context.dtype)
-            correction = self.correction(torch.cat([context, seen], dim=-1))
-        # Answers of norm 1, so that a step of the optimizer changes logits as with an ordinary tied table. Without the
+            scaled = (evidence / self.evidence_scale).to(context.dtype)
+            correction = self.correction(torch.cat([context, scaled], dim=-1))
+        # Answers of norm 1, so that an optimizer step changes logits as with an ordinary tied table. Without the
         # factor it changes them sqrt(d) times as much: 0.1 nats worse on held-out text after eight epochs.
-        learned = (self.readout(context) + correction) / math.sqrt(context.shape[-1])
+        answer = (self.readout(context) + correction) / math.sqrt(context.shape[-1])
         if evidence is None:
-            return learned, self.bias
-        return learned + evidence, self.bias  # float32 evidence keeps the sum in float32
+            return answer, self.bias
+        return answer + evidence, self.bias  # float32 evidence keeps the sum in float32
 
     def _correct_alone(self, context: torch.Tensor) -> torch.Tensor:
-        """The correction on pure noise, where evidence is zero: in inference, a plain first layer leaves it out."""
+        """Compute the correction on pure noise; in inference, a plain first layer skips the zeros of the evidence."""
         first, *others = self.correction
         is_plain = is_unchanged(self.correction, {nn.Sequential: nn.Sequential.forward}) and is_plain_linear(first)
         if not is_plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -292,7 +280,9 @@ class DenoisingHead(nn.Module):
         return hidden
 
 
-class NoPropPreTrainedModel(PreTrainedModel):
+class NoPropPreTrainedModel(ShardedFilesMixin, PreTrainedModel):
+    """Base of all models: what transformers asks of a model class, and the initial weights."""
+
     config: NoPropConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -314,49 +304,11 @@ class NoPropPreTrainedModel(PreTrainedModel):
         elif hasattr(module, "initialize"):
             module.initialize(module.weight)
 
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        is_main_process: bool = True,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        push_to_hub: bool = False,
-        **kwargs,
-    ) -> None:
-        """Save as every model of transformers, with one file for the embeddings and one per block under the index."""
-        self.config.auto_map = dict(AUTO_MAP)
-        if (
-            not isinstance(self.base_model, NoPropModel)
-            or kwargs.get("variant")
-            or getattr(self, "_hf_peft_config_loaded", False)
-        ):
-            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub=push_to_hub, **kwargs)
-            return
-        commit_arguments = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
-        commit = {name: kwargs.pop(name) for name in commit_arguments if name in kwargs}
-        kwargs["max_shard_size"] = "1000TB"
-        state_dict = self.state_dict() if state_dict is None else state_dict
-        index = shard_index(state_dict)
-        directory = Path(save_directory)
-        shards = sorted(set(index["weight_map"].values()))
-        for shard in shards:
-            tensors = {name: tensor for name, tensor in state_dict.items() if shard_of(name) == shard}
-            with without_progress_bar():
-                super().save_pretrained(directory, is_main_process, tensors, **kwargs)
-            if is_main_process:
-                (directory / SAFE_WEIGHTS_NAME).replace(directory / shard)
-        if is_main_process:
-            for stale in directory.glob("block-*.safetensors"):
-                if stale.name not in shards:
-                    stale.unlink()
-            (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        if push_to_hub:
-            self.push_to_hub(commit.pop("repo_id", directory.name), token=kwargs.get("token"), **commit)
-
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Refused for other embeddings: every block is trained for the frozen table.
+        """Reject other embeddings: every block is trained for the frozen table.
 
         Raises:
-            ValueError: if these are not a [`TokenTable`].
+            ValueError: if `value` is not a [`TokenTable`].
         """
         if isinstance(self.get_input_embeddings(), TokenTable) and not isinstance(value, TokenTable):
             raise ValueError(
@@ -368,7 +320,11 @@ class NoPropPreTrainedModel(PreTrainedModel):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args, **kwargs
     ) -> nn.Module:
-        """Refused unless the size stays: table, noise levels and blocks are made for one vocabulary."""
+        """Reject another size: table, noise levels and blocks are made for one vocabulary.
+
+        Raises:
+            ValueError: if the size would change.
+        """
         new_num_tokens = self.config.vocab_size if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of:
             new_num_tokens += -new_num_tokens % pad_to_multiple_of
@@ -380,60 +336,16 @@ class NoPropPreTrainedModel(PreTrainedModel):
         return self.get_input_embeddings()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """Load a model as every model of transformers, and refuse files that are not a whole model.
-
-        Raises:
-            OSError: the files are not those of the configuration that is saved with them, blocks are missing or not
-                trained, or weights are corrupted.
-        """
-        name = pretrained_model_name_or_path
-        if name is None or kwargs.get("state_dict") is not None:  # weights handed in
-            return super().from_pretrained(name, *model_args, **kwargs)
-        with_info = kwargs.pop("output_loading_info", False)
-        folder = Path(str(name), kwargs.get("subfolder") or "")
-        is_local = folder.is_dir()
-        shapes = cls._check_files(name, folder, kwargs) if is_local else {}
-        try:
-            model, info = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
-        finally:
-            # Files that are downloaded are there only now. Also when loading failed: the error does not name the file.
-            if not is_local:
-                config = find_config(name, kwargs.get("subfolder") or "", kwargs)
-                shapes = {} if config is None else cls._check_files(name, Path(config).parent, kwargs)
-        lacking = sorted(weight for weight in info["missing_keys"] if plain_name(weight) in shapes)
-        if lacking:  # in files of other formats
-            raise OSError(f"{name} is not a whole model: it lacks {listed(lacking)}.")
-        return (model, info) if with_info else model
-
-    @classmethod
-    def _check_files(cls, name: str | Path, folder: Path, options: dict) -> dict[str, torch.Size]:
-        """Refuse a folder that does not hold a whole model; returns the shapes of the weights that it must hold."""
-        if not (folder / CONFIG_NAME).is_file():
-            return {}
-        fields, _ = NoPropConfig.get_config_dict(folder)
-        kind, expected = fields.get("model_type"), cls.config_class.model_type
-        if kind != expected:
-            raise OSError(f"{name} holds a model of type {kind!r}, not of type {expected!r}.")
-        config = NoPropConfig.from_dict(fields)
-        shapes = cls._weight_shapes(config)
-        # A variant and weights of another format are in other files.
-        if not options.get("variant") and not options.get("gguf_file") and options.get("use_safetensors") is not False:
-            fault = model_fault(folder, config, shapes)
-            if fault is not None:
-                raise OSError(f"{name} {fault}.")
-        return {} if getattr(config, "quantization_config", None) is not None else shapes
-
-    @classmethod
     def _weight_shapes(cls, config: NoPropConfig) -> dict[str, torch.Size]:
         return weight_shapes(config)
 
 
 def weight_shapes(config: NoPropConfig) -> dict[str, torch.Size]:
-    """The shapes of the weights of table and blocks, by their names in [`NoPropModel`]."""
+    """Return the shapes of the weights of table and blocks, by their names in [`NoPropModel`]."""
     with torch.device("meta"):
         table = TokenTable(config)
-        blocks = [DenoisingBlock(config, index) for index in range(min(2, config.num_blocks))]  # the others are alike
+        # All blocks after the first have the same shapes.
+        blocks = [DenoisingBlock(config, index) for index in range(min(2, config.num_blocks))]
     shapes = {f"embed_tokens.{name}": tensor.shape for name, tensor in table.state_dict().items()}
     for index in range(config.num_blocks):
         weights = blocks[min(index, 1)].state_dict()
@@ -441,28 +353,20 @@ def weight_shapes(config: NoPropConfig) -> dict[str, torch.Size]:
     return shapes
 
 
-def find_config(name_or_path: str | Path, subfolder: str, options: dict) -> str | None:
-    """Where the configuration in a folder of a directory or repository is, looked up with the options of loading."""
-    names = ("cache_dir", "revision", "token", "local_files_only")
-    lookup = {name: options[name] for name in names if name in options}
-    return cached_file(
-        name_or_path, CONFIG_NAME, subfolder=subfolder, _raise_exceptions_for_missing_entries=False, **lookup
-    )
-
-
 @dataclass
 class DenoisingBlockOutput(ModelOutput):
-    """
+    """Losses of a block.
+
     Args:
-        loss (`torch.Tensor`): what the block is trained on: the weighted mean of the two terms below, per token.
-        denoising_loss (`torch.Tensor`): its term at the block's own level, over the positions that carry it (none do in
-            block 0 while it trains, which gives nan); in nats, or with `loss_type="mse"` the squared error per
+        loss (`torch.Tensor`): the training loss: the weighted mean of the two terms below, per token.
+        denoising_loss (`torch.Tensor`): the term at the block's own level, over the positions that carry it (nan for
+            block 0 in training, where no position does); in nats, or with `loss_type="mse"` the squared error per
             coordinate.
-        context_loss (`torch.Tensor`): its term on pure noise, likewise.
+        context_loss (`torch.Tensor`): the term on pure noise, in the same unit.
         context_nats, denoising_nats (`torch.Tensor`): in evaluation mode, the two cross-entropies in nats per token,
             whatever the loss.
         bound_nats (`torch.Tensor`): in evaluation mode, the variational bound of a chain of this block alone (on pure
-            noise, then at its own level), which every worker can tell without the other blocks.
+            noise, then at its own level), which every worker can compute without the other blocks.
     """
 
     loss: torch.Tensor | None = None
@@ -474,20 +378,20 @@ class DenoisingBlockOutput(ModelOutput):
 
 
 class DenoisingBlock(NoPropPreTrainedModel):
-    """One block: a causal context encoder and a denoising head, complete in itself.
+    """One block: a causal context encoder and a denoising head, trained on its own.
 
-    Its `forward` is its training objective, or without labels its answer. It needs the frozen table, which is handed
-    in and never part of it, and knows no other block.
+    `forward` computes the training objective, or without labels the block's answer. The frozen table is an argument and
+    not part of the block, which depends on no other block.
     """
 
-    accepts_loss_kwargs = True  # tells `Trainer` that the loss is divided by `num_items_in_batch`
+    accepts_loss_kwargs = True  # for `Trainer`: the loss is divided by `num_items_in_batch`
 
     def __init__(self, config: NoPropConfig, block_index: int = 0):
         super().__init__(config)
         if not 0 <= block_index < config.num_blocks:
             raise ValueError(f"`block_index` must be in [0, {config.num_blocks}), got {block_index}.")
         self.block_index = block_index
-        assert config.noise_levels is not None  # the configuration resolves it, as it does the number of layers
+        assert config.noise_levels is not None  # resolved by the configuration
         self.level = config.noise_levels[block_index]
         num_layers = config.num_layers_per_block
         reads_states = config.context_source == "previous_block" and block_index > 0
@@ -495,7 +399,7 @@ class DenoisingBlock(NoPropPreTrainedModel):
         self.head = DenoisingHead(config, self.level)
         self.gradient_checkpointing = False
         self.post_init()
-        # `Trainer` counts predicted tokens as for any causal model: position 0 predicts, but is not predicted.
+        # `Trainer` counts predicted tokens as for any causal model, without position 0, which is not predicted.
         self.loss_type = "ForCausalLM"
 
     @classmethod
@@ -517,28 +421,28 @@ class DenoisingBlock(NoPropPreTrainedModel):
         kept: slice | torch.Tensor = slice(None),
         **attention_inputs,
     ) -> DenoisingBlockOutput | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The local loss: recover the next token from its noised embedding and the clean context.
+        """Compute the local loss: recover the next token from its noised embedding and the clean context.
 
-        While training, each position carries one of the two terms, drawn at random by their weight: the same loss on
-        average for half the vocabulary products; and with `config.sampled_softmax` it is told among the tokens that
-        the batch predicts (see [`sampled_candidates`]). In evaluation mode every position carries both terms, over the
+        In training, each position carries one of the two terms, drawn at random by their weight: the same loss on
+        average for half the vocabulary products. With `config.sampled_softmax`, the softmax is over the tokens that the
+        batch predicts (see [`sampled_candidates`]). In evaluation mode every position carries both terms, over the
         whole vocabulary.
 
         Args:
             input_ids (`(batch, sequence)`): clean tokens.
             labels (`(batch, sequence)`): the same tokens, not shifted; -100 is not predicted.
             table: the frozen table.
-            num_items_in_batch: what to divide the summed losses by (gradient accumulation); the number of predicted
-                tokens of this batch when not given.
-            generator: source of the randomness; torch's global one when not given.
+            num_items_in_batch: divisor of the summed losses (gradient accumulation); the number of predicted tokens of
+                this batch when not given.
+            generator: source of randomness; torch's global one when not given.
             previous_states (`(batch, sequence, hidden_size)`, *optional*): context states of the block before, which a
                 block reads with `context_source="previous_block"`.
             inputs_embeds (`(batch, sequence, hidden_size)`), kept, attention_inputs: instead of tokens and labels,
-                their rows of the table, the positions to answer, and what [`ContextEncoder.attention_inputs`] gives.
+                rows of the table, the positions to answer, and the result of [`ContextEncoder.attention_inputs`].
 
         Returns:
-            With labels, the losses. Without, the context states `(batch, sequence, hidden_size)` and what the head
-            makes of those that are kept.
+            With labels, the losses. Without, the context states `(batch, sequence, hidden_size)` and the head's answer
+            at the positions `kept`.
         """
         if labels is None:
             positions = {"attention_mask": attention_mask, "position_ids": position_ids}
@@ -549,10 +453,10 @@ class DenoisingBlock(NoPropPreTrainedModel):
         attention_inputs = self.encoder.attention_inputs(inputs_embeds, attention_mask, position_ids)
         context = self.encoder(inputs_embeds, previous_states, **attention_inputs)[:, :-1]
         targets = labels[:, 1:]
-        kept = places(targets != -100)
-        context, targets = context[kept], targets[kept]
+        predicted = places(targets != -100)
+        context, targets = context[predicted], targets[predicted]
         count = len(targets) if num_items_in_batch is None else num_items_in_batch
-        weight = self.config.denoising_weight if self.level > 0 else 0.0  # on pure noise the two terms are one
+        weight = self.config.denoising_weight if self.level > 0 else 0.0  # on pure noise the two terms are equal
 
         if self.training:
             is_noised = torch.rand(targets.shape, generator=generator, device=targets.device) < weight
@@ -594,13 +498,13 @@ class DenoisingBlock(NoPropPreTrainedModel):
     def _local_loss(
         self, prediction: torch.Tensor, embeddings: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
-        """The loss summed over `(num_tokens,)` predicted tokens, for `config.loss_type`."""
+        """Compute the loss for `config.loss_type`, summed over `(num_tokens,)` predicted tokens."""
         if len(targets) == 0:
-            return prediction.sum()  # zero, and part of the graph
+            return prediction.sum()  # zero with a gradient
         if self.config.loss_type == "cross_entropy":
             return vocabulary_nats(prediction, embeddings, bias, targets, reduction="sum")
-        # NoProp, arXiv 2503.24322, eq. 8: the block's answer is the mean embedding of its distribution. In chunks whose
-        # logits are recomputed in the backward pass, for the same reason as in `vocabulary_nats`.
+        # NoProp, arXiv 2503.24322, eq. 8: the block's answer is the mean embedding of its distribution. Computed in
+        # chunks, whose logits the backward pass recomputes, to bound the memory as in `vocabulary_nats`.
         errors = [
             checkpoint(self._squared_error, u, embeddings, bias, y, use_reentrant=False)
             for u, y in zip(prediction.split(1024), targets.split(1024), strict=True)
@@ -617,15 +521,16 @@ class DenoisingBlock(NoPropPreTrainedModel):
 
 @dataclass
 class NoPropModelOutput(BaseModelOutputWithPast):
-    """
+    """Output of [`NoPropModel`].
+
     Args:
-        last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): where the blocks, on
-            their mean, expect the embedding of the next token, knowing the context alone.
+        last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): the blocks' answers on
+            pure noise, averaged: a prediction of the embedding of the next token.
         context_states (`tuple[torch.Tensor]`): the context states of each block, `(batch_size, sequence_length,
             hidden_size)` each.
         bias (`torch.Tensor` of shape `(vocab_size,)`): the mean of the blocks' biases.
 
-    `hidden_states` and `attentions`, when asked for, run through the layers of block 0, then block 1, and so on.
+    `hidden_states` and `attentions`, when requested, list the layers of block 0, then block 1, and so on.
     """
 
     context_states: tuple[torch.Tensor, ...] | None = None
@@ -633,10 +538,14 @@ class NoPropModelOutput(BaseModelOutputWithPast):
 
 
 class NoPropModel(NoPropPreTrainedModel):
-    """The frozen table and all blocks. The blocks read the same clean context and do not depend on one another (with
-    `context_source="previous_block"`, each reads the states of the one before as well)."""
+    """The frozen table and all blocks.
 
-    # The forward passes that are bypassed where blocks run side by side.
+    The blocks read the same clean context and do not depend on one another. (With `context_source="previous_block"`,
+    each block also reads the states of the block before it.)
+    """
+
+    _is_sharded = True
+    # Forward passes that are bypassed when blocks run side by side.
     _forwards: Mapping[type, Callable] = {
         **LLAMA_FORWARDS,
         DenoisingBlock: DenoisingBlock.forward,
@@ -665,10 +574,11 @@ class NoPropModel(NoPropPreTrainedModel):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> NoPropModelOutput:
-        """
+        """Encode the context with every block and average the blocks' answers on pure noise.
+
         Args:
             input_ids (`(batch_size, sequence_length)`): token ids; or `inputs_embeds`, their rows of the table.
-            logits_to_keep (`int` or `torch.Tensor`): give the states of the last positions only; 0 is all.
+            logits_to_keep (`int` or `torch.Tensor`): return the states of the last positions only; 0 is all.
             num_inference_blocks (`int`, *optional*): run only the first blocks; all when not given, and never more than
                 `config.num_hidden_layers` allows.
             cache, past_key_values (`Cache`, *optional*): two names of one argument.
@@ -713,11 +623,11 @@ class NoPropModel(NoPropPreTrainedModel):
             inputs = attention_inputs | kwargs | {"inputs_embeds": inputs_embeds, "kept": kept}
             inputs |= layer_arguments(inputs_embeds, cache)
             for block in blocks:
-                previous = answers[-1][0] if answers else None  # which only hierarchical blocks read
+                previous = answers[-1][0] if answers else None  # read with `context_source="previous_block"` only
                 answers.append(block(previous_states=previous, use_cache=use_cache, **inputs))
             answers = [(context[:, kept], *answer) for context, *answer in answers]
         context_states, predictions, biases = zip(*answers, strict=True)
-        device = inputs_embeds.device  # blocks may lie on several
+        device = inputs_embeds.device  # blocks may lie on several devices
         return NoPropModelOutput(
             last_hidden_state=torch.stack([prediction.to(device) for prediction in predictions]).mean(0),
             context_states=context_states,
@@ -727,12 +637,12 @@ class NoPropModel(NoPropPreTrainedModel):
 
     @staticmethod
     def _check_cache(cache: Cache | None, blocks: nn.ModuleList) -> None:
-        """Make sure that a cache holds the same tokens for all blocks that are to read it.
+        """Check that a cache holds the same tokens for all blocks that will read it.
 
         Raises:
-            ValueError: if it was filled by fewer blocks.
+            ValueError: if the cache was filled by fewer blocks.
         """
-        if not isinstance(cache, Cache) or torch.compiler.is_compiling():  # a paged one counts for itself
+        if not isinstance(cache, Cache) or torch.compiler.is_compiling():  # paged caches track their own lengths
             return
         layers = [block.encoder.layers[0] for block in blocks if len(block.encoder.layers) > 0]
         lengths = [cache.get_seq_length(layer.self_attn.layer_idx) for layer in layers if hasattr(layer, "self_attn")]
@@ -746,16 +656,17 @@ class NoPropModel(NoPropPreTrainedModel):
 
 @dataclass
 class NoPropBoundOutput(ModelOutput):
-    """
+    """Variational bound and cross-entropies of a model.
+
     Args:
         bound (`torch.Tensor`): variational bound on the negative log-likelihood, in nats per token.
-        block_nats (`torch.Tensor` of shape `(num_blocks,)`): its split by block. Entry 0 is the cross-entropy of block
-            0 on pure noise; entry b is what block b changes against a Bayes update of the belief before it (negative is
-            a gain).
+        block_nats (`torch.Tensor` of shape `(num_blocks,)`): the bound split by block. Entry 0 is the cross-entropy of
+            block 0 on pure noise; entry b is the change by block b against a Bayes update of the belief before it
+            (negative is a gain).
         token_nats (`torch.Tensor` of shape `(num_blocks, num_tokens)`): the same for every predicted token.
         context_nats (`torch.Tensor` of shape `(num_blocks,)`): cross-entropy of each block alone on pure noise.
-        predictive_nats (`torch.Tensor`): cross-entropy of the predictive distribution, the mean of the blocks on pure
-            noise.
+        predictive_nats (`torch.Tensor`): cross-entropy of the predictive distribution, the average of the blocks on
+            pure noise.
     """
 
     bound: torch.Tensor | None = None
@@ -774,7 +685,7 @@ def log_probability_loss(
     shift_labels: torch.Tensor | None = None,
     **kwargs,
 ) -> torch.Tensor:
-    """`ForCausalLMLoss` of transformers for logits that are log-probabilities, which it would normalise once more."""
+    """Compute `ForCausalLMLoss` of transformers without its softmax, since the logits are log-probabilities."""
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = shift_labels.flatten().to(logits.device)
@@ -784,19 +695,19 @@ def log_probability_loss(
 
 
 class OutputEmbeddings(nn.Module):
-    """The output layer: from points in embedding space to logits, `u E^T + b`.
+    """The output layer: maps points in embedding space to logits, `u E^T + b`.
 
-    It holds no weights, so that a checkpoint has none of them twice. `weight` (`(vocab_size, hidden_size)`) is the
-    frozen table and `bias` (`(vocab_size,)`) the mean of the blocks' biases, differentiable, for tools that compute
+    The layer holds no weights, so that a checkpoint stores each of them once. `weight` (`(vocab_size, hidden_size)`) is
+    the frozen table and `bias` (`(vocab_size,)`) the differentiable mean of the blocks' biases, for tools that compute
     logits from `last_hidden_state` themselves.
     """
 
     def __init__(self, model: NoPropModel):
         super().__init__()
-        self.__dict__["model"] = model  # not as a submodule, under which its weights had a second name
+        self.__dict__["model"] = model  # not a submodule, which would give the weights a second name
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Refused but for the table, which transformers 4 ties by setting it as the weight."""
+        """Reject parameters other than the table, which transformers 4 ties by setting it as the weight."""
         if name != "weight" or param is not self.weight:
             raise ValueError("The output layer is the frozen table with the blocks' biases: it takes no parameters.")
 
@@ -806,15 +717,16 @@ class OutputEmbeddings(nn.Module):
 
     @property
     def bias(self) -> torch.Tensor:
-        config, device = self.model.config, self.weight.device  # blocks may lie on several
+        config, device = self.model.config, self.weight.device  # blocks may lie on several devices
         blocks = self.model.blocks[: config.num_hidden_layers // config.num_layers_per_block]
         return torch.stack([block.head.bias.to(device) for block in blocks]).mean(0)
 
     def forward(self, points: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """
+        """Compute logits.
+
         Args:
             points (`(..., hidden_size)`).
-            bias (`(vocab_size,)`, *optional*): another one, as when only some blocks run.
+            bias (`(vocab_size,)`, *optional*): another bias, such as that of the blocks that ran.
 
         Returns:
             The logits `(..., vocab_size)`.
@@ -834,13 +746,13 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
         self.post_init()
 
     def get_output_embeddings(self) -> OutputEmbeddings:
-        """The frozen table with the mean of the blocks' biases: for points in embedding space it gives logits."""
+        """Return the layer that maps points in embedding space to logits: the frozen table and the mean bias."""
         if self.output_embeddings.model is not self.model:  # replaced, or replicated by `nn.DataParallel`
             self.output_embeddings.__dict__["model"] = self.model
         return self.output_embeddings
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Refused for other embeddings; see `set_input_embeddings`."""
+        """Reject other embeddings; see `set_input_embeddings`."""
         if new_embeddings is not self.output_embeddings:
             self.set_input_embeddings(new_embeddings)
 
@@ -862,7 +774,8 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """
+        """Compute log-probabilities of the next tokens.
+
         Args:
             input_ids (`(batch_size, sequence_length)`): token ids.
             labels (`(batch_size, sequence_length)`, *optional*): the same tokens, not shifted; -100 is ignored.
@@ -871,7 +784,7 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
             decoding_mode (`str`): with `"predictive"`, `logits` are the log-probabilities of a normalised, causal,
                 deterministic distribution: the normalised geometric mean of the blocks' distributions given the context
                 alone. With `"denoising"` they are those of the last block at the end of a chain sampled from pure
-                noise, for generation: random, and no measure of likelihood (`variational_bound` is).
+                noise, for generation: random, and not a measure of likelihood (`variational_bound` is).
             num_trajectories (`int`): chains to average in the denoising mode.
             generator (`torch.Generator`, *optional*): source of randomness of the denoising mode.
             cache, past_key_values (`Cache`, *optional*): two names of one argument.
@@ -890,9 +803,9 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
         if decoding_mode == "predictive":
             output_embeddings = self.get_output_embeddings()
             logits = output_embeddings(outputs.last_hidden_state, outputs.bias).float()
-            # In place where nothing follows the logits, the largest tensor there is: no gradient, vmap or forward mode,
-            # and no hook that may have kept them.
-            is_followed = (
+            # The logits are the largest tensor, so normalise them in place, unless a gradient, vmap, forward mode or a
+            # hook may still use them.
+            is_shared = (
                 logits.requires_grad
                 or not is_unchanged(output_embeddings, {OutputEmbeddings: OutputEmbeddings.forward})
                 or not is_unchanged(self.model.embed_tokens, {TokenTable: TokenTable.forward})
@@ -900,7 +813,7 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
                 or torch._C._are_functorch_transforms_active()
                 or unpack_dual(logits).tangent is not None
             )
-            logits = torch.log_softmax(logits, -1, out=None if is_followed else logits)
+            logits = torch.log_softmax(logits, -1, out=None if is_shared else logits)
         elif decoding_mode == "denoising":
             logits = self.denoise(outputs.context_states, num_trajectories, generator)
         else:
@@ -925,10 +838,10 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
         labels: torch.LongTensor | None = None,
         generator: torch.Generator | None = None,
     ) -> NoPropBoundOutput:
-        r"""An upper bound on the negative log-likelihood of the chain that `decoding_mode="denoising"` samples from.
+        r"""Estimate an upper bound on the negative log-likelihood of the chain of `decoding_mode="denoising"`.
 
         With the evidence `s_b` on the true path of the next token `y`, the logits `l_b` of the belief at block b (see
-        [`Beliefs`]), and `l_{b-1} -> s_b` those of the belief before, updated by Bayes' rule to `s_b`,
+        [`Beliefs`]), and `l_{b-1} -> s_b` the logits of the belief before, updated by Bayes' rule to `s_b`,
 
             -log p(y) <= CE(l_0; s_0) + sum_{b>=1} [ CE(l_b; s_b) - CE(l_{b-1} -> s_b; s_b) ]
 
@@ -940,13 +853,16 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
             input_ids, attention_mask (`(batch_size, sequence_length)`).
             labels (`(batch_size, sequence_length)`, *optional*): not shifted; `input_ids` where not padded by default.
             generator: source of the path's noise; torch's global one when not given.
+
+        Returns:
+            The bound, its split by block and by token, and the cross-entropies on pure noise.
         """
         if labels is None:
             labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
         outputs = self.model(input_ids, attention_mask=attention_mask, use_cache=False)
         targets = labels[:, 1:]
-        kept = places(targets != -100)
-        targets = targets[kept]
+        predicted = places(targets != -100)
+        targets = targets[predicted]
         table, blocks = self.model.embed_tokens.forward, self.model.blocks
         clean = table(targets)
 
@@ -954,19 +870,19 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
         level, token_nats, context_nats = 0.0, [], []
         beliefs, previous = Beliefs(), None
         for block, states in zip(blocks, outputs.context_states, strict=True):
-            context = states[:, :-1][kept]
+            context = states[:, :-1][predicted]
             if block.level > level:
                 evidence = evidence + sample_evidence(clean, block.level - level, generator)
                 level = block.level
             belief, bias, alone = beliefs.refine(block.head, context, evidence)
             nats = table(belief + evidence, bias, targets)
-            if previous is not None:  # the belief before, updated to the present evidence
+            if previous is not None:  # the belief before, updated to the evidence at this block
                 nats = nats - table(previous[0] + evidence, previous[1], targets)
             token_nats.append(nats)
             context_nats.append(table(*alone, targets).mean())
             previous = (belief, bias)
         token_nats = torch.stack(token_nats)
-        mean_answer = outputs.last_hidden_state[:, :-1][kept]
+        mean_answer = outputs.last_hidden_state[:, :-1][predicted]
         return NoPropBoundOutput(
             bound=token_nats.sum(0).mean(),
             block_nats=token_nats.mean(1),
@@ -976,12 +892,12 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
         )
 
 
-# The stock heads make their base model with `AutoModel`, which does not know the code of a model directory: both
-# classes below skip that constructor and keep the rest.
+# The constructors of the stock heads create their base model with `AutoModel`, which does not find the code of a model
+# directory. The classes below skip these constructors and keep the rest.
 
 
 class NoPropForSequenceClassification(GenericForSequenceClassification, NoPropPreTrainedModel):
-    """The stock classifier of texts, which reads `last_hidden_state` at the last token."""
+    """The stock text classifier, which reads `last_hidden_state` at the last token."""
 
     def __init__(self, config: NoPropConfig):
         super(GenericForSequenceClassification, self).__init__(config)
@@ -992,7 +908,7 @@ class NoPropForSequenceClassification(GenericForSequenceClassification, NoPropPr
 
 
 class NoPropForTokenClassification(GenericForTokenClassification, NoPropPreTrainedModel):
-    """The stock classifier of tokens, which reads `last_hidden_state` at each of them."""
+    """The stock token classifier, which reads `last_hidden_state` at each token."""
 
     def __init__(self, config: NoPropConfig):
         super(GenericForTokenClassification, self).__init__(config)
@@ -1006,11 +922,12 @@ class NoPropForTokenClassification(GenericForTokenClassification, NoPropPreTrain
 class NoPropForPreTraining(NoPropPreTrainedModel):
     """The model of phase 1: a shallow encoder whose tied input and output table becomes the frozen table of the blocks.
 
-    With `config.pretraining_objective="mlm"` it learns to fill masks from both directions, with `"clm"` to predict the
-    next token from those before it. The rows of the table are centred and scaled at the input *and* at the output, so
-    that the table is trained in the geometry in which it is used afterwards. [`~NoPropForPreTraining.token_table`]
-    returns it.
+    With `config.pretraining_objective="mlm"` the model learns to fill masks from both directions, with `"clm"` to
+    predict the next token from the previous ones. The rows of the table are centred and scaled at the input *and* at
+    the output, so that the table is trained in the geometry in which the blocks use it.
     """
+
+    _subfolders = PRETRAINING_FOLDERS
 
     def __init__(self, config: NoPropConfig):
         super().__init__(config)
@@ -1029,22 +946,12 @@ class NoPropForPreTraining(NoPropPreTrainedModel):
             init.zeros_(self.bias)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """Load the model of phase 1, also when the directory is that of the causal model made with it."""
-        nested = pretrained_model_name_or_path is not None and not kwargs.get("subfolder")
-        for folder in PRETRAINING_FOLDERS if nested else ():
-            if find_config(pretrained_model_name_or_path, folder, kwargs) is not None:
-                kwargs["subfolder"] = folder
-                break
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-
-    @classmethod
     def _weight_shapes(cls, config: NoPropConfig) -> dict[str, torch.Size]:
         with torch.device("meta"):
             return {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
 
     def token_table(self) -> torch.Tensor:
-        """The standardized table, `(vocab_size, hidden_size)`."""
+        """Return the standardized table, `(vocab_size, hidden_size)`."""
         return standardize(self.embed_tokens.weight)
 
     @can_return_tuple
@@ -1058,18 +965,18 @@ class NoPropForPreTraining(NoPropPreTrainedModel):
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> MaskedLMOutput:
-        """
+        """Compute the loss of phase 1 and, outside of training, logits.
+
         Args:
-            input_ids (`(batch_size, sequence_length)`): tokens, some of them masked (none for `"clm"`).
+            input_ids (`(batch_size, sequence_length)`): tokens, for `"mlm"` with some of them masked.
             labels (`(batch_size, sequence_length)`, *optional*): the masked tokens, -100 everywhere else; for `"clm"`,
-                all tokens. While training, only the positions that the loss needs go through the vocabulary, and no
-                logits are returned.
+                all tokens. In training, logits are computed only where the loss needs them, and are not returned.
         """
         mask = self.config.mask_token_id
         never_masked = labels is None and self.config.pretraining_objective == "clm"
         if never_masked and mask is not None and (input_ids == mask).any():
             raise ValueError(
-                "This model of phase 1 learnt to predict next tokens and has never seen a mask: generate text with "
+                "This model was pretrained to predict next tokens and has never seen a mask: generate text with "
                 "AutoModelForCausalLM, or pretrain with `pretraining_objective='mlm'` to fill masks."
             )
         table = self.token_table()
@@ -1084,7 +991,7 @@ class NoPropForPreTraining(NoPropPreTrainedModel):
             targets = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
             prediction, targets = prediction[:, :-1], targets[:, 1:]
         loss = self._mean_nats(prediction, table, targets)
-        if num_items_in_batch is not None:  # this batch's share of what gradients are accumulated over
+        if num_items_in_batch is not None:  # weight by this batch's share of the accumulated gradient
             loss = loss * ((labels != -100).sum() / num_items_in_batch)
         return MaskedLMOutput(loss=loss, logits=logits)
 
@@ -1097,11 +1004,11 @@ class NoPropForPreTraining(NoPropPreTrainedModel):
         return self.readout(states) / math.sqrt(states.shape[-1])  # as in [`DenoisingHead`]
 
     def _mean_nats(self, prediction: torch.Tensor, table: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        kept = places(targets != -100)
-        return vocabulary_nats(prediction[kept], table, self.bias, targets[kept], reduction="mean")
+        predicted = places(targets != -100)
+        return vocabulary_nats(prediction[predicted], table, self.bias, targets[predicted], reduction="mean")
 
 
-NoPropForMaskedLM = NoPropForPreTraining  # its name until 0.1
+NoPropForMaskedLM = NoPropForPreTraining  # the name until 0.1
 
 
 __all__ = [

@@ -1,11 +1,11 @@
-"""Noise: the levels of a chain of blocks, and the path of the evidence over them.
+"""Noise: the levels of a chain of blocks, and the path of the evidence from level to level.
 
 Everything here is in the *evidence form*. A clean embedding ``e`` (every row of the table has ``||e||^2 = d``) is
 observed at signal-to-noise ratio ``gamma`` as
 
     s = gamma * e + sqrt(gamma) * eps,        eps ~ N(0, I).
 
-It carries the same information as the variance-preserving form ``z = sqrt(a) e + sqrt(1 - a) eps`` with
+The evidence carries the same information as the variance-preserving form ``z = sqrt(a) e + sqrt(1 - a) eps`` with
 ``a = gamma / (1 + gamma)`` (``s = z sqrt(a) / (1 - a)``), in the scale in which Bayes' rule is additive:
 ``log p(y | s) = log p(y) + <s, e_y> + const`` because all rows have the same norm. Over growing levels, ``s`` is a
 random walk with drift (stochastic localization; Montanari 2023, arXiv 2305.10690, section 2).
@@ -17,13 +17,13 @@ import torch
 from torch.nn import functional as F
 
 
-# How much of a token the evidence tells by the end of the chain. Where it tells more, a block learns little that the
-# context has to do with; measured in docs/quality.md.
+# Share of a token's entropy that the evidence removes by the end of the chain. With a larger share, blocks learn less
+# from the context; measured in docs/quality.md.
 INFORMATION_SHARE = 1 / 3
 
 
 def standardize(table: torch.Tensor) -> torch.Tensor:
-    """Centre the rows of `table` on their mean and scale each to `||e||^2 = d`.
+    """Subtract the mean of the rows of `table` and scale each row to `||e||^2 = d`.
 
     Args:
         table (`torch.Tensor` of shape `(vocab_size, hidden_size)`): raw embeddings.
@@ -44,11 +44,11 @@ def sample_evidence(
     evidence at `g + level`. The draw is in float32 whatever the dtype of `embeds`.
     """
     embeds = embeds.float()
-    # A number is filled in on the device: to copy it there, the host would wait for all that the device has to do.
+    # Filled in on the device: to copy a number from the host, the host would wait for the device to finish its work.
     level = level.to(embeds) if isinstance(level, torch.Tensor) else embeds.new_full((), level)
     if generator is None:
         noise = torch.randn_like(embeds)
-    else:  # drawn where the generator lives, so that one seed gives one sequence on every device
+    else:  # drawn on the generator's device, so that a seed gives the same numbers for every device of the model
         noise = torch.randn(embeds.shape, generator=generator, device=generator.device).to(embeds.device)
     return level * embeds + level.sqrt() * noise
 
@@ -58,10 +58,10 @@ def prior_levels(noise_schedule: str, num_blocks: int, vocab_size: int, hidden_s
 
     - `"cosine"` (Nichol and Dhariwal 2021, arXiv 2102.09672, eq. 17, offset 0): `gamma_b = a_b / (1 - a_b)` with
       `a_b = cos^2(pi/2 (1 - b/N))`;
-    - `"information"`: equal steps of information, up to [`INFORMATION_SHARE`] of it. At low signal-to-noise ratio the
-      mutual information grows as `gamma d / 2` (I-MMSE; Guo, Shamai, Verdu 2005, arXiv cs/0412108, theorem 1), and a
-      uniform token has `log V` nats to give. [`information_levels`] replaces this first guess once the table and the
-      token counts are known.
+    - `"information"`: equal steps of information, up to the share [`INFORMATION_SHARE`]. At low signal-to-noise ratio
+      the mutual information grows as `gamma d / 2` (I-MMSE; Guo, Shamai, Verdu 2005, arXiv cs/0412108, theorem 1), and
+      a uniform token has an entropy of `log V` nats. [`information_levels`] replaces this first guess once the table
+      and the token counts are known.
     """
     fractions = [block / num_blocks for block in range(num_blocks)]
     if noise_schedule == "cosine":
@@ -75,9 +75,9 @@ def prior_levels(noise_schedule: str, num_blocks: int, vocab_size: int, hidden_s
 def remaining_nats(
     table: torch.Tensor, log_prior: torch.Tensor, level: float, targets: torch.Tensor, noise: torch.Tensor
 ) -> float:
-    """Monte-Carlo estimate, in nats, of what is still unknown of a token after evidence at `level`.
+    """Estimate the remaining entropy of a token after evidence at `level`, in nats, by Monte Carlo.
 
-    The cross-entropy of the exact posterior `softmax(log_prior + s E^T)` under the unigram prior.
+    This is the cross-entropy of the exact posterior `softmax(log_prior + s E^T)` under the unigram prior.
 
     Args:
         table (`(vocab_size, hidden_size)`): standardized embeddings.
@@ -101,20 +101,19 @@ def information_levels(
     num_samples: int = 4096,
     seed: int = 24_11_2026,
 ) -> list[float]:
-    """Levels at which the evidence removes the same number of nats from block to block, of a token drawn from the
-    unigram prior.
+    """Compute levels at which the evidence removes the same number of nats from block to block.
 
-    Block `b` starts where `1 - share * b/N` of the unigram entropy is left. It needs only the table and the token
-    counts, so every worker finds the same levels alone.
+    Tokens are drawn from the unigram prior. At the level of block `b`, the share `1 - share * b/N` of the unigram
+    entropy remains. Levels depend on the table and the token counts only, so all workers compute the same levels.
 
     Args:
         table (`(vocab_size, hidden_size)`): standardized embeddings.
         log_prior (`(vocab_size,)`): log-probabilities of the tokens, up to a constant.
         num_blocks: number of blocks `N`.
-        share: how much of the entropy `N` steps remove.
+        share: share of the entropy that `N` steps remove.
         num_samples: Monte-Carlo samples; one set serves all levels, so the curve is smooth.
-        seed: seed of the samples. An unlikely number on purpose: the samples must not come from the very stream of
-            random numbers that a table was initialized with.
+        seed: seed of the samples. It is an unlikely number, since the samples must not repeat the random numbers that
+            the table was initialized with.
     """
     generator = torch.Generator().manual_seed(seed)
     table, log_prior = table.float().cpu(), log_prior.float().cpu().log_softmax(-1)
@@ -122,7 +121,7 @@ def information_levels(
     noise = torch.randn(num_samples, table.shape[1], generator=generator)
 
     entropy = -(log_prior.exp() * log_prior).sum().item()
-    # The samples' own entropy is known exactly too, and what it is off by is off at every level (a control variate).
+    # Control variate: the sampling error at level 0 is known exactly, and shared by all levels.
     offset = entropy - remaining_nats(table, log_prior, 0.0, targets, noise)
 
     def nats(level: float) -> float:

@@ -1,4 +1,4 @@
-"""Learning curves of a run, finished or not, as a picture."""
+"""Figures of the learning curves of a run, finished or not, and of the bound by block."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from .layout import CHECKPOINTS_FOLDER, RESULTS_FILE
 from .shards_noprop import PRETRAINING_FOLDER
 
 
-# Title, whether of blocks or of phase 1, and the logged values: the first as a line, a second one dashed.
+# Title, whether the panel is of blocks (or of phase 1), and the logged values: solid line, dashed line.
 PANELS = (
     ("embeddings: loss", False, ("loss", "eval_loss")),
     ("blocks: loss in training", True, ("loss",)),
@@ -25,7 +25,7 @@ PANELS = (
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:
-    """What a trainer logged: from its state at its end, or else at its newest checkpoint. Empty where there is none."""
+    """Read the log of a trainer from its final state or, before the end, its newest checkpoint; empty if missing."""
     for path in (folder, *(checkpoint for _, checkpoint in checkpoints_of(folder))):
         try:
             return json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["log_history"]
@@ -35,13 +35,13 @@ def read_history(folder: Path) -> list[dict[str, float]]:
 
 
 def draw_run(directory: Path) -> Figure:
-    """The curves of phase 1 and of all blocks, and the bound of the model by block once that is evaluated.
+    """Draw the curves of phase 1 and of all blocks, and the bound by block once the model is evaluated.
 
     Args:
         directory: a model directory, of which any part may be missing.
 
     Raises:
-        FileNotFoundError: nothing is there to draw.
+        FileNotFoundError: if the directory holds neither logs nor results.
     """
     folders = [path for path in sorted((directory / CHECKPOINTS_FOLDER).glob("block-*")) if path.is_dir()]
     folders.append(directory / CHECKPOINTS_FOLDER / PRETRAINING_FOLDER)
@@ -55,8 +55,8 @@ def draw_run(directory: Path) -> Figure:
     num_panels = len(panels) + results.is_file()
     if num_panels == 0:
         raise FileNotFoundError(
-            f"There is nothing to draw in {directory}: no {CHECKPOINTS_FOLDER}/*/{TRAINER_STATE_NAME} with something "
-            "logged. A run writes it with every checkpoint (--save_steps), and when a block is done."
+            f"There is nothing to draw in {directory}: no {CHECKPOINTS_FOLDER}/*/{TRAINER_STATE_NAME} with logged "
+            "values. A run writes it with every checkpoint (--save_steps), and when a block is done."
         )
 
     columns = min(3, num_panels)
@@ -70,15 +70,15 @@ def draw_run(directory: Path) -> Figure:
                 points = [(entry["step"], entry[key]) for entry in histories[name] if key in entry]
                 if points:
                     label = name if name != PRETRAINING_FOLDER else kind
-                    single = len(points) == 1  # makes no line
-                    marker = "D" if single else "."
+                    is_single = len(points) == 1  # visible only as a marker
+                    marker = "D" if is_single else "."
                     axes.plot(*zip(*points, strict=True), style, marker=marker, color=f"C{index}", label=label)
-                    if single and len(names) == 1:
+                    if is_single and len(names) == 1:
                         annotate(axes, f"{points[0][1]:.3f}", points[0], offset=(-6, 6), ha="right")
         axes.set(title=title, xlabel="step", ylabel="nats per token" if "nats" in keys[0] else "loss")
         if PRETRAINING_FOLDER in names:
             axes.legend(fontsize="small")
-    # One for all panels of blocks, outside of them, where it covers no curve.
+    # One legend for all panels of blocks, outside of them, where it covers no curve.
     curves = {line.get_label(): line for axes in grid for line in axes.get_lines() if line.get_label() in histories}
     if curves:
         names = sorted(curves)
@@ -91,22 +91,31 @@ def draw_run(directory: Path) -> Figure:
 
 
 def annotate(axes: Axes, text: str, point: tuple[float, float], offset: tuple[float, float], **options) -> None:
-    """Write a text beside a point, before all curves."""
+    """Write a text beside a point, in front of all curves."""
     box = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
     options |= {"textcoords": "offset points", "fontsize": "small", "bbox": box, "zorder": 10}
     axes.annotate(text, point, xytext=offset, **options)
 
 
 def bound_figure(directory: Path) -> Figure:
-    """The bound of an evaluated model by block."""
+    """Draw the bound of an evaluated model by block.
+
+    Raises:
+        ValueError: if the results of the evaluation are damaged.
+    """
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     draw_bound(figure.add_subplot(), directory / RESULTS_FILE)
     return figure
 
 
 def draw_bound(axes: Axes, results: Path) -> None:
-    """The bound of the chain on the last evaluated split, up to each block, with what that block adds; and beside it
-    each block alone and the predictive distribution."""
+    """Draw the bound of the chain up to each block on the last evaluated split, labelled with the block's share.
+
+    Each block alone and the predictive distribution are drawn for comparison.
+
+    Raises:
+        ValueError: if the results of the evaluation are damaged.
+    """
     try:
         split, nats = list(json.loads(results.read_text(encoding="utf-8"))["details"].items())[-1]
         totals = np.cumsum(nats["block_nats"])

@@ -1,4 +1,4 @@
-"""The weight files of a model: one for the embeddings, one per block, under the standard index of transformers."""
+"""The weight files of a model: one for the table, one per block, under the standard index of transformers."""
 
 import hashlib
 import json
@@ -12,12 +12,19 @@ from io import BufferedReader
 from pathlib import Path
 
 import torch
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    PushToHubMixin,
+    cached_file,
+    logging,
+)
 
 from .configuration_noprop import NoPropConfig
 
 
-AUTO_MAP = {  # what `trust_remote_code` loads from a directory with these files
+AUTO_MAP = {  # the classes that `trust_remote_code` loads from a directory with these files
     "AutoConfig": "configuration_noprop.NoPropConfig",
     "AutoModel": "modeling_noprop.NoPropModel",
     "AutoModelForCausalLM": "modeling_noprop.NoPropForCausalLM",
@@ -26,9 +33,9 @@ AUTO_MAP = {  # what `trust_remote_code` loads from a directory with these files
     "AutoModelForSequenceClassification": "modeling_noprop.NoPropForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_noprop.NoPropForTokenClassification",
 }
-CONTENT_HASH = "content_sha256"  # in the metadata of a shard, where training wrote it
+CONTENT_HASH = "content_sha256"  # in the metadata of a shard that training wrote
 EMBEDDINGS_SHARD = "embeddings.safetensors"
-FLOATING_TYPES = {  # as safetensors calls them
+FLOATING_TYPES = {  # by their names in safetensors
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -36,11 +43,11 @@ FLOATING_TYPES = {  # as safetensors calls them
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-TABLE_WEIGHT = "embed_tokens.weight"  # its plain name
+TABLE_WEIGHT = "embed_tokens.weight"  # the plain name of the table
 HIDDEN_SHARDS = (
     f"holds {SAFE_WEIGHTS_NAME}, which hides the files that {SAFE_WEIGHTS_INDEX_NAME} names: remove one of the two"
 )
-BAD_INDEX = f"holds no {SAFE_WEIGHTS_INDEX_NAME} that can be read: restore it"
+BAD_INDEX = f"holds no readable {SAFE_WEIGHTS_INDEX_NAME}: restore it"
 CHANGED_CONFIG = "holds a table and a config.json that do not belong together: restore those of its training"
 NO_MODEL = "Give the directory of a whole model, such as the --output_dir of its training"
 PRETRAINING_FOLDER = "pretraining"  # the model of phase 1, in the directory of the model made with it
@@ -49,7 +56,7 @@ PRETRAINING_FOLDERS = (PRETRAINING_FOLDER, "masked_lm")  # the second is its nam
 
 @contextmanager
 def without_progress_bar() -> Iterator[None]:
-    """While a single file is written, which transformers shows a bar for."""
+    """Hide the progress bar of transformers while a single file is written."""
     shows_progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -60,18 +67,18 @@ def without_progress_bar() -> Iterator[None]:
 
 
 def block_shard(block_index: int) -> str:
-    """File name of a block's weights."""
+    """Return the name of the file with a block's weights."""
     return f"block-{block_index:02d}.safetensors"
 
 
 def shard_of(weight_name: str) -> str:
-    """The file that a weight of [`NoPropForCausalLM`] or [`NoPropModel`] belongs to."""
+    """Return the name of the file that a weight of [`NoPropForCausalLM`] or [`NoPropModel`] belongs to."""
     block = re.match(r"(?:model\.)?blocks\.(\d+)\.", weight_name)
     return block_shard(int(block[1])) if block else EMBEDDINGS_SHARD
 
 
 def shard_index(state_dict: dict[str, torch.Tensor]) -> dict:
-    """The content of the index file for the weights of a model; tensors on the meta device will do."""
+    """Return the content of the index file for the weights of a model, which may be on the meta device."""
     return {
         "metadata": {"total_size": sum(tensor.nbytes for tensor in state_dict.values())},
         "weight_map": {name: shard_of(name) for name in state_dict},
@@ -79,12 +86,12 @@ def shard_index(state_dict: dict[str, torch.Tensor]) -> dict:
 
 
 def plain_name(weight_name: str) -> str:
-    """The name of a weight in [`NoPropModel`], whether that or [`NoPropForCausalLM`] was saved."""
+    """Return the name of a weight in [`NoPropModel`], given that or the name in [`NoPropForCausalLM`]."""
     return weight_name.removeprefix("model.")
 
 
 def content_hash(tensors: Iterable[tuple[str, bytes | bytearray]]) -> str:
-    """A hash of names and bytes of tensors, which come in the order of their names."""
+    """Hash names and bytes of tensors, which must come in the order of their names."""
     digest = hashlib.sha256()
     for name, data in tensors:
         digest.update(name.encode() + b"\0")
@@ -99,11 +106,11 @@ def pretraining_folder(directory: Path) -> Path:
 
 
 def fingerprint(config: NoPropConfig, table: torch.Tensor) -> str:
-    """A hash of what a block depends on besides data and seed: architecture, objective and frozen table."""
-    # All that the configuration declares, but token ids and switches that no weight depends on.
+    """Hash what a block depends on besides data and seed: architecture, objective and frozen table."""
+    # All declared fields of the configuration, except token ids and switches that do not affect weights.
     ignored = {"use_cache", "max_position_embeddings"} | {f"{name}_token_id" for name in ("pad", "bos", "eos", "mask")}
     fields = {name: getattr(config, name) for name in NoPropConfig.__annotations__ if name not in ignored}
-    if config.num_hidden_layers != config.num_blocks * config.num_layers_per_block:  # fewer, so another function
+    if config.num_hidden_layers != config.num_blocks * config.num_layers_per_block:  # early exit: another function
         fields["num_hidden_layers"] = config.num_hidden_layers
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     digest.update(table.detach().float().cpu().contiguous().numpy().tobytes())
@@ -115,8 +122,8 @@ class Shard:
     """The content of a safetensors file.
 
     Attributes:
-        metadata: the strings that its writer noted.
-        tensors: the type, as safetensors calls it, and the shape of every tensor, by name.
+        metadata: the metadata, strings by name.
+        tensors: the type, by its name in safetensors, and the shape of every tensor, by name.
         content_hash: the hash of the tensors.
         is_finite: whether all floating-point numbers are finite.
         table (`(vocab_size, hidden_size)`): the embedding table, if the file holds one.
@@ -132,10 +139,10 @@ class Shard:
 def read_shard(path: Path) -> Shard | None:
     """Read a safetensors file, one tensor at a time.
 
-    It is read without the safetensors package, since a model needs torch and transformers alone.
+    The safetensors package is not used, since model files import only torch and transformers.
 
     Returns:
-        The content; None if the file is damaged: if its header cannot be read, or notes another length or hash.
+        The content, or None if the file is damaged: if its header cannot be read, or records another length or hash.
     """
     try:
         with open(path, "rb") as file:
@@ -164,7 +171,7 @@ def read_shard(path: Path) -> Shard | None:
 
 
 def _read_tensor(file: BufferedReader, begin: int, length: int, name: str, shard: Shard) -> bytearray:
-    """The bytes of a tensor; what it is worth is noted in the shard."""
+    """Read the bytes of a tensor, and record in the shard whether it is finite and whether it is the table."""
     data = bytearray(length)
     file.seek(begin)
     file.readinto(data)
@@ -178,7 +185,7 @@ def _read_tensor(file: BufferedReader, begin: int, length: int, name: str, shard
 
 
 def weight_type(table: Shard) -> str | None:
-    """The type of a model's weights: that of its table, if a file holds it."""
+    """Return the type of the table in a shard, which is that of all weights of the model."""
     return next((kind for name, (kind, _) in table.tensors.items() if plain_name(name) == TABLE_WEIGHT), None)
 
 
@@ -188,12 +195,13 @@ def placement_fault(
     provenance: Mapping[str, str],
     kind: str | None = None,
 ) -> str | None:
-    """What keeps a weight file from its place in a model, by its header alone.
+    """Find the reason why a weight file does not belong to a model, from the file's header alone.
 
     Args:
-        shard: the file. Of its content, the header is enough.
-        shapes: of the tensors that belong there, by their plain names; None allows any shape.
-        provenance: the metadata that belong there. Files of other savers lack them, which is no fault.
+        shard: the file, of which only metadata and tensors are used.
+        shapes: the expected shapes of the tensors, by plain names; None allows any shape.
+        provenance: the expected metadata. Metadata that the file lacks are not a fault, since other tools that save
+            models do not write them.
         kind: the type of the model's weights; when not given, any floating-point type that is the same for all.
 
     Returns:
@@ -203,29 +211,28 @@ def placement_fault(
     lacking = [name for name in shapes if name not in counts]
     if lacking:
         return f"lacks {listed(lacking)}"
-    foreign = [name for name, count in counts.items() if name not in shapes or count > 1]  # twice: with either name
+    # A tensor counts twice if it has both its plain name and the one with a prefix.
+    foreign = [name for name, count in counts.items() if name not in shapes or count > 1]
     if foreign:
-        return f"holds what does not belong there: {listed(foreign)}"
+        return f"holds tensors that do not belong there: {listed(foreign)}"
     stored = {plain_name(name): entry for name, entry in shard.tensors.items()}
     for name, expected in shapes.items():
-        found, shape = stored[name]
+        stored_kind, shape = stored[name]
         if expected is not None and shape != tuple(expected):
             return f"holds {name}, which is of size {shape}, but the configuration asks for {tuple(expected)}"
-        kind = kind or found
-        if found != kind or found not in FLOATING_TYPES:
-            return f"holds {name} of type {found}, not of the floating-point type of the other weights"
+        kind = kind or stored_kind
+        if stored_kind != kind or stored_kind not in FLOATING_TYPES:
+            return f"holds {name} of type {stored_kind}, not of the floating-point type of the other weights"
     metadata = shard.metadata
     if "block" in provenance and metadata.get("block", provenance["block"]) != provenance["block"]:
         return f"was trained as block {metadata['block']}"
     if any(metadata.get(name, value) != value for name, value in provenance.items()):
-        return (
-            "was trained with another table or configuration than the model has, other data, or another block before it"
-        )
+        return "was trained with another table, another configuration, other data, or another block before it"
     if "steps" in metadata and not _number(metadata["steps"]) > 0:
-        return "was trained for no step"
+        return "was trained for 0 steps"
     for name, figure in metadata.items():
         if name.endswith("_nats") and not math.isfinite(_number(figure)):
-            return f"is of a training that diverged: {name} is {figure[:20]}"
+            return f"is the result of a training that diverged: {name} is {figure[:20]}"
     return None
 
 
@@ -235,16 +242,27 @@ def shard_fault(
     provenance: Mapping[str, str],
     kind: str | None = None,
 ) -> str | None:
-    """The same by the content: also that the file is damaged (None stands for it), or holds no finite numbers."""
+    """Find the reason why a weight file does not belong to a model, from header and content.
+
+    Args:
+        shard: the file; None if it is damaged.
+        shapes, provenance, kind: as for [`placement_fault`].
+
+    Returns:
+        The fault, as the predicate of a sentence about the file, or None.
+    """
     if shard is None:
         return "is damaged"
     fault = placement_fault(shard, shapes, provenance, kind)
-    return fault if fault or shard.is_finite else "holds weights that are not finite numbers"
+    return fault if fault or shard.is_finite else "holds weights that are not finite"
 
 
 def index_fault(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """What keeps the index in a folder from naming the weights of a whole model, as the predicate of a sentence about
-    the model, or None."""
+    """Find the reason why the index in a folder does not list the weights of a whole model.
+
+    Returns:
+        The fault, as the predicate of a sentence about the model, or None.
+    """
     weight_map = read_index(folder)
     if weight_map is None:
         return BAD_INDEX
@@ -262,15 +280,16 @@ def index_fault(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> str | No
 
 
 def model_fault(folder: Path, config: NoPropConfig, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """What keeps the safetensors files in a folder, of those that loading takes, from being a whole model.
+    """Find the reason why the safetensors files that loading reads from a folder are not a whole model.
 
     Args:
+        folder: the folder; without safetensors files it has no fault.
         config: the configuration that is saved with the files.
-        shapes: of the model's weights, by their plain names. Weights of other names, such as those of a head that
-            somebody added, may be saved with them.
+        shapes: the shapes of the model's weights, by plain names. Weights of other names, such as those of a
+            classifier, may be saved with them.
 
     Returns:
-        The fault, as the predicate of a sentence about the model; None if there is none, or no such file.
+        The fault, as the predicate of a sentence about the model, or None.
     """
     single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
     if single.is_file() and index.is_file():
@@ -287,8 +306,8 @@ def model_fault(folder: Path, config: NoPropConfig, shapes: Mapping[str, tuple[i
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         return (
-            f"is not fully trained: {', '.join(missing)} missing. Train what is missing, which --blocks "
-            "selects by number, or copy those files from where they were trained"
+            f"is not fully trained: {', '.join(missing)} missing. Train these blocks, which --blocks selects by "
+            "number, or copy the files from where they were trained"
         )
     read = {name: read_shard(folder / name) for name in files}
     shards = {name: shard for name, shard in read.items() if shard is not None}
@@ -296,9 +315,9 @@ def model_fault(folder: Path, config: NoPropConfig, shapes: Mapping[str, tuple[i
     if damaged:
         return (
             f"holds weights that are corrupted: {', '.join(damaged)}. Restore the file, train its block again, or "
-            "download it anew with `force_download=True`"
+            "download it again with `force_download=True`"
         )
-    if getattr(config, "quantization_config", None) is not None:  # whose weights have other names and types
+    if getattr(config, "quantization_config", None) is not None:  # quantized weights have other names and types
         return None
 
     table = next((shard for shard in shards.values() if shard.table is not None), None)
@@ -321,13 +340,13 @@ def model_fault(folder: Path, config: NoPropConfig, shapes: Mapping[str, tuple[i
         if not weight_map:
             others = (plain_name(weight) for weight in shard.tensors)
             expected = {**shapes, **{weight: None for weight in others if weight not in shapes and not is_part(weight)}}
-        own = dict(provenance)
+        metadata = dict(provenance)
         if name in blocks:
-            own["block"] = str(blocks[name])
+            metadata["block"] = str(blocks[name])
             previous = shards.get(block_shard(blocks[name] - 1))
             if previous is not None:
-                own["previous_block"] = previous.content_hash
-        fault = shard_fault(shard, expected, own, kind)
+                metadata["previous_block"] = previous.content_hash
+        fault = shard_fault(shard, expected, metadata, kind)
         if fault:
             remedy = "Restore that file, or remove it and train it again" if weight_map else NO_MODEL
             return f"is not a whole model: {name} {fault}. {remedy}"
@@ -335,24 +354,24 @@ def model_fault(folder: Path, config: NoPropConfig, shapes: Mapping[str, tuple[i
 
 
 def read_index(folder: Path) -> dict[str, str] | None:
-    """The file of every weight, from the index in a folder; None if the index is damaged."""
+    """Read the file of every weight from the index in a folder; None if the index is damaged."""
     try:
         weight_map = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
-        is_good = bool(weight_map) and all(
+        is_valid = bool(weight_map) and all(
             isinstance(file, str) and Path(file).name == file for file in weight_map.values()
         )
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return None
-    return weight_map if is_good else None
+    return weight_map if is_valid else None
 
 
 def is_part(name: str) -> bool:
-    """Whether a weight of this plain name is one of the table or of a block."""
+    """Check whether a weight of this plain name belongs to the table or to a block."""
     return name.startswith(("embed_tokens.", "blocks."))
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first of some names, and how many more there are."""
+    """Format names for a message: the first one, and the number of the others."""
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
@@ -361,3 +380,135 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
+
+
+class ShardedFilesMixin(PushToHubMixin):
+    """Save a model with one file for the table and one per block, and load only files that are a whole model."""
+
+    _is_sharded = False  # whether the weights are those of the table and the blocks
+    _subfolders: tuple[str, ...] = ()  # folders of a model directory to look for such a model in
+
+    @classmethod
+    def _weight_shapes(cls, config: NoPropConfig) -> dict[str, torch.Size]:
+        """Return the shapes of the weights that a saved model must hold, by plain names."""
+        raise NotImplementedError
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """Save as every model of transformers, with one file for the table and one per block under the index."""
+        self.config.auto_map = dict(AUTO_MAP)
+        if (
+            not getattr(type(self.base_model), "_is_sharded", False)
+            or kwargs.get("variant")
+            or getattr(self, "_hf_peft_config_loaded", False)
+        ):
+            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub=push_to_hub, **kwargs)
+            return
+        commit_arguments = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
+        commit = {name: kwargs.pop(name) for name in commit_arguments if name in kwargs}
+        kwargs["max_shard_size"] = "1000TB"
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        index = shard_index(state_dict)
+        directory = Path(save_directory)
+        shards = sorted(set(index["weight_map"].values()))
+        for shard in shards:
+            tensors = {name: tensor for name, tensor in state_dict.items() if shard_of(name) == shard}
+            with without_progress_bar():
+                super().save_pretrained(directory, is_main_process, tensors, **kwargs)
+            if is_main_process:
+                (directory / SAFE_WEIGHTS_NAME).replace(directory / shard)
+        if is_main_process:
+            for stale in directory.glob("block-*.safetensors"):
+                if stale.name not in shards:
+                    stale.unlink()
+            (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        if push_to_hub:
+            self.push_to_hub(commit.pop("repo_id", directory.name), token=kwargs.get("token"), **commit)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Load a model as every model of transformers, and refuse files that are not a whole model.
+
+        Raises:
+            OSError: if the files are not those of the configuration that is saved with them, blocks are missing or not
+                trained, or weights are corrupted.
+        """
+        name = pretrained_model_name_or_path
+        if name is not None and not kwargs.get("subfolder"):
+            nested = (folder for folder in cls._subfolders if find_config(name, folder, kwargs) is not None)
+            kwargs["subfolder"] = next(nested, "")
+        if name is None or kwargs.get("state_dict") is not None:  # the weights come from the caller
+            return super().from_pretrained(name, *model_args, **kwargs)
+        with_info = kwargs.pop("output_loading_info", False)
+        folder = Path(str(name), kwargs.get("subfolder") or "")
+        is_local = folder.is_dir()
+        shapes = cls._check_files(name, folder, kwargs) if is_local else {}
+        try:
+            model, info = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
+        except Exception as error:
+            if not is_local:  # the error does not name the damaged file, which is in the cache now
+                cls._check_download(name, kwargs, error)
+            raise
+        if not is_local:
+            shapes = cls._check_download(name, kwargs)
+        lacking = sorted(weight for weight in info["missing_keys"] if plain_name(weight) in shapes)
+        if lacking:  # in files of other formats
+            raise OSError(f"{name} is not a whole model: it lacks {listed(lacking)}.")
+        return (model, info) if with_info else model
+
+    @classmethod
+    def _check_download(cls, name: str | Path, options: dict, cause: Exception | None = None) -> dict[str, torch.Size]:
+        """Check the files of a repository as [`_check_files`] does, once they are in the cache."""
+        config = find_config(name, options.get("subfolder") or "", options)
+        return {} if config is None else cls._check_files(name, Path(config).parent, options, cause)
+
+    @classmethod
+    def _check_files(
+        cls, name: str | Path, folder: Path, options: dict, cause: Exception | None = None
+    ) -> dict[str, torch.Size]:
+        """Check that a folder holds a whole model.
+
+        Args:
+            name: the directory or repository that a message names.
+            options: the options of loading.
+            cause: the loading error that led to the check.
+
+        Returns:
+            The shapes of the weights that the model must hold, by plain names.
+
+        Raises:
+            OSError: if the folder holds another model or part of one.
+        """
+        if not (folder / CONFIG_NAME).is_file():
+            return {}
+        fields, _ = NoPropConfig.get_config_dict(folder)
+        kind, expected = fields.get("model_type"), cls.config_class.model_type
+        if kind != expected:
+            raise OSError(f"{name} holds a model of type {kind!r}, not of type {expected!r}.") from cause
+        config = NoPropConfig.from_dict(fields)
+        shapes = cls._weight_shapes(config)
+        # A variant and weights of another format are in other files.
+        if not options.get("variant") and not options.get("gguf_file") and options.get("use_safetensors") is not False:
+            fault = model_fault(folder, config, shapes)
+            if fault is not None:
+                raise OSError(f"{name} {fault}.") from cause
+        return {} if getattr(config, "quantization_config", None) is not None else shapes
+
+
+def find_config(name_or_path: str | Path, subfolder: str, options: dict) -> str | None:
+    """Return the path of the configuration in a folder of a directory or repository.
+
+    Args:
+        options: the options of loading, of which those that select the repository's files are used.
+    """
+    names = ("cache_dir", "revision", "token", "local_files_only")
+    lookup = {name: options[name] for name in names if name in options}
+    return cached_file(
+        name_or_path, CONFIG_NAME, subfolder=subfolder, _raise_exceptions_for_missing_entries=False, **lookup
+    )

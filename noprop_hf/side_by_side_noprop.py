@@ -1,15 +1,14 @@
-"""The encoders of several blocks side by side, as one function with the encoders one by one.
+"""Encode the context with several blocks side by side, with the same result as block by block.
 
 Independent blocks read the same context and do not depend on one another. So everything between the linear layers of a
 decoder layer (norms, rotary positions, the cache, attention, activation, residual sums) is computed for all blocks at
-once. The linear layers themselves are called as the modules they are, one by one (or, if they are no more than their
-weight, computed from it as it is then): adapters, hooks, quantization and changed weights act on them as they do
-elsewhere, and no weight is copied or moved. Hooks on them may depend on the order of the calls: with any, blocks run
-one by one.
+once. The linear layers themselves are called as modules, one by one (or, if a layer is nothing but its weight, computed
+from the present weight): adapters, quantization and changed weights act on them as elsewhere, and no weight is copied
+or moved. Hooks on linear layers may depend on the order of the calls: with such hooks, blocks run one by one.
 
-What is bypassed are the forward passes of the modules around them. They are those of `modeling_llama.py` and
-[`ContextEncoder`], to which [`find_layers`] holds them: with a hook, a patch or another class, blocks run one
-by one. `tests/test_side_by_side.py` compares both ways.
+The forward passes of the modules around the linear layers are bypassed. [`find_layers`] checks that they are those of
+`modeling_llama.py` and [`ContextEncoder`]: with a hook, a patch or another class, blocks run one by one.
+`tests/test_side_by_side.py` compares both ways.
 """
 
 import math
@@ -34,7 +33,8 @@ from .cache_noprop import BlockCache, GrowingLayer, write
 def stock(*functions: Callable) -> list[Callable]:
     """Select the functions whose code is that of torch or transformers.
 
-    Patches and kernels can have taken their place before this module is imported, as a model's own code is late.
+    Patches and kernels may have replaced them before this module is imported, since the code of a model directory is
+    imported late.
     """
     roots = tuple(str(Path(library.__file__).parent) for library in (torch, transformers))
     codes = [getattr(function, "__code__", None) for function in functions]
@@ -45,7 +45,7 @@ def stock(*functions: Callable) -> list[Callable]:
     ]
 
 
-# The forward passes that `_encode` stands for.
+# The forward passes that `_encode` replaces.
 LLAMA_FORWARDS: Mapping[type, Callable] = {
     cls: cls.forward
     for cls in (LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, SiLUActivation)
@@ -66,7 +66,7 @@ LARGE_WEIGHT = 2**17
 
 
 def is_unchanged(module: nn.Module, forwards: Mapping[type, Callable]) -> bool:
-    """Whether calling a module runs the forward pass of its class that `forwards` names, and nothing else."""
+    """Check whether calling a module runs the forward pass that `forwards` lists for its class, and nothing else."""
     state, forward = module.__dict__, forwards.get(type(module))
     return (
         forward is not None
@@ -74,7 +74,7 @@ def is_unchanged(module: nn.Module, forwards: Mapping[type, Callable]) -> bool:
         and type(module).__call__ in MODULE_CALLS
         and not torch_module._global_forward_hooks
         and not torch_module._global_forward_pre_hooks
-        and "forward" not in state  # as accelerate and peft replace it
+        and "forward" not in state  # accelerate and peft replace it on the instance
         and not state["_forward_hooks"]
         and not state["_forward_pre_hooks"]
         and state.get("_compiled_call_impl") is None
@@ -82,13 +82,13 @@ def is_unchanged(module: nn.Module, forwards: Mapping[type, Callable]) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a hook on a module, or on a part of it, sees its forward pass."""
+    """Check whether a module or one of its submodules has forward hooks."""
     parts = (module,) if type(module) is nn.Linear else module.modules()
     return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
 
 
 class LayerModules(NamedTuple):
-    """The modules of a decoder layer, looked up once."""
+    """The modules of a decoder layer, so that each is looked up once."""
 
     attention: LlamaAttention
     projections: tuple[nn.Module, nn.Module, nn.Module]
@@ -104,17 +104,17 @@ class LayerModules(NamedTuple):
 def find_layers(
     blocks: Sequence[nn.Module], forwards: Mapping[type, Callable], cache: Any, kwargs: Mapping[str, Any]
 ) -> list[tuple[LayerModules, ...]] | None:
-    """The layers of blocks for [`encode_side_by_side`], if it computes what calling the blocks one by one does.
+    """Collect the layers of blocks for [`encode_side_by_side`], if its result is that of the blocks one by one.
 
     Args:
-        blocks: the blocks; `forwards` must name their class and that of their encoders.
+        blocks: the blocks; `forwards` must list their class and that of their encoders.
         forwards: the forward passes that may be bypassed, by class.
-        cache: only a [`BlockCache`] can be filled by several blocks at once.
-        kwargs: further arguments of the layers; any that is set may mean something to them, except that nothing is
-            recorded where `output_hidden_states` and such are false.
+        cache: the key-value cache; several blocks at once can fill only a [`BlockCache`].
+        kwargs: further arguments of the layers. Any argument that is set could affect the layers and rules out the
+            bypass, except for `output_hidden_states` and the like when false.
 
     Returns:
-        For every layer of a block, the modules of that layer in each block; None where blocks must run one by one.
+        For every layer of a block, the modules of that layer in each block; None if blocks must run one by one.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
@@ -129,7 +129,7 @@ def find_layers(
         return None
     if _attention_function(config) not in ATTENTION_FUNCTIONS:
         return None
-    found, kinds = [], []
+    layers_by_block, kinds = [], []
     for block in blocks:
         encoder = block.encoder
         if not (is_unchanged(block, forwards) and is_unchanged(encoder, forwards)):
@@ -141,13 +141,13 @@ def find_layers(
             return None
         if cache is not None and any(layer.attention.layer_idx >= len(cache.layers) for layer in layers):
             return None
-        found.append(layers)
+        layers_by_block.append(layers)
         kinds.append((encoder.norm.variance_epsilon, *(_kind(layer) for layer in layers)))
-    return list(zip(*found, strict=True)) if kinds.count(kinds[0]) == len(kinds) else None
+    return list(zip(*layers_by_block, strict=True)) if kinds.count(kinds[0]) == len(kinds) else None
 
 
 def _find_modules(layer: nn.Module, forwards: Mapping[type, Callable], config: Any) -> LayerModules | None:
-    """The modules of a layer, or None if one between its linear layers was changed."""
+    """Collect the modules of a layer; None if a module between its linear layers was changed."""
     if not is_unchanged(layer, forwards):
         return None
     attention, mlp, input_norm, output_norm = (
@@ -179,14 +179,13 @@ def _find_modules(layer: nn.Module, forwards: Mapping[type, Callable], config: A
 
 
 def _width(linear: nn.Module) -> int:
-    """How many features a linear layer gives, since pruning may leave some narrower; a number of its own where the
-    layer does not say."""
+    """Return the number of features of a linear layer, which pruning may reduce; a unique number if it is unknown."""
     weight = linear._parameters.get("weight") if type(linear) is nn.Linear else None
     return getattr(linear, "out_features", id(linear)) if weight is None else len(weight)
 
 
 def _kind(layer: LayerModules) -> tuple:
-    """What layers of several blocks must have in common to be computed at once."""
+    """Return the properties that layers of several blocks must share to be computed at once."""
     attention = layer.attention
     return (
         *(_width(linear) for linear in (*layer.projections, layer.gate, layer.up)),
@@ -212,14 +211,16 @@ def encode_side_by_side(
     cache: BlockCache | None = None,
     last_only: bool = False,
 ) -> torch.Tensor:
-    """Clean embeddings `(batch, sequence, hidden_size)` to the context states of all encoders, `(num_blocks, batch,
-    sequence, hidden_size)`.
+    """Map clean embeddings `(batch, sequence, hidden_size)` to the context states of all encoders.
 
     Args:
-        layers: what [`find_layers`] found in the blocks of these encoders.
-        attention_mask, position_embeddings: as [`ContextEncoder`] makes them for its layers.
-        last_only: only the states of the last position are needed: the last layer, a large part of a block, leaves out
-            the others where it can.
+        layers: the result of [`find_layers`] for the blocks of these encoders.
+        attention_mask, position_embeddings: the results of [`ContextEncoder.attention_inputs`].
+        last_only: return at least the states of the last position. The last layer, a large part of a block, skips the
+            other positions if it can.
+
+    Returns:
+        Context states `(num_blocks, batch, sequence, hidden_size)`.
     """
     rows = inputs_embeds.shape[0] * inputs_embeds.shape[1]
     step = max(1, ROWS_AT_ONCE.get(inputs_embeds.device.type, ROWS_AT_ONCE_ELSEWHERE) // rows)
@@ -242,7 +243,7 @@ def encode_side_by_side(
 
 
 def _takes_tokens_one_by_one(layer: LayerModules) -> bool:
-    """Whether what a layer makes of a token after its attention does not depend on which others it is called with."""
+    """Check whether a layer's result for a token after attention is independent of the other tokens of the call."""
     return all(is_plain_linear(module) for module in (layer.output, layer.gate, layer.up, layer.down))
 
 
@@ -256,26 +257,28 @@ def _encode(
     cache: BlockCache | None,
     last_only: bool,
 ) -> torch.Tensor:
-    """The context states of a group of encoders; see [`ContextEncoder.forward`] and `LlamaDecoderLayer.forward` for
-    what is computed."""
+    """Compute the context states of a group of encoders.
+
+    The reference is [`ContextEncoder.forward`] with `LlamaDecoderLayer.forward`.
+    """
     batch, length, width = inputs_embeds.shape
     attention_function = _attention_function(encoders[0].config)
     is_small = batch * length > FEW_ROWS or width * encoders[0].config.intermediate_size < LARGE_WEIGHT
     call = _call if is_small else _call_plain
-    # Scaled anew for each block, as a module may change what it is given.
+    # Scaled again for each block, since a module may change its input in place.
     states = _stack([call(encoder.input_projection, inputs_embeds / width**0.5) for encoder in encoders[group]])
     count = len(states)
-    if attention_mask is not None and attention_mask.shape[1] > 1:  # a mask of its own for each head
+    if attention_mask is not None and attention_mask.shape[1] > 1:  # one mask per head
         attention_mask = attention_mask.repeat(1, count, 1, 1)
     for all_layers in layers:
-        own = all_layers[group]
-        first = own[0].attention
-        normed = _norm(states, [layer.input_norm for layer in own])
+        group_layers = all_layers[group]
+        first = group_layers[0].attention
+        normed = _norm(states, [layer.input_norm for layer in group_layers])
         query, key, value = (
             _concatenate([call(linear, rows) for linear, rows in zip(linears, normed, strict=True)])  # of all blocks
             .view(batch, length, -1, first.head_dim)
             .transpose(1, 2)
-            for linears in zip(*(layer.projections for layer in own), strict=True)
+            for linears in zip(*(layer.projections for layer in group_layers), strict=True)
         )
         query, key = modeling_llama.apply_rotary_pos_emb(query, key, *position_embeddings)
         if cache is not None:
@@ -285,26 +288,28 @@ def _encode(
             states, query, length = states[:, :, -1:], query[:, :, -1:], 1
             attention_mask = None if attention_mask is None else attention_mask[:, :, -1:]
         mixed, _ = attention_function(first, query, key, value, attention_mask, dropout=0.0, scaling=first.scaling)
-        del query, key, value  # the memory is needed for what follows
+        del query, key, value  # frees memory for the feed-forward layer
         mixed = mixed.reshape(batch, length, count, -1).permute(2, 0, 1, 3).contiguous()
-        states = states + _stack([call(layer.output, rows) for layer, rows in zip(own, mixed, strict=True)])
-        normed = _norm(states, [layer.output_norm for layer in own])
-        hidden = own[0].activation(_stack([call(layer.gate, rows) for layer, rows in zip(own, normed, strict=True)]))
-        hidden *= _stack([call(layer.up, rows) for layer, rows in zip(own, normed, strict=True)])
-        states = states + _stack([call(layer.down, rows) for layer, rows in zip(own, hidden, strict=True)])
+        states = states + _stack([call(layer.output, rows) for layer, rows in zip(group_layers, mixed, strict=True)])
+        normed = _norm(states, [layer.output_norm for layer in group_layers])
+        hidden = _stack([call(layer.gate, rows) for layer, rows in zip(group_layers, normed, strict=True)])
+        hidden = group_layers[0].activation(hidden)
+        hidden *= _stack([call(layer.up, rows) for layer, rows in zip(group_layers, normed, strict=True)])
+        states = states + _stack([call(layer.down, rows) for layer, rows in zip(group_layers, hidden, strict=True)])
         del hidden
     return _norm(states, [encoder.norm for encoder in encoders[group]])
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer and nothing more, so that its weight may be used directly."""
+    """Check whether a module is an unchanged linear layer, so that its weight may be used directly."""
     return is_unchanged(module, PLAIN_LINEAR) and type(module.weight) is nn.Parameter
 
 
 def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`F.linear`, which uses one thread of a CPU for few rows: the rows of a large weight are shared out.
+    """Compute `F.linear` with several threads of a CPU, where torch uses one thread if `rows` are few.
 
-    Measured with two threads: 1.3 to 1.8 times as fast for 1 to 32 rows and weights of 384 x 384 and more.
+    The rows of a large weight are split between the threads. Measured with two threads: 1.3 to 1.8 times as fast for 1
+    to 32 rows and weights of 384 x 384 and more.
     """
     num_rows = rows.numel() // rows.shape[-1]
     is_spread = rows.device.type == "cpu" and num_rows <= FEW_ROWS and weight.numel() >= LARGE_WEIGHT
@@ -320,7 +325,7 @@ def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
 
 
 def _call_plain(linear: nn.Module, rows: torch.Tensor) -> torch.Tensor:
-    """Call a linear layer, or compute the same by [`product`] where nothing but its weight is there."""
+    """Call a linear layer, or compute the same by [`product`] if the layer is nothing but its weight."""
     if is_plain_linear(linear) and linear.bias is None:
         return product(rows, linear.weight)
     return linear(rows)
@@ -339,6 +344,6 @@ def _concatenate(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _norm(states: torch.Tensor, norms: Sequence[nn.Module]) -> torch.Tensor:
-    """`LlamaRMSNorm.forward` of each block on its part of `(num_blocks, batch, sequence, hidden_size)`."""
+    """Compute `LlamaRMSNorm.forward` of each block on its part of `(num_blocks, batch, sequence, hidden_size)`."""
     normed = F.rms_norm(states.float(), states.shape[-1:], eps=norms[0].variance_epsilon)
     return _stack([norm.weight for norm in norms])[:, None, None] * normed.to(states.dtype)

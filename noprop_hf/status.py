@@ -1,4 +1,4 @@
-"""What there is of a model: block by block, in a directory or in a repository of the Hub."""
+"""The status of every block of a model, in a directory or in a repository of the Hub."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,11 +19,12 @@ from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, block_shard, placemen
 
 @dataclass
 class BlockStatus:
-    """
+    """Status of one block.
+
     Attributes:
-        state: `"missing"`, `"training"`, `"stopped"` (begun, and nobody is at it), `"done"`, `"damaged"`, or
-            `"unusable"` (it does not belong there, or was not trained).
-        details: how far, by whom, and with what result.
+        state: `"missing"`, `"training"`, `"stopped"` (begun, but no worker trains it), `"done"`, `"damaged"`, or
+            `"unusable"` (the file does not belong there, or was not trained).
+        details: progress, worker and result.
     """
 
     state: str
@@ -31,14 +32,16 @@ class BlockStatus:
 
 
 def local_status(directory: Path) -> list[BlockStatus]:
-    """The blocks of a model directory.
+    """Return the status of the blocks of a model directory.
 
     Raises:
-        FileNotFoundError: it is none.
-        ValueError: its table, index or configuration are damaged, or do not fit together.
+        FileNotFoundError: if `directory` is not a model directory.
+        ValueError: if table, index or configuration are damaged, or do not fit together.
     """
     if not (directory / EMBEDDINGS_SHARD).is_file():
-        raise FileNotFoundError(f"{directory} holds no {EMBEDDINGS_SHARD}: phase 1 is not done, or this is no model.")
+        raise FileNotFoundError(
+            f"{directory} holds no {EMBEDDINGS_SHARD}: phase 1 is not done, or this is not a model directory."
+        )
     config = read_config(directory)
     table = load_table(directory, config)
     return [_local_block(directory, config, table, index) for index in range(config.num_blocks)]
@@ -52,28 +55,28 @@ def _local_block(directory: Path, config: NoPropConfig, table: TokenTable, block
             return BlockStatus("damaged")
         try:
             fault = block_fault(directory, config, table, block_index, shard)
-        except (FileNotFoundError, ValueError) as error:  # the block that it reads is missing or damaged
+        except (FileNotFoundError, ValueError) as error:  # the block before it, which it reads, is missing or damaged
             fault = f"cannot be checked: {one_line(error)}"
         return BlockStatus("done", _result(shard.metadata)) if fault is None else BlockStatus("unusable", fault)
-    saved = checkpoints_of(checkpoint_folder(directory, block_name(block_index)))
-    step = f"step {saved[0][0]}" if saved else "step 0"
+    checkpoints = checkpoints_of(checkpoint_folder(directory, block_name(block_index)))
+    step = f"step {checkpoints[0][0]}" if checkpoints else "step 0"
     holder = holder_of(lock_file(directory, block_name(block_index)))
     if holder is not None:
         return BlockStatus("training", f"saved at {step}, by {holder}")
-    return BlockStatus("stopped", f"saved at {step}") if saved else BlockStatus("missing")
+    return BlockStatus("stopped", f"saved at {step}") if checkpoints else BlockStatus("missing")
 
 
 def remote_status(repo_id: str, token: str | None = None) -> list[BlockStatus]:
-    """The blocks of a repository of the Hub.
+    """Return the status of the blocks of a repository of the Hub.
 
     Raises:
-        ConnectionError: the Hub cannot be reached.
-        ValueError: there is no such repository, or it holds no model.
+        ConnectionError: if the Hub cannot be reached.
+        ValueError: if the repository does not exist or holds no model.
     """
-    if is_offline_mode():  # what is in the cache may be old
+    if is_offline_mode():  # the cache may be outdated
         raise ConnectionError(
-            f"There is no model {repo_id!r} here, and the Hub cannot be asked, since HF_HUB_OFFLINE is set: unset it, "
-            "or give a model directory."
+            f"There is no model {repo_id!r} on this machine, and the Hub cannot be reached, since HF_HUB_OFFLINE is "
+            "set: unset it, or give a model directory."
         )
     config = read_config(repo_id, token)
     place = MeetingPlace(repo_id, None, token, patience=60)

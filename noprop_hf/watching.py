@@ -1,4 +1,4 @@
-"""Seeing the chain of blocks work: what is believed of each generated token, as data, as text and as a picture."""
+"""Watch the chain of blocks: its beliefs about each generated token as data, as a terminal table and as a figure."""
 
 import math
 import textwrap
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class BlockBelief:
-    """What the chain believes at a block.
+    """The chain's belief at a block.
 
     Args:
-        level: signal-to-noise ratio of the evidence it has seen; 0 is pure noise.
+        level: signal-to-noise ratio of the evidence; 0 is pure noise.
         moved_to: the token, drawn from the belief before, that the evidence of the first trajectory moved towards.
-        candidates: the likeliest tokens as text, with their probabilities, likeliest first.
-        probability: that of the token finally taken.
+        candidates: the likeliest tokens as text with their probabilities, likeliest first.
+        probability: the probability of the token that was generated.
     """
 
     level: float
@@ -39,13 +39,13 @@ class BlockBelief:
 
 @dataclass
 class WatchedToken:
-    """A generated token and how it came about.
+    """A generated token and the beliefs that led to it.
 
     Args:
-        token_id: its index in the vocabulary.
-        token: the token by itself, with signs for what cannot be seen.
-        text: all that has been generated so far.
-        beliefs: one for each block, in order.
+        token_id: the index in the vocabulary.
+        token: the token as text, with visible signs for white space.
+        text: all text generated so far.
+        beliefs: the belief at each block, in order.
     """
 
     token_id: int
@@ -66,23 +66,26 @@ def watch(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> Iterator[WatchedToken]:
-    """Generate with the chain, and tell of every token what each block believed.
+    """Generate with the chain, and yield each token with the belief at every block.
 
     Args:
-        num_candidates: how many of the likeliest tokens are kept. With 200, any other has less than 1/200.
+        num_candidates: number of likeliest tokens to keep per block. With 200, any other token has less than 1/200.
         num_inference_blocks: run only the first blocks; all when not given.
         num_trajectories: chains to average for each token.
-        temperature: of the draw from the last belief; 0, or next to it, takes the likeliest token.
+        temperature: temperature of the draw from the last belief; below 1e-5, the likeliest token is taken.
+
+    Yields:
+        The generated tokens, until the end of the text or `max_new_tokens`.
 
     Raises:
-        ValueError: a prompt without a token, or one that does not fit into the model's window with the new tokens.
+        ValueError: if the prompt holds no token, or does not fit into the model's window with the new tokens.
     """
     window = model.config.max_position_embeddings
     input_ids = encode_prompt(prompt, tokenizer).to(model.device)
     if input_ids.shape[1] + max_new_tokens > window:
         raise ValueError(
-            f"A prompt of {input_ids.shape[1]} tokens and {max_new_tokens} new ones do not fit into the {window} that "
-            "the model was made for. Shorten the prompt."
+            f"A prompt of {input_ids.shape[1]} tokens and {max_new_tokens} new tokens do not fit into the {window} "
+            "tokens that the model was trained for. Shorten the prompt."
         )
     generator = torch.Generator().manual_seed(seed)
     model.eval()
@@ -125,35 +128,35 @@ def _likeliest(belief: torch.Tensor, tokenizer: PreTrainedTokenizerBase, count: 
 
 
 def token_name(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
-    """What to call a token: its text, or its entry in the vocabulary where that has parts of a character."""
+    """Return the text of a token, or its entry in the vocabulary if the token is a part of a character."""
     text = tokenizer.decode([token_id])
     return f"<{tokenizer.convert_ids_to_tokens(token_id)}>" if "\ufffd" in text else visible(text)
 
 
 def visible(text: str) -> str:
-    """A text with signs for its spaces and ends of lines."""
+    """Replace spaces, ends of lines and tabs in a text by visible signs."""
     return text.replace(" ", "\u2423").replace("\n", "\u21b5").replace("\t", "\u21e5")
 
 
 def table(watched: WatchedToken, num_candidates: int = 4) -> Table:
-    """A token as a table for a terminal: a line for each block with its likeliest tokens, the sure ones brighter."""
-    found = Table(title=Text.assemble("token ", (watched.token, "bold green")), title_justify="left")
-    found.add_column("block", justify="right", min_width=5)
-    found.add_column("\u03b3", justify="right", min_width=5)
-    found.add_column("moved to", min_width=8)
-    found.add_column("the likeliest tokens", no_wrap=True)
+    """Show a token in a terminal: one row per block with its likeliest tokens, those of high probability in bold."""
+    grid = Table(title=Text.assemble("token ", (watched.token, "bold green")), title_justify="left")
+    grid.add_column("block", justify="right", min_width=5)
+    grid.add_column("\u03b3", justify="right", min_width=5)
+    grid.add_column("moved to", min_width=8)
+    grid.add_column("the likeliest tokens", no_wrap=True)
     for block, belief in enumerate(watched.beliefs):
         line = Text()
         for token, probability in belief.candidates[:num_candidates]:
             style = "bold green" if token == watched.token else "bold" if probability > 0.2 else "dim"
             line.append(f"{token} ", style).append(f"{probability:.2f}   ", "dim")
-        found.add_row(str(block), f"{belief.level:.3f}" if belief.level else "noise", belief.moved_to or "", line)
-    return found
+        grid.add_row(str(block), f"{belief.level:.3f}" if belief.level else "noise", belief.moved_to or "", line)
+    return grid
 
 
 def figure(prompt: str, tokens: Sequence[WatchedToken]) -> "Figure":
-    """Tokens as a picture: for each, a map of the probabilities of candidates (columns) at the blocks (rows)."""
-    from matplotlib.figure import Figure  # of the extra `plot`; the terminal needs none
+    """Draw the tokens: for each, a map of the probabilities of candidates (columns) at the blocks (rows)."""
+    from matplotlib.figure import Figure  # in the extra `plot`, which the terminal table does not need
 
     columns = min(4, len(tokens))
     rows = -(-len(tokens) // columns)
@@ -186,7 +189,7 @@ def figure(prompt: str, tokens: Sequence[WatchedToken]) -> "Figure":
 
 
 def candidates(watched: WatchedToken, count: int = 6) -> list[str]:
-    """The tokens worth a column: the one that was taken, and the likeliest ones at any block."""
+    """Select the tokens for the columns of a figure: the generated token, and the likeliest tokens at any block."""
     best: dict[str, float] = {}
     for belief in watched.beliefs:
         for token, probability in belief.candidates:
@@ -198,7 +201,7 @@ def candidates(watched: WatchedToken, count: int = 6) -> list[str]:
 
 
 def probabilities(watched: WatchedToken, names: Sequence[str]) -> list[list[float]]:
-    """Of each block (rows), what it gives to the tokens of some names; 0 where that was not kept."""
+    """Return the probabilities of named tokens (columns) at each block (rows); 0 if not among the candidates."""
     rows = [dict(belief.candidates) | {watched.token: belief.probability} for belief in watched.beliefs]
     return [[row.get(name, 0.0) for name in names] for row in rows]
 

@@ -68,6 +68,13 @@ def test_bad_recipes(tmp_path, capsys, recipe, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", ["[hf_secret]", "{a: hf_secret}"])
+def test_a_token_of_a_wrong_kind_is_not_shown(tmp_path, capsys, value):
+    with pytest.raises(SystemExit):
+        parse(tmp_path, f"hub_token: {value}")
+    assert "hub_token must not be" in (error := capsys.readouterr().err) and "secret" not in error
+
+
 def test_missing_recipe(capsys):
     with pytest.raises(SystemExit):
         parse_recipe("test", ["nowhere.yaml"])

@@ -4,18 +4,22 @@ What is written is run as it stands, in a copy of the project whose recipes are 
 cannot run here (`ELSEWHERE`) is named with what is run in its place.
 """
 
+import ast
+import configparser
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import yaml
 
 from conftest import ROOT, copy_project, run_process, sentences
 from hub_server import TOKEN, hub_server
+from noprop_hf.arguments import BlockArguments
 from warm_python import WarmPython
 
 
@@ -136,6 +140,38 @@ def test_documents_have_commands():
     assert len(ALL) > 20
     missing = [part for part in ELSEWHERE if not any(part in command for _, command in ALL)]
     assert not missing, f"no document speaks of {missing} any more"
+
+
+def test_readme_begins_with_code_and_true_badges():
+    text = (ROOT / "README.md").read_text()
+    assert "from_pretrained" in "".join(text.splitlines()[:25])
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    floors = dict(line.split(">=") for line in setup["options"]["install_requires"].split())
+    floors["Python"] = setup["options"]["python_requires"].removeprefix(">=")
+    badges = re.findall(r"\[(\w+)\]\(https://img.shields.io/badge/([^)]+)-\w+\)", text)
+    shown = {name: unquote(badge).partition("-")[2].replace("--", "-") for name, badge in badges}
+    for name in ("Python", "torch", "transformers"):
+        assert shown[name] == f"\u2265 {floors[name]}"
+    assert shown["license"] == setup["metadata"]["license_expression"]
+
+
+def test_no_prompt_ends_in_a_blank():
+    """A byte-level tokenizer makes the blank the beginning of the next word."""
+    lines = [command for _, command in ALL]
+    for path in (ROOT / "noprop_hf" / "commands").glob("*.py"):
+        lines += re.findall(r"^%\(prog\)s (.*)", path.read_text(), re.MULTILINE)
+    prompts = [word for line in lines for word in shlex.split(line)]
+    programs = [program for document in DOCUMENTS for program in blocks(document, "python")]
+    programs += re.findall(r"^EXAMPLES = .*", (ROOT / "space" / "app.py").read_text(), re.MULTILINE)
+    for program in programs:
+        prompts += [node.value for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Constant)]
+    for recipe in (ROOT / "recipes").glob("*.yaml"):
+        prompts += yaml.safe_load(recipe.read_text())["sample_prompts"]
+    assert {"Return the", "The song", "If the file does not exist,"} < set(prompts)
+    assert not [
+        prompt for prompt in [*prompts, *BlockArguments().sample_prompts] if str(prompt) != str(prompt).rstrip()
+    ]
 
 
 def test_tests_that_documents_name_exist():

@@ -182,6 +182,20 @@ def test_a_seed_fixes_everything_and_leaves_the_global_state(model):
     assert not torch.equal(generate(model, seed=4, **options), first)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_trajectories": 0, "decoding_mode": "denoising"},
+        {"num_trajectories": 1.5, "decoding_mode": "denoising"},
+        {"num_inference_blocks": 0},
+        {"num_inference_blocks": 1.5},
+    ],
+)
+def test_numbers_of_nothing(model, options):
+    with pytest.raises(ValueError, match=rf"`{next(iter(options))}` must be .*, got {next(iter(options.values()))}"):
+        generate(model, **options)
+
+
 def test_a_misspelt_argument_is_told(model):
     with pytest.raises(ValueError, match="num_trajectory"):
         generate(model, num_trajectory=3)

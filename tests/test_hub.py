@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from conftest import ROOT
 from hub_server import TOKEN, Fault, HubServer, hub_server
-from noprop_hf import NoPropForPreTraining
+from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForPreTraining
 from noprop_hf.evaluation import ModelNats, results_table
 from noprop_hf.hub import model_card, push_model
 from noprop_hf.model_directory import create_model_directory, save_block
@@ -50,6 +50,13 @@ def server(hub):
     for path in home.iterdir():
         shutil.rmtree(path)
     return server
+
+
+@pytest.fixture
+def model(config, tokenizer) -> NoPropForCausalLM:
+    """A model with as many embeddings as the tokenizer has entries."""
+    torch.manual_seed(0)
+    return NoPropForCausalLM(NoPropConfig(**config.to_dict() | {"vocab_size": len(tokenizer)})).eval()
 
 
 @pytest.fixture

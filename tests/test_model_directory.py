@@ -244,9 +244,9 @@ IN_SHARD = {  # of block 1
     "one in half precision": (lambda t, m: t.update({BIAS: t[BIAS].half()}), "type F16"),
     "all in half precision": (lambda t, m: t.update({n: x.half() for n, x in t.items()}), "type F16"),
     "not a number": (lambda t, m: t[BIAS].fill_(float("nan")), "not finite"),
-    "of another table": (lambda t, m: m.update(fingerprint="0" * 64), "another table or configuration"),
+    "of another table": (lambda t, m: m.update(fingerprint="0" * 64), "another table, another configuration"),
     "of other data": (lambda t, m: m.update(data="0" * 64), "other data"),
-    "no step": (lambda t, m: m.update(steps="0"), "no step"),
+    "no step": (lambda t, m: m.update(steps="0"), "0 steps"),
     "diverged": (lambda t, m: m.update(bound_nats="nan"), "diverged"),
     "no figure": (lambda t, m: m.update(bound_nats="evil"), "evil"),
 }
@@ -260,7 +260,7 @@ IN_DIRECTORY = {
         lambda d: rewrite(d / INDEX, lambda f: f["weight_map"].update({BIAS: block_shard(0)})),
         "names model.blocks.1.head.bias",
     ),
-    "index that is none": (lambda d: (d / INDEX).write_text("[]"), f"holds no {INDEX}"),
+    "index that is none": (lambda d: (d / INDEX).write_text("[]"), f"holds no readable {INDEX}"),
     "one more block": (
         lambda d: rewrite(d / "config.json", lambda f: f.update(num_blocks=4, noise_levels=[*f["noise_levels"], 9.0])),
         "do not belong together",

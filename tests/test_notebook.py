@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from conftest import ROOT, sentences
 from hub_server import TOKEN, HubServer, hub_server
 from noprop_hf import NoPropForCausalLM
-from noprop_hf.arguments import parse_recipe
 from noprop_hf.data import load_tokenizer
+from noprop_hf.recipes import parse_recipe
 from warm_python import WarmPython
 
 

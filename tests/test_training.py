@@ -318,7 +318,7 @@ def test_phase_2_without_phase_1(tmp_path, data):
 def test_a_block_of_another_configuration(directory, data):
     train_blocks(data, dataclasses.replace(BLOCKS, blocks="0"), arguments(directory))
     reconfigure(directory, denoising_weight=0.9)
-    with pytest.raises(ValueError, match="another table or configuration"):
+    with pytest.raises(ValueError, match="another table, another configuration"):
         train_blocks(data, BLOCKS, arguments(directory))
 
 

@@ -14,7 +14,7 @@ from ..recipes import entry_point, parse_recipe
 def main() -> None:
     recipe = parse_recipe(__doc__, parallelism="data")
     if recipe.run.dry_run:
-        raise SystemExit("--dry_run plans both phases at once: run `noprop train` with it.")
+        raise SystemExit("`noprop plan` forecasts both phases at once: use it instead of --dry_run.")
     check_sharing(recipe.training)
     place = meeting_place(recipe.training)
     if place is not None and recipe.training.should_save:

@@ -18,6 +18,6 @@ from ..training import train_blocks
 def main() -> None:
     recipe = parse_recipe(__doc__)
     if recipe.run.dry_run:
-        raise SystemExit("--dry_run plans both phases at once: run `noprop train` with it.")
+        raise SystemExit("`noprop plan` forecasts both phases at once: use it instead of --dry_run.")
     check_sharing(recipe.training)
     train_blocks(recipe.data, recipe.blocks, recipe.training, recipe.model, meeting_place(recipe.training))
