@@ -212,7 +212,7 @@ def _load_file(file: str, args: DataArguments) -> Dataset | IterableDataset:
     if Path(file).is_dir():
         raise ValueError(f"{file!r} is a directory, not a file: give a directory of data as --dataset_name.")
     if not Path(file).is_file():
-        raise ValueError(f"The file {file!r} does not exist.")
+        raise ValueError(f"There is no file {file!r}.")
     if Path(file).stat().st_size == 0:
         raise ValueError(f"The file {file!r} is empty.")
     builder = file_format(file)
