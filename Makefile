@@ -1,10 +1,12 @@
 # make demo   the main job: pretrain, train, evaluate, sample (two cores, ten to fifteen minutes after the installation)
 # make test   lint, types and all tests
-# make matrix the versions of matrix/cells.yaml, oldest to newest (25 GB of virtual environments, which are kept)
-# make gpu    what only an NVIDIA GPU can tell, with the Python at hand (under ten minutes; at toy size without a GPU)
-# All but the last create .venv and install the tested versions of constraints.txt when they are missing.
+# make lint   ruff and mypy
+# make matrix tests with the versions of matrix/cells.yaml, oldest to newest (keeps 25 GB of virtual environments)
+# make gpu    measurements that need an NVIDIA GPU, with the installed Python (under ten minutes; toy size without a GPU)
+# make clean  remove the virtual environments and runs/
+# demo, test, lint and matrix create .venv and install the tested versions of constraints.txt when they are missing.
 
-# Threads that wait give the processor back. Where other processes are busy, too, they slow training down otherwise.
+# Waiting threads yield the processor. Otherwise they slow training down where other processes are busy.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)

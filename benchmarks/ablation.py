@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""One thing at a time against a reference: what makes independent blocks better and what does not.
+"""Compare variations of independent blocks with a reference, one change at a time.
 
 python benchmarks/ablation.py --data_dir DIR                     # everything; DIR as for quality.py
 python benchmarks/ablation.py --data_dir DIR --groups table      # one group
 
-Tiny Shakespeare, one seed, the sizes of quality.py; phase 1 and all blocks together have the arithmetic of --tokens
-tokens end to end. What is measured already is not trained again.
+Corpus: tiny Shakespeare; one seed; sizes as in quality.py. Phase 1 and all blocks together have the arithmetic of
+--tokens tokens end to end. Existing results are reused.
 """
 
 import json
@@ -34,18 +34,20 @@ from quality import Bench, QualityArguments
 
 @dataclass
 class Variation:
-    """What is not as in the reference: the defaults, but the softmax over the whole vocabulary and levels that go up to
-    all of the information, which were the defaults when most rows were measured.
+    """Differences from the reference.
+
+    The reference has the default settings, except for the softmax over the whole vocabulary and levels up to all of the
+    information, which were the defaults when most rows were measured.
 
     Attributes:
         config: fields of the configuration, for both phases.
-        blocks: fields of the configuration that only blocks see (they share the reference's phase 1).
+        blocks: fields of the configuration for phase 2 only, with the phase 1 of the reference.
         pretraining: fields of `PretrainingArguments`.
         args: fields of `QualityArguments`.
-        information_share: how much of a token the evidence tells by the end of the chain.
+        information_share: share of the information about a token in the evidence at the end of the chain.
         whiten: whether the table is whitened before it is scaled.
-        level_scale: what all noise levels are multiplied by.
-        level_range: whether a block trains at levels drawn between its own and that of the next block.
+        level_scale: factor of all levels.
+        level_range: whether a block trains at random levels between its own and that of the next block.
         from_first_block: whether later blocks start as copies of the trained block 0.
     """
 
@@ -60,7 +62,7 @@ class Variation:
     from_first_block: bool = False
 
     def phase1(self) -> dict[str, Any]:
-        """What phase 1 depends on."""
+        """Return the settings that phase 1 depends on."""
         names = ("pretraining_share", "hidden_size", "intermediate_size", "num_blocks", "num_layers_per_block")
         args = {name: value for name, value in self.args.items() if name in names}
         return {"config": self.config, "pretraining": self.pretraining, "args": args}
@@ -126,8 +128,8 @@ GROUPS: dict[str, dict[str, Variation]] = {
 
 @dataclass
 class AblationArguments:
-    data_dir: str = field(metadata={"help": "Where shakespeare.txt is."})
-    output_dir: str = field(default="runs/ablation", metadata={"help": "Where models and their figures are kept."})
+    data_dir: str = field(metadata={"help": "Folder of shakespeare.txt."})
+    output_dir: str = field(default="runs/ablation", metadata={"help": "Folder of models and their results."})
     results: str = field(default="benchmarks/results/ablation.json", metadata={"help": "Results; a .md beside it."})
     groups: list[str] = field(default_factory=lambda: list(GROUPS), metadata={"help": f"Of {', '.join(GROUPS)}."})
     tokens: float = field(default=6e5, metadata={"help": "End-to-end tokens whose arithmetic a variation gets."})
@@ -135,7 +137,7 @@ class AblationArguments:
 
 
 def bench_of(args: AblationArguments, variation: Variation) -> Bench:
-    """The bench of a variation. Variations of blocks share the folder, and so the phase 1, of the reference."""
+    """Create the bench of a variation. Variations of phase 2 only share the folder and phase 1 of the reference."""
     folder = Path(args.output_dir, slug(json.dumps(variation.phase1())))
     settings = QualityArguments(data_dir=args.data_dir, output_dir=str(folder), tokens=args.tokens)
     changes = {"sampled_softmax": False} | variation.config
@@ -154,7 +156,7 @@ def pretrain(args: AblationArguments, variation: Variation) -> None:
 
 
 def measure(args: AblationArguments, name: str, variation: Variation) -> dict[str, Any]:
-    """Train and measure a variation, unless its figures are kept already."""
+    """Train and measure a variation, unless its results exist."""
     bench = bench_of(args, variation)
     return measured_once(bench.folder / f"{slug(name)}.json", partial(train, bench, slug(name), variation))
 
@@ -168,8 +170,8 @@ def train(bench: Bench, name: str, variation: Variation) -> dict[str, Any]:
         sizes = (config.num_blocks, config.vocab_size, config.hidden_size)
         changes["noise_levels"] = prior_levels(changes["noise_schedule"], *sizes)
     else:
-        found = information_levels(table.weight, table.log_prior, config.num_blocks, variation.information_share)
-        changes["noise_levels"] = [level * variation.level_scale for level in found]
+        levels = information_levels(table.weight, table.log_prior, config.num_blocks, variation.information_share)
+        changes["noise_levels"] = [level * variation.level_scale for level in levels]
     tokens = bench.budgets()["hierarchical_block" if "context_source" in changes else "block"]
     draw = partial(evidence_in_range, changes["noise_levels"]) if variation.level_range else sample_evidence
     start = copy_of_first_block if variation.from_first_block else new_block
@@ -191,14 +193,14 @@ def copy_of_first_block(directory: Path, config: NoPropConfig, table: TokenTable
 def evidence_in_range(
     levels: list[float], embeds: torch.Tensor, level: float, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Evidence at levels drawn uniformly between a block's own and that of the next one (the last block: twice its)."""
+    """Sample evidence at uniform levels between that of a block and the next (for the last block, twice its own)."""
     highest = min((higher for higher in levels if higher > level), default=2 * level)
     drawn = level + (highest - level) * torch.rand(embeds.shape[:-1], generator=generator)
     return sample_evidence(embeds, drawn[..., None], generator)
 
 
 def whitened(bench: Bench, directory: Path) -> Path:
-    """A copy of phase 1 whose table has equal variance in every direction before its rows are scaled."""
+    """Copy phase 1, with a table that has equal variance in every direction before its rows are scaled."""
     config = NoPropConfig.from_pretrained(bench.phase1)
     tokenizer, _ = bench.load()
     table = load_table(bench.phase1, config)
@@ -212,7 +214,7 @@ def whitened(bench: Bench, directory: Path) -> Path:
 
 @torch.no_grad()
 def predictive_variants(bench: Bench, name: str) -> dict[str, float]:
-    """Other ways to a predictive distribution, in validation nats (on its second half; weights fitted on the first)."""
+    """Measure other predictive distributions, in nats on the second half of validation (weights: on the first)."""
     model = NoPropForCausalLM.from_pretrained(bench.folder / name).eval()
     _, data = bench.load()
     rows = torch.tensor(data["validation"]["input_ids"])
@@ -263,7 +265,7 @@ def predictive_variants(bench: Bench, name: str) -> dict[str, float]:
 def rescored_nats(
     model: NoPropForCausalLM, states: list[torch.Tensor], logits: torch.Tensor, targets: torch.Tensor
 ) -> float:
-    """Nats per token if the probability of the 8 likeliest tokens is shared out by the bound of each (of 4 draws)."""
+    """Compute nats per token if the 8 likeliest tokens share their probability by their bounds (of 4 draws)."""
     table, generator = model.model.embed_tokens.weight, torch.Generator().manual_seed(0)
     mass, candidates = logits.log_softmax(-1).topk(8)
     bounds = torch.zeros_like(mass)

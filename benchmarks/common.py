@@ -34,7 +34,7 @@ SHAPES = {
     },
     "t4": {},  # the defaults of the configuration
 }
-LONG = 10  # seconds of a run that counts alone
+LONG = 10  # seconds of a run after which no repeat is measured
 
 
 # --- models and text --------------------------------------------------------------------------------------------------
@@ -68,7 +68,11 @@ KINDS: dict[str, Callable[[NoPropConfig], nn.Module]] = {"block": OneBlock, "end
 
 
 def stock_config(config: NoPropConfig, **options: Any) -> LlamaConfig:
-    """A stock configuration of the same sizes, as deep as all blocks together; `options` are further arguments."""
+    """Create a stock configuration of the same sizes, as deep as all blocks together.
+
+    Args:
+        options: further arguments of [`LlamaConfig`].
+    """
     return LlamaConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -81,7 +85,7 @@ def stock_config(config: NoPropConfig, **options: Any) -> LlamaConfig:
 
 
 def stock_model(config: NoPropConfig, **options: Any) -> LlamaForCausalLM:
-    """A stock model as deep as all blocks together, its feed-forward layers widened to their parameters.
+    """Create a stock model as deep as all blocks together, with as many parameters, by wider feed-forward layers.
 
     Args:
         options: further arguments of [`LlamaConfig`].
@@ -94,23 +98,23 @@ def stock_model(config: NoPropConfig, **options: Any) -> LlamaForCausalLM:
 
 
 def num_parameters(model: PreTrainedModel) -> int:
-    """All parameters, the frozen table among them, tied ones once."""
+    """Count all parameters, including the frozen table; tied ones count once."""
     table = model.model.embed_tokens.weight
     return model.num_parameters() + (0 if isinstance(table, nn.Parameter) else table.numel())
 
 
 def models(config: NoPropConfig, device: torch.device) -> dict[str, PreTrainedModel]:
-    """Ours, and a stock model as deep and with as many parameters."""
+    """Create our model, and a stock model as deep and with as many parameters."""
     torch.manual_seed(0)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     length = config.max_position_embeddings
     stock = stock_model(config, max_position_embeddings=length, bos_token_id=None, eos_token_id=None)
-    found = {"ours": NoPropForCausalLM(config), "stock": stock}
-    return {name: model.to(device, dtype).eval() for name, model in found.items()}
+    pair = {"ours": NoPropForCausalLM(config), "stock": stock}
+    return {name: model.to(device, dtype).eval() for name, model in pair.items()}
 
 
 def random_text(vocab_size: int, *shape: int) -> torch.Tensor:
-    """Tokens as often as those of a text, by Zipf's law: how many different ones a batch has counts for its softmax."""
+    """Sample tokens by Zipf's law, since the number of distinct tokens in a batch sets the cost of its softmax."""
     frequencies = 1 / torch.arange(1, vocab_size + 1)
     return torch.multinomial(frequencies, math.prod(shape), replacement=True).view(shape)
 
@@ -119,12 +123,13 @@ def random_text(vocab_size: int, *shape: int) -> torch.Tensor:
 
 
 class Training:
-    """A model of [`KINDS`] with its optimizer, for steps as `Trainer` makes them: AdamW, under autocast where that is
-    asked for, with scaled losses in float16.
+    """A model of [`KINDS`] with its optimizer, trained in steps like those of `Trainer`.
+
+    The optimizer is AdamW, under autocast unless `precision` is float32, with scaled losses in float16.
 
     Args:
-        precision: of autocast; float32 is none.
-        max_grad_norm: to which gradients are clipped; they are left alone when not given.
+        precision: the precision of autocast.
+        max_grad_norm: norm to which gradients are clipped; None for no clipping.
     """
 
     def __init__(
@@ -142,12 +147,12 @@ class Training:
         self.autocast = torch.autocast(device_type, precision, enabled=precision != torch.float32)
 
     def loss(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The loss of a batch of tokens `(batch, sequence)`, in nats."""
+        """Compute the loss of a batch of tokens `(batch, sequence)`, in nats."""
         with self.autocast:
             return self.model(tokens)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Make a step with a batch of tokens `(batch, sequence)`; returns its loss, still on the device."""
+        """Train on a batch of tokens `(batch, sequence)`, and return the loss, a tensor on the device."""
         loss = self.loss(tokens)
         self.scaler.scale(loss).backward()
         if self.max_grad_norm is not None:
@@ -163,12 +168,12 @@ class Training:
 
 
 def one_by_one() -> AbstractContextManager:
-    """Run blocks one after the other, as where a module was changed."""
+    """Run blocks one after the other, as for models with a replaced module."""
     return patch.object(modeling_noprop, "find_layers", lambda *args: None)
 
 
 class Clock(BaseStreamer):
-    """When the tokens of a generation came."""
+    """Record the time of every generated token."""
 
     def __init__(self):
         self.marks: list[float] = []
@@ -181,7 +186,11 @@ class Clock(BaseStreamer):
 
 
 def generate(model: PreTrainedModel, prompts: torch.Tensor, count: int, **options: Any) -> dict[str, float]:
-    """Seconds to the first token, and from there to the last; `options` are those of the model's `generate`."""
+    """Measure the seconds to the first token, and from there to the last.
+
+    Args:
+        options: further arguments of the model's `generate`.
+    """
     clock = Clock()
     model.generate(
         prompts,
@@ -197,7 +206,7 @@ def generate(model: PreTrainedModel, prompts: torch.Tensor, count: int, **option
 
 
 def score(model: PreTrainedModel, texts: torch.Tensor, tokens_at_a_time: int = 4096) -> None:
-    """The nats of texts, in batches as an evaluation would make them."""
+    """Compute the nats of texts, in batches as in an evaluation."""
     for rows in texts.split(max(1, tokens_at_a_time // texts.shape[1])):
         model(rows, labels=rows, use_cache=False).loss.item()
 
@@ -213,8 +222,11 @@ def seconds(compute: Callable[[], Any], device: torch.device) -> float:
 def measure(
     found: dict[str, PreTrainedModel], prompts: torch.Tensor, new_tokens: int, repeats: int
 ) -> dict[str, dict[str, float]]:
-    """The fastest times of generating and of scoring with each kind of model, and the least peak of memory that
-    generating takes beside the weights."""
+    """Measure generation and scoring with each kind of model.
+
+    Returns:
+        By kind: the shortest times, in seconds, and the smallest memory peak of generation, without the weights.
+    """
     device = found["ours"].device
     kinds = {"ours": "ours", "one_by_one": "ours", "stock": "stock"}
     runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
@@ -235,8 +247,10 @@ def measure(
 
 
 class Peak:
-    """The peak of memory since it was made, over what was in use then: of the allocator on a GPU, of the resident
-    memory of the process on Linux; elsewhere it is not known, and 0."""
+    """Peak memory above that in use when the object is created.
+
+    Measures the allocator on a GPU, and the resident memory of the process on Linux; elsewhere, the peak is 0.
+    """
 
     def __init__(self, device: str):
         self.device, self.before = device, 0
@@ -244,7 +258,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         elif sys.platform == "linux":
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             self.before = process_bytes("VmRSS")
 
     def bytes(self) -> int:
@@ -259,7 +273,7 @@ def process_bytes(name: str) -> int:
 
 
 def give_back_memory() -> None:
-    """Return what is freed and kept to the operating system: it would hide what is used again."""
+    """Return freed memory to the operating system, since reusing it would hide a peak."""
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
@@ -271,16 +285,16 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} thread(s)"
 
 
-def measured_once(kept: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The figures in a file or, when it is not there, those of `measure` on one thread, kept there."""
-    if kept.is_file():
-        return json.loads(kept.read_text())
+def measured_once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Read figures from a file or, if it does not exist, measure them on one thread and write it."""
+    if path.is_file():
+        return json.loads(path.read_text())
     from datasets import disable_progress_bars
 
     torch.set_num_threads(1)
     disable_progress_bars()
     figures = measure()
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(figures, indent=1))
-    print(f"{kept}: {json.dumps(figures)}", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=1))
+    print(f"{path}: {json.dumps(figures)}", flush=True)
     return figures

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Generation and scoring against a stock transformers model of the same parameters and depth, side by side.
+"""Compare generation and scoring with a stock transformers model of the same parameters and depth, side by side.
 
 python benchmarks/decoding.py                   # all batch sizes and prompt lengths: some minutes
 python benchmarks/decoding.py --small           # one setting of each kind
 python benchmarks/decoding.py --model runs/demo # quality against cost of a trained model: early exit and trajectories
 
-Weights are random: what is measured is time. Every setting is run in turns, ours and theirs, once to warm up, and the
-fastest of the other runs counts (there is one such run where it takes more than ten seconds). Ratios are ours over the
-stock model's.
+Weights are random, since only time is measured. The models run in turns in every setting: once to warm up, then several
+times (once if a run takes more than ten seconds), of which the fastest counts. Ratios are those of our model over the
+stock model.
 """
 
 import json
@@ -17,24 +17,27 @@ from typing import Any
 
 import torch
 import yaml
+from matplotlib.figure import Figure
 from torch.nn import functional as F
 from transformers import HfArgumentParser, PreTrainedModel
 
 from common import SHAPES, device_name, measure, models, num_parameters, seconds
 from noprop_hf import NoPropConfig, NoPropForCausalLM
+from noprop_hf.data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize
+from noprop_hf.layout import CORPUS_FILE
 
 
 @dataclass
 class DecodingArguments:
     shape: str = field(
         default="t4",
-        metadata={"help": "Sizes of which recipe: demo (2M parameters) or t4 (84M).", "choices": [*SHAPES]},
+        metadata={"help": "Recipe whose sizes are used: demo (2M parameters) or t4 (84M).", "choices": [*SHAPES]},
     )
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 32], metadata={"help": "Texts at a time."})
     prompt_lengths: list[int] = field(default_factory=lambda: [32, 256, 1024], metadata={"help": "Tokens of a prompt."})
     new_tokens: int = field(default=16, metadata={"help": "Tokens generated after the first."})
     repeats: int = field(default=3, metadata={"help": "Runs of each kind, in turns; the fastest counts."})
-    model: str | None = field(default=None, metadata={"help": "A trained model whose quality is set against its cost."})
+    model: str | None = field(default=None, metadata={"help": "A trained model whose quality and cost are compared."})
     results: str = field(
         default="benchmarks/results/decoding.json", metadata={"help": "Results; a .png goes beside them."}
     )
@@ -97,10 +100,7 @@ def table_row(row: dict[str, Any]) -> str:
 
 @torch.no_grad()
 def quality_and_cost(directory: Path, device: torch.device) -> list[dict[str, Any]]:
-    """Nats per token on held-out text, and the time of a token, with fewer blocks or more trajectories."""
-    from noprop_hf.data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize
-    from noprop_hf.layout import CORPUS_FILE  # here, since `gpu.py` does without what the package needs
-
+    """Measure nats per token on held-out text, and the time per token, with fewer blocks or more trajectories."""
     model = NoPropForCausalLM.from_pretrained(directory).eval().to(device)
     tokenizer = load_tokenizer(str(directory))
     data_args = DataArguments(**yaml.safe_load((directory / CORPUS_FILE).read_text(encoding="utf-8")))
@@ -139,9 +139,7 @@ def quality_and_cost(directory: Path, device: torch.device) -> list[dict[str, An
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Tokens per second over those of the stock model, one picture per device and shape."""
-    from matplotlib.figure import Figure
-
+    """Plot tokens per second relative to the stock model, in one panel per device and shape."""
     runs = sorted({(row["device"], row["shape"]) for row in rows})
     figure = Figure(figsize=(5.5 * len(runs), 4), layout="constrained")
     for axes, run in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
@@ -159,8 +157,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_quality(rows: list[dict[str, Any]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     titles = {"block": "predictive: the first blocks alone", "traject": "chain: averaged trajectories"}
     for axes, (kind, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):

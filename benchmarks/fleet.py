@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""A fleet of workers that never talk trains one model, while they are killed and their network fails.
+"""Train one model with a fleet of independent workers, which are killed at random and whose network fails.
 
 python benchmarks/fleet.py           # 24 workers, 12 blocks, 200 kills: some minutes on two cores
 python benchmarks/fleet.py --small   # 4 workers, 3 blocks, 10 kills
 
-The workers are processes with a directory each. They meet in a repository of a local server that speaks the Hub's
-protocol, through the real client. Requests fail, are cut, get wrong content or no answer; clocks of workers are wrong;
-and in the repository lie files that are no claims and no blocks, and checkpoints with other weights. Afterwards every
-block must be there, once, trained by one worker, and be the one that a single process makes in order, bit for bit.
+The workers are processes with a directory each. They share a repository of a local server with the Hub's protocol,
+through the real client. Requests fail, are cut off, or get wrong content or no answer; clocks of workers are wrong; the
+repository also holds invalid claims and blocks, and checkpoints with other weights. In the end, every block must be
+published once, trained by one worker, and equal bit for bit that of a single process that trains all blocks in order.
 """
 
 import json
@@ -32,7 +32,7 @@ REPOSITORY = "user/fleet"
 
 @dataclass
 class FleetArguments:
-    results: str = field(default="benchmarks/results/fleet.json", metadata={"help": "Where the figures are kept."})
+    results: str = field(default="benchmarks/results/fleet.json", metadata={"help": "File of the results."})
     num_workers: int = field(default=24, metadata={"help": "Workers."})
     num_blocks: int = field(default=12, metadata={"help": "Blocks."})
     num_kills: int = field(default=200, metadata={"help": "Kills."})
@@ -78,7 +78,7 @@ def settings(args: FleetArguments, folder: Path, directory: Path) -> dict[str, A
 
 
 def prepare(args: FleetArguments, folder: Path) -> None:
-    """Phase 1, published; and all blocks in order, without the Hub."""
+    """Run phase 1 and publish it, and train all blocks in order without the Hub."""
     from noprop_hf.arguments import ModelArguments, PretrainingArguments
     from noprop_hf.meeting_place import MeetingPlace
     from noprop_hf.pretraining import pretrain_embeddings
@@ -102,7 +102,7 @@ def prepare(args: FleetArguments, folder: Path) -> None:
 
 
 def plant(checkpoints: Path, target: Path) -> None:
-    """Checkpoints that a run would go on from if it found them, with weights of zero, and a worker's name."""
+    """Write checkpoints with zero weights from which a run would resume if it found them, and a worker's name."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -120,7 +120,7 @@ def plant(checkpoints: Path, target: Path) -> None:
 
 
 def work(args: FleetArguments, folder: Path, worker: int) -> None:
-    """Train what nobody else trains."""
+    """Train the blocks that no other worker trains."""
     import torch
 
     from noprop_hf.meeting_place import MeetingPlace
@@ -142,12 +142,12 @@ def work(args: FleetArguments, folder: Path, worker: int) -> None:
 
 
 class Fleet:
-    """Workers that start again whatever ends them."""
+    """Worker processes that are restarted whenever they end."""
 
     def __init__(self, args: FleetArguments, folder: Path):
         self.args, self.folder = args, folder
         self.context = get_context("forkserver")
-        self.context.set_forkserver_preload(["noprop_hf.training"])  # so that a start takes no seconds
+        self.context.set_forkserver_preload(["noprop_hf.training"])  # makes starts fast
         self.processes: dict[int, Any] = {}
         self.rests: dict[int, float] = {}
         self.failures = 0
@@ -191,14 +191,14 @@ def published(args: FleetArguments, server: HubServer) -> dict[str, bytes]:
 
 
 def leave(server: HubServer, files: dict[str, bytes]) -> None:
-    """Commit files past all workers."""
+    """Commit files as another user of the repository."""
     with server.lock:
         repository = server.repositories[REPOSITORY]
-        repository.commit({**repository.commits[repository.head], **files}, "left by somebody")
+        repository.commit({**repository.commits[repository.head], **files}, "left by another user")
 
 
 def first_junk(args: FleetArguments, folder: Path) -> dict[str, bytes]:
-    """Files that are no claims, by names of claims; planted checkpoints."""
+    """Return invalid files with names of claims, and planted checkpoints."""
     contents = [b"", b"[]", b"{}", b"\xff", b"[" * 10**5, b"9" * 10**6, b'{"worker": "x", "step": 0, "time": 1e99}']
     claims = {f"workers/block-{index:02d}.json": contents[index % len(contents)] for index in range(args.num_blocks)}
     planted = [path for path in (folder / "planted").rglob("*") if path.is_file()]
@@ -206,7 +206,7 @@ def first_junk(args: FleetArguments, folder: Path) -> dict[str, bytes]:
 
 
 def more_junk(random: Random) -> dict[str, bytes]:
-    """Other files, some by names that are nearly those of claims and blocks."""
+    """Return a random file, whose name may resemble that of a claim or block."""
     names = ("workers/block-xx.json", "workers/block-1.json", "block-foo.txt", "block-00.safetensors.bak", "notes.txt")
     return {random.choice([*names, "block-99.safetensors", "pytorch_model.bin"]): random.randbytes(1000)}
 
@@ -221,21 +221,21 @@ def simulate(args: FleetArguments, folder: Path, server: HubServer) -> dict[str,
         raise SystemExit("The model in order could not be trained.")
     leave(server, first_junk(args, folder))
     server.chaos = Chaos(args.fault_rate, Random(args.seed + 1), silence=2 * args.timeout)
-    begin, kills, told, left = time.monotonic(), 0, 0.0, 0
+    begin, kills, reported, junk_files = time.monotonic(), 0, 0.0, 0
     while len(published(args, server)) < args.num_blocks or kills < args.num_kills:
         fleet.keep_running()
         if random.random() < 0.3:
             leave(server, more_junk(random))
-            left += 1
+            junk_files += 1
         time.sleep(random.uniform(0, 2 * args.life / args.num_workers))
         if kills < args.num_kills:
             kills += fleet.kill(random.randrange(args.num_workers))
-        if time.monotonic() - told > 10:
-            told = time.monotonic()
-            print(f"{told - begin:4.0f} s: {len(published(args, server))} blocks, {kills} kills", flush=True)
+        if time.monotonic() - reported > 10:
+            reported = time.monotonic()
+            print(f"{reported - begin:4.0f} s: {len(published(args, server))} blocks, {kills} kills", flush=True)
     fleet.stop()
     logs = [path.read_text() for path in folder.glob("worker-*/log.txt")]
-    retries = sum(log.count("tried again in") for log in logs)
+    retries = sum(log.count("retrying in") for log in logs)
     errors = {line for log in logs for line in log.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)}
     print("\n".join(sorted(errors)))
     return {
@@ -246,14 +246,14 @@ def simulate(args: FleetArguments, folder: Path, server: HubServer) -> dict[str,
         "faults": sum(server.chaos.counts.values()),
         "faults_by_kind": dict(server.chaos.counts),
         "retries": retries,
-        "junk_files": left,
+        "junk_files": junk_files,
         "seconds": time.monotonic() - begin,
         **compare(args, folder, server),
     }
 
 
 def compare(args: FleetArguments, folder: Path, server: HubServer) -> dict[str, Any]:
-    """Whether every block arrived, once, from one worker, and is the one that was made in order."""
+    """Compare the published blocks with those trained in order, and count lost and repeated ones."""
     import torch
     from safetensors.torch import load, load_file
 
@@ -303,7 +303,7 @@ def main() -> None:
     print(json.dumps(figures, indent=1))
     shutil.rmtree(folder)
     if any(figures[name] for name in ("lost", "duplicated", "trained_twice")) or not figures["bit_identical"]:
-        raise SystemExit("The fleet's model is not the one that a single process makes.")
+        raise SystemExit("The fleet's model differs from that of a single process.")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
 #!/usr/bin/env python
-"""What only a GPU can tell, measured section by section: under ten minutes on one NVIDIA GPU.
+"""Measure everything that needs a GPU, section by section: under ten minutes on one NVIDIA GPU.
 
-python benchmarks/gpu.py                      # every section that was not measured with these files on this device
+python benchmarks/gpu.py                      # every section without results of these files on this device
 python benchmarks/gpu.py --only memory speed  # these sections
-python benchmarks/gpu.py --again              # measured ones as well
+python benchmarks/gpu.py --again              # also sections with results
 
-It needs torch, transformers, accelerate and a clone of the repository, and no network: text is that of Python's own
-library. Only most of the tests need more packages, which the section `tests` names. Without a GPU everything runs at
-toy size on the CPU, so that it keeps working; what a CPU cannot tell is null there, with the reason.
+The script needs torch, transformers, accelerate and a clone of the repository, and no network: the text comes from
+Python's standard library. Most of the tests need more packages, which the section `tests` lists. Without a GPU, all
+sections run at toy size on the CPU, as a check of the script; figures that need a GPU are null there, with the reason.
 
-precision   losses of phase 1 and of a block in float16 and bfloat16 beside float32, and the steps that overflowed
+precision   losses of phase 1 and a block in float16, bfloat16 and float32, and steps that overflowed
 memory      peaks of the allocator: a block and end to end, each with and without gradient checkpointing
-speed       tokens per second of the same, and where a step waits for the GPU
+speed       tokens per second of the same, and the places where a step waits for the GPU
 t4          whether steps of the T4 recipe fit into 15 GB, and their peaks
 tests       the tests marked `gpu`
-decoding    tokens per second beside a stock model: blocks side by side, one by one, and compiled
+decoding    tokens per second and those of a stock model: blocks side by side, one by one, and compiled
 """
 
 import gc
@@ -59,14 +59,14 @@ ROOT = Path(__file__).parent.parent
 Make = Callable[[NoPropConfig], nn.Module]
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 T4_BYTES = 15 * 10**9  # of its 16 GB, without the ECC bits and the context of CUDA
-COMPILING_SECONDS = 120  # after these no further compilation is begun
+COMPILING_SECONDS = 120  # no compilation starts after this time
 
 
 @dataclass
 class GpuArguments:
     only: list[str] | None = field(default=None, metadata={"help": "Sections to run; all when not given."})
-    again: bool = field(default=False, metadata={"help": "Also run sections that are measured already."})
-    results: str = field(default="benchmarks/results/gpu", metadata={"help": "Where each section writes its .json."})
+    again: bool = field(default=False, metadata={"help": "Also run sections that have results."})
+    results: str = field(default="benchmarks/results/gpu", metadata={"help": "Folder of the .json of each section."})
 
     def __post_init__(self):
         unknown = sorted({*(self.only or ())} - {*SECTIONS})
@@ -76,7 +76,7 @@ class GpuArguments:
 
 @dataclass
 class Setting:
-    """What is measured: on a GPU the model of the T4 recipe, on a CPU a toy."""
+    """Sizes of the measurements: on a GPU those of the T4 recipe, on a CPU toy sizes."""
 
     device: torch.device
     config: NoPropConfig
@@ -113,7 +113,7 @@ class Setting:
         return self.has_gpu and precision == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False)
 
     def text(self, batch_size: int) -> torch.Tensor:
-        """A batch of windows, `(batch_size, max_length)`."""
+        """Create a batch of random windows, `(batch_size, max_length)`."""
         return random_text(self.config.vocab_size, batch_size, self.max_length).to(self.device)
 
 
@@ -148,14 +148,14 @@ VARIANTS: dict[str, Make] = {
 
 
 def prepare(make: Make, setting: Setting, precision: torch.dtype = torch.float16) -> Training:
-    """A model, always of the same weights, with its optimizer as in the recipe."""
+    """Create a model, always with the same weights, and its optimizer as in the recipe."""
     torch.manual_seed(0)
     model = make(setting.config).to(setting.device).train()
     return Training(model, precision, setting.learning_rate, setting.max_grad_norm)
 
 
 def release() -> None:
-    """Free what earlier models held."""
+    """Free the memory of earlier models."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -166,11 +166,11 @@ def tell(text: str) -> None:
 
 
 def null(reason: str) -> dict[str, Any]:
-    """A figure that is not known here."""
+    """Create the record of a figure that cannot be measured here."""
     return {"value": None, "reason": reason}
 
 
-ONLY_GPU: dict[str, Any] = null("only a GPU can tell")
+ONLY_GPU: dict[str, Any] = null("needs a GPU")
 NO_BFLOAT16: dict[str, Any] = null("this GPU has no bfloat16")
 
 
@@ -188,7 +188,7 @@ def shown(figure: Any) -> str:
 
 
 def library_words(vocab_size: int, count: int) -> torch.Tensor:
-    """Words and signs of the sources of Python's library, numbered by frequency; rarer ones share the last number."""
+    """Return words and signs of Python's standard library as ids by frequency; rare ones share the last id."""
     words: list[str] = []
     for path in sorted(Path(os.__file__).parent.glob("*.py")):
         words += re.findall(r"\w+|[^\w ]", path.read_text(encoding="utf-8", errors="ignore"))
@@ -200,7 +200,7 @@ def library_words(vocab_size: int, count: int) -> torch.Tensor:
 
 
 def precision(setting: Setting) -> Iterator[dict[str, Any]]:
-    """The same batches from the same weights with the same noise, in each precision."""
+    """Train on the same batches from the same weights with the same noise, in each precision."""
     shape = (setting.precision_steps, setting.precision_batch_size, setting.max_length)
     text = library_words(setting.config.vocab_size, shape[0] * shape[1] * shape[2])
     counts = text.bincount(minlength=setting.config.vocab_size) + 1
@@ -223,10 +223,10 @@ def precision(setting: Setting) -> Iterator[dict[str, Any]]:
             tell(f"precision: {phase} in {name}: {result[phase][name]['last_nats']:.4f} nats at the end")
             yield result
         whole = result[phase]["float32"]
-        for found in result[phase].values():
-            if "nats" in found:
-                gaps = [abs(a - b) for a, b in zip(found["nats"], whole["nats"], strict=True)]
-                found |= {"largest_gap": max(gaps), "last_gap": found["last_nats"] - whole["last_nats"]}
+        for losses in result[phase].values():
+            if "nats" in losses:
+                gaps = [abs(a - b) for a, b in zip(losses["nats"], whole["nats"], strict=True)]
+                losses |= {"largest_gap": max(gaps), "last_gap": losses["last_nats"] - whole["last_nats"]}
         yield result
 
 
@@ -255,8 +255,10 @@ def losses_and_overflows(training: Training, batches: torch.Tensor, learning_rat
 
 
 def memory(setting: Setting) -> Iterator[dict[str, Any]]:
-    """Two steps of each kind in float16, with half of the recipe's batch and with all of it: what is fixed, what a
-    token adds. Beside the peaks, and alone on a CPU, what autograd saves is counted."""
+    """Run two steps of each kind in float16, with half of the recipe's batch and with all of it.
+
+    The two peaks give fixed memory and memory per token. Bytes saved by autograd are counted as well, also on a CPU.
+    """
     result: dict[str, Any] = {}
     for kind, make in VARIANTS.items():
         row: dict[str, Any] = {}
@@ -266,7 +268,7 @@ def memory(setting: Setting) -> Iterator[dict[str, Any]]:
                 "peak_bytes": peak_bytes(make, setting, tokens),
                 **saved(make, setting, tokens),
             }
-        peaks = [found["peak_bytes"] for found in row.values()]
+        peaks = [figures["peak_bytes"] for figures in row.values()]
         if all(isinstance(peak, int) for peak in peaks):
             row["bytes_per_token"] = (
                 (peaks[1] - peaks[0]) / (setting.batch_size - setting.batch_size // 2) / setting.max_length
@@ -290,7 +292,7 @@ def peak_bytes(make: Make, setting: Setting, tokens: torch.Tensor) -> int | dict
 
 
 def saved(make: Make, setting: Setting, tokens: torch.Tensor) -> dict[str, Any]:
-    """The bytes that autograd saves in a step, as the planning of a run counts them."""
+    """Count the bytes that autograd saves in a step, with the function of `--dry_run`."""
     missing = missing_packages()
     if missing:
         return {"saved_bytes": null(f"noprop_hf.planning needs {' '.join(missing)}")}
@@ -305,7 +307,7 @@ def saved(make: Make, setting: Setting, tokens: torch.Tensor) -> dict[str, Any]:
 
 
 def speed(setting: Setting) -> Iterator[dict[str, Any]]:
-    """Tokens per second over some steps, the median of some runs; and the waits of one step."""
+    """Measure tokens per second, as the median of some runs, and the waits of one step."""
     result: dict[str, Any] = {"num_blocks": setting.config.num_blocks}
     for name in ("float16", "bfloat16"):
         if setting.lacks(name):
@@ -352,7 +354,7 @@ def tokens_per_second(training: Training, tokens: torch.Tensor, setting: Setting
 
 
 def waits(step: Callable[[], Any], setting: Setting) -> dict[str, Any]:
-    """How often the host waits for the GPU in a step, and where."""
+    """Count the waits of the host for the GPU in a step, by place."""
     if not setting.has_gpu:
         return ONLY_GPU
     torch.cuda.synchronize()
@@ -368,7 +370,7 @@ def waits(step: Callable[[], Any], setting: Setting) -> dict[str, Any]:
 
 @contextmanager
 def recorded_waits(depth: int = 4) -> Iterator[list[tuple[str, ...]]]:
-    """The first lines of the stack, innermost first, at each warning of torch about a wait for the GPU."""
+    """Record the innermost lines of the stack at each warning of torch about a wait for the GPU."""
     stacks: list[tuple[str, ...]] = []
 
     def note(message: Any, *args: Any, **kwargs: Any) -> None:
@@ -387,7 +389,7 @@ def recorded_waits(depth: int = 4) -> Iterator[list[tuple[str, ...]]]:
 
 
 def t4(setting: Setting) -> Iterator[dict[str, Any]]:
-    """Two float16 steps with the recipe's batch in 15 GB, and with twice as many windows for as long as that fits."""
+    """Run two float16 steps in 15 GB, with the recipe's batch and then with twice as many windows until memory ends."""
     result: dict[str, Any] = {"limit_bytes": T4_BYTES if setting.has_gpu else ONLY_GPU}
     if setting.has_gpu:
         release()
@@ -399,11 +401,11 @@ def t4(setting: Setting) -> Iterator[dict[str, Any]]:
             result[phase] = rows
             for batch_size in [setting.batch_size * 2**power for power in range(6 if setting.has_gpu else 2)]:
                 release()
-                rows[f"{batch_size}_windows"] = found = steps_in_limit(make, setting, batch_size)
-                reserved = shown(found["reserved_bytes"])
-                tell(f"t4: {phase}, {batch_size} windows: fits: {found['fits']}, bytes reserved: {reserved}")
+                rows[f"{batch_size}_windows"] = row = steps_in_limit(make, setting, batch_size)
+                reserved = shown(row["reserved_bytes"])
+                tell(f"t4: {phase}, {batch_size} windows: fits: {row['fits']}, bytes reserved: {reserved}")
                 yield result
-                if not found["fits"]:
+                if not row["fits"]:
                     break
     finally:
         if setting.has_gpu:
@@ -431,8 +433,11 @@ def steps_in_limit(make: Make, setting: Setting, batch_size: int) -> dict[str, A
 
 
 def decoding(setting: Setting) -> Iterator[dict[str, Any]]:
-    """A stock model as deep and with as many parameters, in the same precision (float16 on a GPU), both with random
-    weights. A compiled model decodes with a static cache; the time of compiling is reported apart."""
+    """Compare decoding with a stock model as deep and with as many parameters, in the same precision.
+
+    Both have random weights, on a GPU in float16. Compiled models decode with a static cache; compilation is timed
+    separately.
+    """
     setting.config.max_position_embeddings = max(
         setting.config.max_position_embeddings, setting.prompt_length + setting.new_tokens + 1
     )
@@ -459,11 +464,11 @@ def decoding(setting: Setting) -> Iterator[dict[str, Any]]:
         for name, model in found.items():
             kind = f"{name}_compiled"
             if time.perf_counter() - begin > COMPILING_SECONDS:
-                row[kind] = {"tokens_per_second": null(f"nothing is compiled after {COMPILING_SECONDS} s")}
+                row[kind] = {"tokens_per_second": null(f"no compilation starts after {COMPILING_SECONDS} s")}
                 continue
             try:
                 row[kind] = compiled(model, prompt, setting)
-            except RuntimeError as error:  # of the compiler, too
+            except RuntimeError as error:  # including errors of the compiler
                 row[kind] = {"tokens_per_second": null(f"{type(error).__name__}: {error}"[:2000])}
             tell(f"decoding: batch {size}, {kind}: tokens per second: {shown(row[kind]['tokens_per_second'])}")
             yield result
@@ -471,13 +476,13 @@ def decoding(setting: Setting) -> Iterator[dict[str, Any]]:
 
 
 def compiled(model: PreTrainedModel, prompts: torch.Tensor, setting: Setting) -> dict[str, Any]:
-    """Tokens per second with compiled steps; on a CPU they are traced and not compiled, which would take minutes."""
-    torch._dynamo.reset()  # each batch size is compiled for itself
+    """Measure tokens per second with compiled steps; on a CPU they are only traced, since compiling takes minutes."""
+    torch._dynamo.reset()  # compile each batch size separately
     config = CompileConfig() if setting.has_gpu else CompileConfig(backend="eager")
     config._compile_all_devices = True
     write = partial(generate, model, prompts, 1 + setting.new_tokens, cache_implementation="static")
     begin = time.perf_counter()
-    for _ in range(2):  # the second records the graphs of CUDA
+    for _ in range(2):  # the second run records CUDA graphs
         write(compile_config=config)
     seconds = time.perf_counter() - begin
     best = min(write(compile_config=config)["others"] for _ in range(setting.repeats))
@@ -488,7 +493,7 @@ def compiled(model: PreTrainedModel, prompts: torch.Tensor, setting: Setting) ->
 
 
 def tests(setting: Setting) -> Iterator[dict[str, Any]]:
-    """All tests marked `gpu`, or where packages are missing those that do without."""
+    """Run all tests marked `gpu` or, if packages are missing, those that do not need them."""
     if find_spec("pytest") is None:
         yield {"skipped": "pytest is not installed, so no test was run."}
         return
@@ -498,11 +503,17 @@ def tests(setting: Setting) -> Iterator[dict[str, Any]]:
     if missing:
         files, command = [ROOT / "tests" / "test_gpu.py"], [*command, "--noconftest"]
     command += [str(path.relative_to(ROOT)) for path in files]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400)
-    lines = done.stdout.strip().splitlines()
-    result = {"files": [path.name for path in files], "status": done.returncode, "summary": lines[-1] if lines else ""}
-    if done.returncode:
-        result["output"] = done.stdout[-8000:]
+    process = subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400
+    )
+    lines = process.stdout.strip().splitlines()
+    result = {
+        "files": [path.name for path in files],
+        "status": process.returncode,
+        "summary": lines[-1] if lines else "",
+    }
+    if process.returncode:
+        result["output"] = process.stdout[-8000:]
     if missing:
         names = shlex.join(missing)
         result |= {"missing_packages": missing, "note": f"Tests of other files need {names}, carried here as wheels."}
@@ -516,7 +527,7 @@ def tests(setting: Setting) -> Iterator[dict[str, Any]]:
 
 
 def missing_packages() -> list[str]:
-    """What the package requires and is not installed here."""
+    """List the requirements of the package that are not installed."""
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg")
     missing = []
@@ -537,7 +548,7 @@ SECTIONS: dict[str, Callable[[Setting], Iterator[dict[str, Any]]]] = {
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:
-    """What figures depend on: a section is measured anew when any of it changes, but for the commit."""
+    """Collect the dependencies of the figures; a change of any but the commit makes results obsolete."""
     files = [*ROOT.glob("noprop_hf/*.py"), *ROOT.glob("benchmarks/*.py"), ROOT / "recipes" / "t4_wikitext103.yaml"]
     files += ROOT.glob("tests/*.py")
     content = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files)))
@@ -558,12 +569,12 @@ def circumstances(device: torch.device) -> dict[str, Any]:
 def is_measured(path: Path, now: dict[str, Any]) -> bool:
     if not path.is_file():
         return False
-    kept = json.loads(path.read_text())
-    return kept["complete"] and all(kept[name] == now[name] for name in ("device", "versions", "files"))
+    record = json.loads(path.read_text())
+    return record["complete"] and all(record[name] == now[name] for name in ("device", "versions", "files"))
 
 
 def run(section: str, setting: Setting, path: Path, now: dict[str, Any]) -> bool:
-    """Measure a section, and write what is known after every part of it; returns whether it went through."""
+    """Measure a section, writing the results after every part, and return whether it succeeded."""
     begin = time.perf_counter()
     record = {"section": section, **now, "is_toy": not setting.has_gpu, "complete": False, "seconds": 0.0, "result": {}}
 
@@ -579,7 +590,7 @@ def run(section: str, setting: Setting, path: Path, now: dict[str, Any]) -> bool
             record["result"] = result
             write()
         record["complete"] = True
-    except Exception:  # the other sections are worth the machine's time all the same
+    except Exception:  # the other sections are still run
         record["error"] = traceback.format_exc()
         print(record["error"], file=sys.stderr)
     write()
@@ -595,7 +606,7 @@ def main() -> None:
     for section in args.only or SECTIONS:
         path = Path(args.results, f"{section}.json")
         if not args.again and is_measured(path, now):
-            tell(f"{section}: {path} is measured already; --again measures it anew")
+            tell(f"{section}: {path} is measured already; --again repeats it")
             continue
         tell(f"{section} ...")
         release()
@@ -603,7 +614,7 @@ def main() -> None:
             failed.append(section)
         tell(f"{section}: written to {path}")
     if failed:
-        raise SystemExit(f"Failed: {', '.join(failed)}. Their files hold the error and what was measured before it.")
+        raise SystemExit(f"Failed: {', '.join(failed)}. Their files hold the error and the results before it.")
 
 
 if __name__ == "__main__":

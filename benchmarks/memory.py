@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Memory of training one block, over that of training a stock transformers model of all blocks' depth end to end.
+"""Measure the memory of training one block, relative to end-to-end training of a stock model as deep as all blocks.
 
 python benchmarks/memory.py           # the T4 recipe's shape, 2 to 12 blocks: some minutes on a CPU
 python benchmarks/memory.py --small   # the same for a small shape, 2 blocks
 
-On a GPU, the peak of the allocator over two steps of AdamW under float16 autocast. On a CPU, in float32, two figures:
-what is counted (parameters, gradients, the optimizer's state, and what autograd saves for the backward pass, each piece
-of memory once), and the peak of resident memory of a fresh process over what it had before. Batch, sequence and
+On a GPU, the benchmark measures the peak of the allocator over two steps of AdamW under float16 autocast. On a CPU, in
+float32, it reports two figures: a count (parameters, gradients, optimizer state, and tensors that autograd saves for
+the backward pass, each storage once), and the growth of resident memory of a fresh process. Batch, sequence and
 precision are the same for both models, and each has its own loss. "Assembled" is the peak memory of a process that
-loads a whole model and uses it, over the bytes of its weights.
+loads and runs a whole model, relative to the bytes of its weights.
 """
 
 import json
@@ -20,14 +20,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from transformers import HfArgumentParser
 
 from common import KINDS, Peak, Training, device_name, process_bytes, random_text
 from noprop_hf import NoPropConfig, NoPropForCausalLM
+from noprop_hf.planning import saved_bytes
 
 
-SLACK = 1.25  # the bar: this much of 1/N, and the table's share
+SLACK = 1.25  # the target is SLACK / N plus the table's share
 
 
 @dataclass
@@ -61,7 +63,7 @@ def prepare(kind: str, args: MemoryArguments, num_blocks: int, device: str) -> t
 
 
 def train(model: nn.Module, tokens: torch.Tensor, steps: int = 2) -> torch.optim.Optimizer:
-    """Some steps on one batch, on a GPU in float16."""
+    """Train for some steps on one batch, on a GPU in float16, and return the optimizer."""
     training = Training(model, torch.float16 if tokens.device.type == "cuda" else torch.float32)
     for _ in range(steps):
         training.step(tokens)
@@ -69,9 +71,7 @@ def train(model: nn.Module, tokens: torch.Tensor, steps: int = 2) -> torch.optim
 
 
 def counted(kind: str, args: MemoryArguments, num_blocks: int) -> dict[str, int]:
-    """Bytes by what they hold, on the CPU."""
-    from noprop_hf.planning import saved_bytes  # here, since `gpu.py` does without what the package needs
-
+    """Count the bytes on a CPU, by purpose."""
     model, tokens = prepare(kind, args, num_blocks, "cpu")
     activations = saved_bytes(lambda: model(tokens), [model])
     optimizer = train(model, tokens, 1)
@@ -87,15 +87,17 @@ def counted(kind: str, args: MemoryArguments, num_blocks: int) -> dict[str, int]
 
 
 def resident(kind: str, args: MemoryArguments, num_blocks: int) -> int:
-    """Peak of resident memory while training, over what this process has before. Run it in a fresh one, on Linux."""
+    """Measure the growth of resident memory in training. Needs a fresh process, on Linux."""
     peak = Peak("cpu")
     train(*prepare(kind, args, num_blocks, "cpu"))
     return peak.bytes()
 
 
 def assembled(directory: str) -> float:
-    """Peak memory of a process that loads a whole model and uses it, over the bytes of its weights. Run it in a fresh
-    one, on Linux. What is mapped from files is not counted: it is given back when memory is short."""
+    """Measure the peak memory of loading and running a whole model, relative to the bytes of its weights.
+
+    Needs a fresh process, on Linux. Memory mapped from files is not counted, as the system can release it.
+    """
     before = process_bytes("RssAnon")
     peaks, done = [0], threading.Event()
 
@@ -114,7 +116,7 @@ def assembled(directory: str) -> float:
 
 
 def allocated(kind: str, args: MemoryArguments, num_blocks: int) -> int:
-    """Peak of the allocator of a GPU while training."""
+    """Measure the peak of the allocator of a GPU in training."""
     torch.cuda.empty_cache()
     peak = Peak("cuda")
     train(*prepare(kind, args, num_blocks, "cuda"))
@@ -143,9 +145,7 @@ def measure(args: MemoryArguments, num_blocks: int) -> dict[str, Any]:
 
 
 def largest_batches(args: MemoryArguments, budget: float = 0.9 * 16e9) -> str:
-    """The memory model of a block on a card of 16 GB: what is fixed, what a token adds, and what then fits."""
-    from noprop_hf.planning import saved_bytes
-
+    """Estimate the largest batches of a block on a GPU with 16 GB, from its fixed memory and the memory per token."""
     model, _ = prepare("block", args, 4, "cpu")
     few, many = (random_text(args.vocab_size, batch_size, args.max_length) for batch_size in (2, 4))
     with torch.autocast("cpu", torch.bfloat16):  # as large as float16, which a CPU lacks products for
@@ -167,8 +167,6 @@ def largest_batches(args: MemoryArguments, budget: float = 0.9 * 16e9) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     blocks = [row["num_blocks"] for row in rows]

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""How far independent blocks are from end-to-end training: same text, arithmetic, parameters and depth, side by side.
+"""Compare independent blocks with end-to-end training, with the same text, arithmetic, parameters and depth.
 
 python benchmarks/quality.py --data_dir DIR           # two corpora, three seeds and one: under two hours on two cores
 python benchmarks/quality.py --data_dir DIR --small   # one corpus, one seed, a tenth of the training: some minutes
 
 DIR holds `shakespeare.txt` (tiny Shakespeare; its last tenth is held out), `wikitext2/test.txt` and
-`wikitext2/validation.txt` (WikiText-2; trained on the first, measured on the second). What is measured already is kept
-in --output_dir and not trained again, so that a run which broke off goes on.
+`wikitext2/validation.txt` (WikiText-2; trained on the first, measured on the second). Results in --output_dir are
+reused, so an interrupted run resumes.
 """
 
 import json
@@ -56,7 +56,7 @@ MODELS = {
     "noprop_hierarchical": "NoProp, hierarchical context",
     "seed": "NoProp as first described",
 }
-CHAINS = ("noprop", "noprop_hierarchical", "seed")  # whose bound is reported
+CHAINS = ("noprop", "noprop_hierarchical", "seed")  # models with a bound
 # The system of recipes/seed.yaml: a masked table, cosine levels, squared error, denoising alone.
 SEED_SYSTEM = {
     "pretraining_objective": "mlm",
@@ -69,10 +69,10 @@ SEED_SYSTEM = {
 
 @dataclass
 class QualityArguments:
-    """What is compared. The defaults are those of the kept results."""
+    """Arguments of the comparison. Defaults are those of the published results."""
 
-    data_dir: str = field(metadata={"help": "Where the corpora are."})
-    output_dir: str = field(default="runs/quality", metadata={"help": "Where models and their figures are kept."})
+    data_dir: str = field(metadata={"help": "Folder of the corpora."})
+    output_dir: str = field(default="runs/quality", metadata={"help": "Folder of models and their results."})
     results: str = field(
         default="benchmarks/results/quality.json", metadata={"help": "Results; a .md and a .png go beside them."}
     )
@@ -119,7 +119,7 @@ class QualityArguments:
         return {name: getattr(self, name) for name in names}
 
     def training(self, directory: Path, seed: int, tokens: float, learning_rate: float) -> TrainingArguments:
-        """One setting of the optimizer for every model; only the peak learning rate is each one's own."""
+        """Create training arguments, which differ between models in the peak learning rate only."""
         return TrainingArguments(
             output_dir=str(directory),
             seed=seed,
@@ -137,11 +137,11 @@ class QualityArguments:
 
 
 class Bench:
-    """One corpus and one seed: data, and how each model is trained and measured.
+    """Data, training and measurement of all models, for one corpus and one seed.
 
     Args:
-        changes: fields of the configuration that are not the package's defaults.
-        name: the subfolder of a bench that shares no phase 1 with the others.
+        changes: fields of the configuration that differ from the defaults.
+        name: the subfolder of a bench with a separate phase 1.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class Bench:
         predicted = PretrainingArguments().mlm_probability if self.config().pretraining_objective == "mlm" else 1.0
         baseline = self.baseline()
         for model in (block, hierarchical, phase1, baseline):
-            model.set_attn_implementation("eager")  # whose products the counter knows
+            model.set_attn_implementation("eager")  # its products are known to the counter
         # A token through the vocabulary is counted apart, since the fused loss is not known to the counter: forward
         # and backward to the input and, where it is learned, to the table. Blocks see the tokens of the batch alone.
         product = 2 * args.hidden_size * (args.max_length - 1) / args.max_length
@@ -200,14 +200,14 @@ class Bench:
             "end_to_end": count_flops(lambda: baseline(tokens, labels=tokens).loss) / tokens.numel(),
             "phase1": count_flops(lambda: phase1(tokens, labels=tokens).loss) / tokens.numel() + predicted * whole,
             "block": count_flops(lambda: block(tokens, tokens, table).loss) / tokens.numel() + sampled,
-            # with the blocks before it, on average this many of them
+            # plus the forward passes of earlier blocks, (num_blocks - 1) / 2 on average
             "hierarchical_block": count_flops(lambda: step().loss) / tokens.numel()
             + sampled
             + read * (args.num_blocks - 1) / 2,
         }
 
     def candidates(self) -> float:
-        """Tokens that the softmax of a training batch is over, on average."""
+        """Return the average number of tokens in the softmax of a training batch."""
         if not self.config().sampled_softmax:
             return self.args.vocab_size
         _, data = self.load()
@@ -216,7 +216,7 @@ class Bench:
         return float(np.mean([len(batch.unique()) for batch in batches]))
 
     def budgets(self) -> dict[str, float]:
-        """Training tokens, so that phase 1 and all blocks together cost what end-to-end training does."""
+        """Return training tokens with which phase 1 and all blocks together cost as much as end-to-end training."""
         flops, args = self.flops, self.args
         total = flops["end_to_end"] * args.tokens
         share = total * (1 - args.pretraining_share) / args.num_blocks
@@ -230,9 +230,9 @@ class Bench:
     # --- training -------------------------------------------------------------------------------------------------
 
     def pretrain(self, **pretraining: Any) -> dict[str, Any]:
-        """Phase 1, shared by all models but the first."""
+        """Run phase 1, which all models but the first share."""
         args, tokens = self.args, self.budgets()["phase1"]
-        known = {one.name for one in fields(ModelArguments)}
+        known = {field_.name for field_ in fields(ModelArguments)}
         changes = {name: value for name, value in self.changes.items() if name in known}
         begin = time.perf_counter()
         pretrain_embeddings(
@@ -251,7 +251,7 @@ class Bench:
         if name == "end_to_end_frozen":
             table = load_table(self.phase1, NoPropConfig.from_pretrained(self.phase1))
             weight = model.get_input_embeddings().weight.requires_grad_(False)
-            weight.copy_(table.weight * args.frozen_scale)  # at norm sqrt(d) its rows would drown every layer
+            weight.copy_(table.weight * args.frozen_scale)  # rows of norm sqrt(d) would dominate all layers
         training_args = args.training(self.folder / name, self.seed, args.tokens, args.learning_rate)
         begin = time.perf_counter()
         trainer = Trainer(model, training_args, CausalCollator(tokenizer), data["train"])
@@ -262,7 +262,7 @@ class Bench:
         return {"tokens": args.tokens, "seconds": seconds, "nats_per_token": nats}
 
     def blocks(self, name: str) -> dict[str, Any]:
-        """NoProp, or one block of it alone."""
+        """Train and measure NoProp, or a single block."""
         budgets = self.budgets()
         models: dict[str, tuple[dict[str, Any], float]] = {
             "noprop": ({}, budgets["block"]),
@@ -273,7 +273,7 @@ class Bench:
         return self.train_blocks(name, *models[name]) | self.measure(name)
 
     def both_phases(self) -> dict[str, Any]:
-        """NoProp with a phase 1 of its own."""
+        """Train and measure NoProp with a separate phase 1."""
         phase1 = self.pretrain()
         figures = self.blocks("noprop")
         return figures | {"seconds": figures["seconds"] + phase1["seconds"]}
@@ -294,7 +294,7 @@ class Bench:
         return {"tokens": tokens, "seconds": time.perf_counter() - begin}
 
     def measure(self, name: str) -> dict[str, Any]:
-        """The figures of trained blocks."""
+        """Measure trained blocks."""
         tokenizer, data = self.load()
         model = NoPropForCausalLM.from_pretrained(self.folder / name).eval()
         nats = evaluate_model(model, data["validation"], tokenizer)
@@ -307,7 +307,11 @@ class Bench:
         }
 
     def sample_nats(self) -> dict[str, list[float]]:
-        """What the end-to-end model thinks of text sampled from the chain, and from the first block alone."""
+        """Score samples of the chain, of the predictive mode and of the first block with the end-to-end model.
+
+        Returns:
+            By source: nats per token, and their standard error.
+        """
         tokenizer, data = self.load()
         judge = LlamaForCausalLM.from_pretrained(self.folder / "end_to_end").eval()
         model = NoPropForCausalLM.from_pretrained(self.folder / "noprop").eval()
@@ -332,7 +336,7 @@ class Bench:
 
 
 def count_flops(compute: Callable[[], torch.Tensor], backward: bool = True) -> float:
-    """Floating-point operations of the matrix products of one forward and, for a loss, backward pass."""
+    """Count the floating-point operations of the matrix products in a forward pass and, optionally, a backward pass."""
     with FlopCounterMode(display=False) as counter:
         result = compute()
         if backward:
@@ -341,7 +345,7 @@ def count_flops(compute: Callable[[], torch.Tensor], backward: bool = True) -> f
 
 
 def run_job(args: QualityArguments, corpus: str, seed: int, name: str) -> dict[str, Any]:
-    """Train and measure one model on one thread, unless its figures are kept already."""
+    """Train and measure one model on one thread, unless its results exist."""
     bench = Bench(args, corpus, seed)
     measures: dict[str, Callable[[], dict[str, Any]]] = {"phase1": bench.pretrain, "samples": bench.sample_nats}
     for model in MODELS:
@@ -351,7 +355,7 @@ def run_job(args: QualityArguments, corpus: str, seed: int, name: str) -> dict[s
 
 
 def report(args: QualityArguments, figures: dict[tuple[str, int, str], dict[str, Any]]) -> dict[str, Any]:
-    """The results by corpus and model, one entry per seed in each list."""
+    """Collect the results by corpus and model, in lists with one entry per seed."""
     results: dict[str, Any] = {}
     for corpus in args.corpora:
         bench = Bench(args, corpus, 0)
@@ -387,7 +391,7 @@ def mean_and_spread(values: list[float]) -> str:
 
 
 def tables(results: dict[str, Any]) -> str:
-    """The results in Markdown: mean over seeds, and their standard deviation."""
+    """Format the results in Markdown: mean and standard deviation over seeds."""
     lines = []
     for corpus, entries in results.items():
         setting, names = entries["setting"], [name for name in MODELS if name in entries]
@@ -417,7 +421,7 @@ def tables(results: dict[str, Any]) -> str:
             gains = ", ".join(f"{gain:+.4f} ± {error:.4f}" for gain, error in zip(nats[1:], errors[1:], strict=True))
             alone = ", ".join(f"{nats:.3f}" for nats in np.mean(entries[name]["context"], axis=0))
             lines += [
-                f"{MODELS[name]}: what blocks 1 and later change in the bound: {gains} (standard error over tokens); "
+                f"{MODELS[name]}: change of the bound by blocks 1 and later: {gains} (standard error over tokens); "
                 f"each block alone on pure noise: {alone}.",
                 "",
             ]
@@ -428,7 +432,7 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """A mark per seed. A model far behind all others, which would hide how they differ, has its value at the edge."""
+    """Plot a mark per seed. The value of an outlier, which would hide other differences, is printed at the edge."""
     figure = Figure(figsize=(5.5 * len(results), 4), layout="constrained")
     for axes, (corpus, entries) in zip(np.atleast_1d(figure.subplots(1, len(results))), results.items(), strict=True):
         names = [name for name in reversed(MODELS) if name in entries]
@@ -470,7 +474,7 @@ def main() -> None:
     path = Path(args.results)
     path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text()) if path.is_file() else {}
-    for corpus, entries in report(args, figures).items():  # other corpora and models stay as they were
+    for corpus, entries in report(args, figures).items():  # keep the results of other corpora and models
         results[corpus] = results.get(corpus, {}) | entries
     path.write_text(json.dumps(results, indent=1) + "\n")
     path.with_suffix(".md").write_text(tables(results))

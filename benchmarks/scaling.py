@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""How much two processes gain over one, and what a fleet has to move.
+"""Measure the speed-up by two processes, and plan the traffic of a fleet.
 
 python benchmarks/scaling.py           # four blocks by one process and by two, one thread each: nine minutes
-python benchmarks/scaling.py --small   # the same, too short to say much
+python benchmarks/scaling.py --small   # the same, too short for a reliable figure
 python benchmarks/scaling.py --plan    # no training: the bytes of twelve blocks on twelve machines
 
-The efficiency is the time of one process over twice that of two. Both are times of whole commands, with their start.
+The efficiency is the time of one process divided by twice that of two. Both times are of whole commands, with start-up.
 """
 
 import json
@@ -31,7 +31,7 @@ PROCESSES = (1, 2)
 
 @dataclass
 class ScalingArguments:
-    results: str = field(default="benchmarks/results/scaling.json", metadata={"help": "Where the figures are kept."})
+    results: str = field(default="benchmarks/results/scaling.json", metadata={"help": "File of the results."})
     num_blocks: int = field(default=4, metadata={"help": "Blocks."})
     steps: int = field(default=800, metadata={"help": "Steps of training per block."})
     repeats: int = field(default=1, metadata={"help": "Runs of each kind, in turns; the fastest counts."})
@@ -114,7 +114,7 @@ report_to: none
 
 
 def plan(num_blocks: int = 12) -> str:
-    """What each of twelve machines moves and keeps, at the sizes of the T4 recipe."""
+    """Compute the traffic and disk space of each machine of a fleet, at the sizes of the T4 recipe."""
     config = NoPropConfig(num_blocks=num_blocks)
     sizes = Sizes.of(config)
     rows = {
@@ -123,7 +123,7 @@ def plan(num_blocks: int = 12) -> str:
         "keeps on disk, at most: those, and checkpoints": (
             sizes.table + sizes.phase1 + sizes.block + checkpoint_bytes(sizes.block)
         ),
-        "the whole model, which nobody needs while training": sizes.model,
+        "the whole model, which no machine needs for training": sizes.model,
     }
     lines = [f"{num_blocks} blocks on {num_blocks} machines, fp32; each machine", ""]
     return "\n".join(lines + [f"{size / 1e6:8,.0f} MB  {name}" for name, size in rows.items()])

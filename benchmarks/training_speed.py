@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Time of training all blocks in turn, over that of a stock model of their depth end to end, on the same tokens.
+"""Compare the time of training all blocks in turn with end-to-end training of a stock model as deep as all blocks.
 
 python benchmarks/training_speed.py                  # the T4 recipe's shape
 python benchmarks/training_speed.py --shape demo     # the demo's
 python benchmarks/training_speed.py --torch_compile  # the encoders of both compiled
 python benchmarks/training_speed.py --small          # a few steps of the demo's shape
 
-One block is timed, and counts as many times as there are blocks. Steps are those of `Trainer`: AdamW, on a GPU under
-float16 autocast. Both are run in turns; the median step of each counts. What a step's time goes to is measured by
-phase: drawing the batch, the encoder (there and back), the head with the loss (there and back), the optimizer.
+One block is timed, and its time multiplied by the number of blocks. Steps are those of `Trainer`: AdamW, on a GPU under
+float16 autocast. Both models run in turns; the median step of each counts. The time of a step is split into phases:
+drawing the batch, the encoder (forward and backward), the head with the loss (forward and backward), the optimizer.
 """
 
 import json
@@ -34,14 +34,14 @@ PHASES = ("data", "encoder", "head", "optimizer")
 
 @dataclass
 class SpeedArguments:
-    shape: str = field(default="t4", metadata={"help": "Sizes of which recipe.", "choices": [*SHAPES]})
+    shape: str = field(default="t4", metadata={"help": "Recipe whose sizes are used.", "choices": [*SHAPES]})
     batch_size: int = field(default=16, metadata={"help": "Windows in a batch."})
     max_length: int = field(default=128, metadata={"help": "Tokens in a window."})
     steps: int = field(default=8, metadata={"help": "Timed steps of each model."})
     torch_compile: bool = field(
         default=False, metadata={"help": "Compile the encoders of both; results get a name of their own."}
     )
-    profile: bool = field(default=False, metadata={"help": "Print what torch's profiler finds in a step of each, too."})
+    profile: bool = field(default=False, metadata={"help": "Also print a profile of one step of each."})
     results: str = field(
         default="benchmarks/results/training_speed.json", metadata={"help": "Results; a .png goes beside them."}
     )
@@ -56,7 +56,7 @@ class SpeedArguments:
 
 
 class Stopwatch:
-    """Steps of a model, and the seconds that go to each phase."""
+    """Run steps of a model, and measure the seconds of each phase."""
 
     def __init__(self, model: nn.Module, encoder: nn.Module, args: SpeedArguments, vocab_size: int):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -81,7 +81,7 @@ class Stopwatch:
     def _encoded(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self.mark()
         states = output if isinstance(output, torch.Tensor) else output.last_hidden_state
-        states.register_hook(self.mark)  # when the gradient comes back to the encoder
+        states.register_hook(self.mark)  # when the gradient reaches the encoder
 
     def step(self) -> dict[str, float]:
         self.marks = []

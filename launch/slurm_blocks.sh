@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A SLURM job array: one block per task, on whatever node is free, again and again until it is done.
+# A SLURM job array: one block per task, on any free node, queued again until the block is trained.
 #   sbatch --array=0-9 launch/slurm_blocks.sh recipes/t4_wikitext103.yaml [--push_to_hub true --hub_model_id user/name]
-# Phase 1 comes first: scripts/pretrain_embeddings.py with the same arguments.
+# Run phase 1 before it: scripts/pretrain_embeddings.py with the same arguments.
 #SBATCH --job-name=noprop-block
 #SBATCH --gres=gpu:1
 #SBATCH --cpus-per-task=4

@@ -1,4 +1,4 @@
-"""Arguments of training: the dataclasses that recipes and command lines fill, and the checks of training arguments."""
+"""Dataclasses that recipes and command lines fill, and checks of the training arguments."""
 
 import copy
 import dataclasses
@@ -31,7 +31,7 @@ from .configuration_noprop import NoPropConfig
 
 CPYTHON_DOCS = "cpython-docs"
 PACKAGE = Path(__file__).parent
-# Errors of the operating system that the user can correct: space, permissions, a file for a directory and vice versa.
+# Errors of the operating system that the user can correct: disk space, permissions, a file where a directory is needed.
 MENDABLE = {
     getattr(errno, name) for name in "ENOSPC EDQUOT EACCES EPERM EROFS EISDIR ENOTDIR EEXIST ENAMETOOLONG".split()
 }
@@ -39,7 +39,7 @@ MENDABLE = {
 
 @dataclass
 class ModelArguments:
-    """The model to build. Sizes that are not given are those of [`NoPropConfig`]."""
+    """The model to build. Defaults are those of [`NoPropConfig`]."""
 
     tokenizer_name: str | None = field(
         default=None,
@@ -47,7 +47,7 @@ class ModelArguments:
     )
     vocab_size: int | None = field(
         default=None,
-        metadata={"help": "Most entries of the tokenizer to train (4,096 when not given)."},
+        metadata={"help": "Maximum size of the vocabulary of the tokenizer to train. Default: 4,096."},
     )
     embeddings_from: str | None = field(
         default=None,
@@ -62,9 +62,9 @@ class ModelArguments:
     intermediate_size: int | None = field(default=None, metadata={"help": "Width of the feed-forward layers."})
     attention_dropout: float | None = field(default=None, metadata={"help": "Dropout of the attention weights."})
     noise_schedule: str | None = field(
-        default=None, metadata={"help": "'information' or 'cosine': how noise levels are chosen."}
+        default=None, metadata={"help": "How noise levels are chosen: 'information' or 'cosine'."}
     )
-    loss_type: str | None = field(default=None, metadata={"help": "'cross_entropy' or 'mse'."})
+    loss_type: str | None = field(default=None, metadata={"help": "Denoising loss: 'cross_entropy' or 'mse'."})
     sampled_softmax: bool | None = field(
         default=None,
         metadata={"help": "Train blocks with a softmax over the tokens of a batch instead of the vocabulary."},
@@ -75,10 +75,11 @@ class ModelArguments:
     num_pretraining_layers: int | None = field(default=None, metadata={"help": "Layers of the model of phase 1."})
     pretraining_objective: str | None = field(
         default=None,
-        metadata={"help": "What the model of phase 1 learns: 'mlm' (masked tokens) or 'clm' (next tokens)."},
+        metadata={"help": "Objective of phase 1: 'mlm' (masked tokens) or 'clm' (next tokens)."},
     )
     block_initialization: str | None = field(
-        default=None, metadata={"help": "Start of every block: 'pretraining' (the model of phase 1) or 'random'."}
+        default=None,
+        metadata={"help": "Initial weights of blocks: 'pretraining' (from phase 1) or 'random'."},
     )
     context_source: str | None = field(
         default=None,
@@ -86,14 +87,14 @@ class ModelArguments:
     )
 
     def config_fields(self) -> dict[str, Any]:
-        """What was given of the fields of [`NoPropConfig`]."""
+        """Return the fields of [`NoPropConfig`] that are set."""
         names = [name for name in NoPropConfig.__annotations__ if hasattr(self, name)]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 @dataclass
 class DataArguments:
-    """What to train and evaluate on."""
+    """The training and evaluation data."""
 
     dataset_name: str | None = field(
         default=None,
@@ -110,29 +111,30 @@ class DataArguments:
         },
     )
     validation_file: str | None = field(
-        default=None, metadata={"help": "Local validation data, in the place of the dataset's split if it has one."}
+        default=None, metadata={"help": "Local validation data, instead of the dataset's split if it has one."}
     )
-    test_file: str | None = field(default=None, metadata={"help": "Local test data, as `validation_file`."})
+    test_file: str | None = field(default=None, metadata={"help": "Local test data, like `validation_file`."})
     text_column_name: str = field(default="text", metadata={"help": "The column that holds the text."})
     validation_split_percentage: float = field(
-        default=5.0, metadata={"help": "Without a validation split, hold out this last part of the training one."}
+        default=5.0,
+        metadata={"help": "Without a validation split, hold out this last part of the training split."},
     )
     streaming: bool = field(
-        default=False, metadata={"help": "Read the dataset as it comes, without a copy on disk. Needs `max_steps`."}
+        default=False, metadata={"help": "Stream the dataset, without a copy on disk. Needs `max_steps`."}
     )
-    max_length: int = field(default=128, metadata={"help": "Tokens in a window, or the longest sample."})
+    max_length: int = field(default=128, metadata={"help": "Tokens in a window, or maximum tokens in a sample."})
     packing: bool = field(
         default=True,
-        metadata={"help": "Cut the concatenated text into contiguous windows; if not, one row is one padded sample."},
+        metadata={"help": "Cut the concatenated text into contiguous windows; if false, a row is one padded sample."},
     )
     append_eos: bool | None = field(
         default=None,
         metadata={
-            "help": "While packing, end every row with the end-of-text token. Default: yes, but for text files, whose "
-            "rows are lines. Say no for datasets of lines, such as wikitext."
+            "help": "With packing, end every row with the end-of-text token. Default: true, except for text files, "
+            "whose rows are lines. Set it to false for datasets of lines, such as wikitext."
         },
     )
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes for tokenization."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first training rows."})
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Use only the first rows of the validation and the test split."}
@@ -161,31 +163,31 @@ class DataArguments:
                 raise ValueError(f"`{name}` must be at least 1{limit}, got {value}. Leave --{name} out for no limit.")
 
     def files(self) -> dict[str, str]:
-        """The local files, by split."""
+        """Return the local files, by split."""
         files = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
         return {split: file for split, file in files.items() if file is not None}
 
     def has_lines(self, split: str) -> bool:
         """Whether the rows of a split are the lines of a text file."""
         files = self.files()
-        file = files.get(split, files.get("train"))  # beside a training file, what has none is held out from it
+        file = files.get(split, files.get("train"))  # other splits are held out from a training file
         return file is not None and file_format(file) == "text"
 
     def ends_texts(self, split: str) -> bool:
-        """Whether the rows of a split get an end of text while packing. If those of training do not, none do."""
+        """Whether packing ends the rows of a split with the end-of-text token; only if those of training have it."""
         if self.append_eos is not None:
             return self.append_eos
         return not self.has_lines("train") and not self.has_lines(split)
 
     @property
     def has_boundaries(self) -> bool:
-        """Whether tokens that begin and end a text are trained."""
+        """Whether the tokens that begin and end a text occur in training."""
         return not self.packing or self.ends_texts("train")
 
 
 @dataclass
 class PretrainingArguments:
-    """Phase 1. What is not given is taken from the training arguments of phase 2."""
+    """Phase 1. Defaults are the training arguments of phase 2."""
 
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are masked ('mlm')."})
     pretraining_max_steps: int | None = field(default=None, metadata={"help": "Optimizer steps of phase 1."})
@@ -200,7 +202,7 @@ class PretrainingArguments:
             raise ValueError(f"`mlm_probability` must be between 0 and 1, got {self.mlm_probability}.")
 
     def training_fields(self) -> dict[str, Any]:
-        """What was given of the fields of [`TrainingArguments`]."""
+        """Return the fields of [`TrainingArguments`] that are set for phase 1, without their prefix."""
         prefix = "pretraining_"
         given = {name.removeprefix(prefix): value for name, value in vars(self).items() if name.startswith(prefix)}
         return {name: value for name, value in given.items() if value is not None}
@@ -214,17 +216,15 @@ class BlockArguments:
     parallelism: str = field(
         default="auto",
         metadata={
-            "help": "With several processes: 'blocks' (each trains blocks of its own), 'data' (all train a block "
-            "together) or 'auto' ('blocks', or groups of processes when there are fewer blocks).",
+            "help": "With several processes: 'blocks' (each process trains other blocks), 'data' (all processes train "
+            "each block together) or 'auto' ('blocks', or groups of processes if there are fewer blocks).",
             "choices": ["auto", "blocks", "data"],
         },
     )
     take_over: bool = field(
-        default=False, metadata={"help": "Train blocks that another worker says on the Hub it trains, if it is gone."}
+        default=False, metadata={"help": "Train blocks that are claimed on the Hub by another worker that is gone."}
     )
-    sample_prompts: list[str] = field(
-        default_factory=lambda: ["The"], metadata={"help": "Prompts that sample text is drawn from."}
-    )
+    sample_prompts: list[str] = field(default_factory=lambda: ["The"], metadata={"help": "Prompts for the samples."})
     sample_max_new_tokens: int = field(default=40, metadata={"help": "Length of the samples, in tokens."})
 
     def __post_init__(self):
@@ -236,7 +236,7 @@ class BlockArguments:
 
 @dataclass
 class ShareArguments:
-    """What the model card says of the model with `--push_to_hub`, beside what was measured."""
+    """Fields of the model card that `--push_to_hub` uploads."""
 
     license: str | None = field(default=None, metadata={"help": "Licence of the model, by its identifier on the Hub."})
     language: str | None = field(default=None, metadata={"help": "Language of the text, by its ISO 639-1 code."})
@@ -247,12 +247,12 @@ class RunArguments:
     """The run as a whole.
 
     Attributes:
-        processes: how many were launched together.
+        processes: number of processes that were launched together.
     """
 
     dry_run: bool = field(
         default=False,
-        metadata={"help": "Print data, model, steps, memory, time and disk of the run, and train nothing."},
+        metadata={"help": "Plan the run without training: data, model, steps, memory, time and disk."},
     )
     processes: int = field(default=1, init=False)
 
@@ -261,7 +261,7 @@ def parse_blocks(blocks: str, num_blocks: int) -> list[int]:
     """Read a selection of blocks such as `"0,2-3"` or `"all"`.
 
     Raises:
-        ValueError: it cannot be read, or names a block that is not there.
+        ValueError: if the selection is malformed, or contains a block that the model does not have.
     """
     if blocks == "all":
         return list(range(num_blocks))
@@ -286,7 +286,7 @@ def file_format(file: str) -> str:
     suffix = Path(file).suffix.lstrip(".").lower()
     builders = {"txt": "text", "text": "text", "jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}
     if suffix not in builders:
-        raise ValueError(f"Cannot tell what {file!r} holds: use one of the endings {', '.join(builders)}.")
+        raise ValueError(f"Cannot infer the format of {file!r}: use one of the endings {', '.join(builders)}.")
     return builders[suffix]
 
 
@@ -342,9 +342,9 @@ def refuse_unsupported(values: Namespace | TrainingArguments) -> None:
         values: training arguments, or their values on the command line.
 
     Raises:
-        ValueError: if one of `UNSUPPORTED_ARGUMENTS` differs from its default, or the launcher asks for such a thing.
+        ValueError: if one of `UNSUPPORTED_ARGUMENTS` differs from its default, or the launcher enables another engine.
     """
-    # What parsers and `TrainingArguments` make of some defaults.
+    # Values into which parsers and `TrainingArguments` convert some defaults.
     equivalent: dict[str, tuple] = {
         "debug": (None, []),
         "accelerator_config": (AcceleratorConfig(),),
@@ -361,8 +361,8 @@ def refuse_unsupported(values: Namespace | TrainingArguments) -> None:
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if strtobool(os.environ.get(f"ACCELERATE_USE_{name}", "false")):
             raise ValueError(
-                f"The configuration of accelerate asks for {name}, which is not supported: make another "
-                "with `accelerate config`."
+                f"The configuration of accelerate enables {name}, which is not supported: create another "
+                "one with `accelerate config`."
             )
 
 
@@ -372,10 +372,10 @@ def check_training_arguments(
     """Reject training arguments that a phase would break on or ignore, before any work.
 
     Args:
-        pretraining_args: those that phase 1 replaces.
+        pretraining_args: the arguments that phase 1 replaces.
 
     Raises:
-        ValueError: with what to do about it.
+        ValueError: if an argument is invalid or unsupported; the message names the flag to change.
     """
     refuse_unsupported(training_args)
     _check_evaluation(training_args)
@@ -391,7 +391,7 @@ def _check_training(args: TrainingArguments, pretraining: Collection[str] = ()) 
     """Check values, and that optimizer, schedule and data loader can be built from them.
 
     Args:
-        pretraining: names of the fields that are those of phase 1.
+        pretraining: names of the fields that phase 1 replaces.
     """
 
     def flag(name: str) -> str:
@@ -442,10 +442,10 @@ def _check_training(args: TrainingArguments, pretraining: Collection[str] = ()) 
 
 @contextmanager
 def _accepted(complaint: str, advice: str = "") -> Iterator[None]:
-    """Try out values on the library that will get them.
+    """Try out values on the library that will use them.
 
     Raises:
-        ValueError: it does not take them, with its reason between `complaint` and `advice`.
+        ValueError: if the library rejects them; its reason stands between `complaint` and `advice`.
     """
     try:
         yield
@@ -470,14 +470,14 @@ def _check_optimizer(args: TrainingArguments, learning_rate_flag: str) -> None:
     if args.optim not in OPTIMIZERS:
         raise ValueError(f"--optim {args.optim.value} is not supported: take one of {', '.join(OPTIMIZERS)}.")
     advice = f"Change --optim, --optim_args, --adam_beta1, --adam_beta2 or {learning_rate_flag}."
-    with _accepted("The optimizer cannot be made", advice):
+    with _accepted("The optimizer cannot be created", advice):
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args)
         optimizer = optimizer_class([nn.Parameter(torch.zeros(1))], **options)
         given = [pair.split("=")[0].strip() for pair in (args.optim_args or "").split(",") if pair]
         without = copy.copy(args)
         without.optim_args = None
         _, plain = Trainer.get_optimizer_cls_and_kwargs(without)
-    # Both phases give the weight decay by group of parameters, which has precedence.
+    # Both phases set the weight decay by group of parameters, which has precedence.
     ignored = [name for name in given if options.get(name) == plain.get(name) or name == "weight_decay"]
     if ignored:
         raise ValueError(f"--optim {args.optim.value} ignores {', '.join(ignored)} of --optim_args: leave that out.")
@@ -488,7 +488,7 @@ def _check_optimizer(args: TrainingArguments, learning_rate_flag: str) -> None:
     schedule = args.lr_scheduler_type.value
     if schedule in ("reduce_lr_on_plateau", "greedy"):
         raise ValueError(
-            f"With --lr_scheduler_type {schedule} weights would depend on when they are evaluated: take a schedule of "
+            f"With --lr_scheduler_type {schedule}, weights would depend on when they are evaluated: use a schedule of "
             "the steps, such as linear or cosine."
         )
     if schedule == "constant" and args.warmup_steps > 0:
@@ -499,12 +499,12 @@ def _check_optimizer(args: TrainingArguments, learning_rate_flag: str) -> None:
         raise ValueError(f"--lr_scheduler_type {schedule} ignores --lr_scheduler_kwargs: leave them out.")
     steps = args.max_steps if args.max_steps > 0 else 1000
     advice = f"Change --lr_scheduler_type, --lr_scheduler_kwargs, --warmup_steps or {learning_rate_flag}."
-    with _accepted("The schedule cannot be made", advice):
+    with _accepted("The schedule cannot be created", advice):
         get_scheduler(schedule, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs)
 
 
 def _check_evaluation(args: TrainingArguments) -> None:
-    """Check what is logged, evaluated and saved, and when."""
+    """Check when the run logs, evaluates and saves."""
     for name in ("logging", "eval", "save"):
         steps = getattr(args, f"{name}_steps")
         if getattr(args, f"{name}_strategy") == "steps" and not 0 < steps < math.inf:
@@ -550,15 +550,15 @@ def _check_evaluation(args: TrainingArguments) -> None:
 def is_users(error: Exception) -> bool:
     """Whether the user of a command can correct an error.
 
-    These are the errors that a `raise` statement of this package reports, other than of faults in itself; what
-    `datasets` says of unreadable data; and lack of memory, of disk space or of permissions. What Python, torch or
-    another library raise of themselves, even of the same types, is taken for a fault of the program.
+    These are errors raised by a `raise` statement of this package, other than for its own faults; errors of `datasets`
+    about unreadable data; and lack of memory, disk space or permissions. Errors that Python, torch or another library
+    raise, even of the same types, count as faults of the program.
     """
     if isinstance(error, DatasetsError | MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return True
     if os.strerror(errno.ENOSPC) in str(error) or (isinstance(error, OSError) and error.errno in MENDABLE):
         return True
-    if error.__traceback__ is None:  # of another thread
+    if error.__traceback__ is None:  # raised in another thread
         return False
     raised = traceback.extract_tb(error.__traceback__)[-1]
     is_ours = Path(raised.filename).is_relative_to(PACKAGE) and (raised.line or "").startswith("raise ")
@@ -566,7 +566,7 @@ def is_users(error: Exception) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error in one line; its middle is left out where that would be a long one."""
+    """Return the message of an error in one line, shortened in the middle if it is long."""
     text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else str(error)
     text = " ".join(text.split()) or type(error).__name__
     return text if len(text) <= 1200 else f"{text[:800]} [...] {text[-300:]}"

@@ -93,7 +93,7 @@ class DurableTrainer(Trainer):
     """A [`Trainer`] that can be killed at any moment and resumes to the same result.
 
     Args:
-        identity: what a result depends on besides the training arguments, such as fingerprints of model and data.
+        identity: the dependencies of the result besides the training arguments, such as fingerprints of model and data.
         kwargs: arguments of [`Trainer`].
     """
 
@@ -168,7 +168,7 @@ class DurableTrainer(Trainer):
         return str(path)
 
     def run_identity(self) -> dict[str, Any]:
-        """Everything the bits of the result depend on, as JSON values."""
+        """Collect everything that the bits of the result depend on, as JSON values."""
         return run_identity(self.args, self.identity, isinstance(self.train_dataset, IterableDataset))
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
@@ -302,10 +302,10 @@ def use_one_device(args: TrainingArguments) -> TrainingArguments:
 
 
 def run_identity(args: TrainingArguments, identity: Mapping[str, Any], streams: bool) -> dict[str, Any]:
-    """Everything the bits of a result depend on, as JSON values.
+    """Collect everything that the bits of a result depend on, as JSON values.
 
     Args:
-        identity: what that is besides the training arguments.
+        identity: the dependencies besides the training arguments.
         streams: whether the training data are a stream, which workers of a data loader read in another order.
     """
     names = RESULT_ARGUMENTS + (SELECTION_ARGUMENTS if args.load_best_model_at_end else ())
@@ -318,11 +318,12 @@ def run_identity(args: TrainingArguments, identity: Mapping[str, Any], streams: 
 
 
 def training_note(args: TrainingArguments, seed: int) -> str:
-    """What a reader needs to train alike, for the metadata of a shard: a line for each argument that the result depends
-    on and that is set, and for each version.
+    """Describe a training for the metadata of a shard, so that it can be repeated.
+
+    Has a line for each argument that is set and that the result depends on, and for each version.
 
     Args:
-        seed: of the run, which those of blocks are made from.
+        seed: the seed of the run, from which those of blocks are derived.
     """
     notes = run_identity(args, {"seed": seed}, streams=False)
     del notes["num_train_epochs" if args.max_steps > 0 else "max_steps"]  # the other one has precedence
@@ -332,7 +333,7 @@ def training_note(args: TrainingArguments, seed: int) -> str:
 
 
 class PreemptionCallback(TrainerCallback):
-    """Ends training on SIGTERM, after the current step and with a checkpoint. As a context, it handles the signal."""
+    """End training on SIGTERM, after the current step and with a checkpoint. The context handles the signal."""
 
     def __init__(self):
         self.came = False
@@ -362,7 +363,7 @@ class PreemptionCallback(TrainerCallback):
         self._stopping = self.is_agreed(args)
         if self._stopping:
             control.should_training_stop = True
-            if not _ends_epoch(state):  # otherwise saved after the evaluation that belongs to the epoch
+            if not _ends_epoch(state):  # at the end of an epoch, save after its evaluation
                 control.should_save = True
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
@@ -394,14 +395,14 @@ def write_manifest(checkpoint: Path, identity: Mapping[str, Any]) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until the content of a file, or the names in a folder, are on the disk."""
+    """Flush the content of a file, or the names in a folder, to the disk."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    except OSError as error:  # a folder may be one that cannot be read, or of a file system that cannot flush it
+    except OSError as error:  # a folder may be unreadable, or on a file system that cannot flush folders
         if not path.is_dir() or error.errno not in (errno.EACCES, errno.EINVAL, errno.EROFS):
             raise
 
@@ -409,14 +410,14 @@ def flush(path: Path) -> None:
 def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     """Read the manifest of a checkpoint; None if the manifest or a file is damaged."""
     try:
-        kept = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
-        if kept.pop("hash") != _hash(kept):
+        manifest = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
+        if manifest.pop("hash") != _hash(manifest):
             return None
-        for name, expected in kept["files"].items():
+        for name, expected in manifest["files"].items():
             with open(checkpoint / name, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                     return None
-        return kept
+        return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -426,71 +427,73 @@ def _hash(record: Mapping[str, Any]) -> str:
 
 
 def checkpoint_at(directory: Path, step: int) -> Path:
-    """The folder of the checkpoint of a step."""
+    """Return the folder of the checkpoint of a step."""
     return directory / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
 def checkpoints_of(directory: Path) -> list[tuple[int, Path]]:
-    """Steps and folders of the checkpoints in a directory, newest first, whole or not."""
-    found = []
+    """List steps and folders of the checkpoints in a directory, newest first, including damaged ones."""
+    checkpoints = []
     for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
         if step and path.is_dir():
-            found.append((int(step[1]), path))
-    return sorted(found, reverse=True)
+            checkpoints.append((int(step[1]), path))
+    return sorted(checkpoints, reverse=True)
 
 
 def _change(name: str, was: Any, now: Any) -> str:
-    """What has changed in an identity, for a person, who can do nothing with hashes."""
-    of = {
+    """Describe a change of an identity, without hashes."""
+    names = {
         "data": "the training data (--train_file, --dataset_name, and how they are cut)",
         "validation_data": "the validation data",
         "fingerprint": "the embedding table or the configuration",
         "trunk": "the trunk",
     }
-    return f"{of[name]} changed" if name in of and was and now else f"{name} was {was!r} and is {now!r}"
+    return f"{names[name]} changed" if name in names and was and now else f"{name} was {was!r} and is {now!r}"
 
 
 def newest_checkpoint(directory: Path, identity: Mapping[str, Any]) -> str | None:
-    """The newest good checkpoint in a directory, or none where there is no checkpoint.
+    """Return the newest intact checkpoint in a directory, or None if it has no checkpoint.
 
     Raises:
-        ValueError: checkpoints belong to a run of another identity, or none is whole.
+        ValueError: if the newest intact checkpoint belongs to a run of another identity, or all are damaged.
     """
     checkpoints = checkpoints_of(directory)
     for step, path in checkpoints:
-        kept = read_manifest(path)
-        if kept is None:
-            logger.warning(f"{path} is damaged: the state before it is taken instead.")
+        manifest = read_manifest(path)
+        if manifest is None:
+            logger.warning(f"{path} is damaged: using the checkpoint before it.")
             continue
-        names = sorted(set(kept["identity"]) | set(identity))
-        changed = [name for name in names if kept["identity"].get(name) != identity.get(name)]
+        expected = manifest["identity"]
+        names = sorted(set(expected) | set(identity))
+        changed = [name for name in names if expected.get(name) != identity.get(name)]
         if changed:
-            listed = ", ".join(_change(name, kept["identity"].get(name), identity.get(name)) for name in changed)
+            changes = ", ".join(_change(name, expected.get(name), identity.get(name)) for name in changed)
             raise ValueError(
-                f"The run that stopped at step {step} in {directory} was another one: {listed}. Run it with its own "
-                "settings and data, or remove that folder to start anew."
+                f"The run that stopped at step {step} in {directory} had other settings: {changes}. Run it with its "
+                "own settings and data, or remove that folder to start again."
             )
         threads = torch.get_num_threads()
-        if kept.get("threads", threads) != threads:
+        if manifest.get("threads", threads) != threads:
             logger.warning(
-                f"{path} was written with {kept['threads']} threads, and there are {threads} now: on a CPU, sums are "
-                f"rounded in another order. OMP_NUM_THREADS={kept['threads']} gives the bits of an undisturbed run."
+                f"{path} was written with {manifest['threads']} threads, now there are {threads}: on a CPU, sums are "
+                f"rounded in another order. OMP_NUM_THREADS={manifest['threads']} gives the bits of an undisturbed run."
             )
         return str(path)
     if checkpoints:
         raise ValueError(
-            f"None of the checkpoints in {directory} is whole, so nothing is left to go on from. Remove that folder to "
-            "start anew."
+            f"All checkpoints in {directory} are damaged, so the run cannot resume. Remove that folder to start again."
         )
     return None
 
 
 def raise_if_disk_is_full(directory: Path, error: Exception) -> None:
-    """Say so where `error` came of a full disk. Libraries report that in words of their own, so the disk is asked.
+    """Raise a clear error if `error` was caused by a full disk.
+
+    Libraries report a full disk in different ways, so a file is written to find out.
 
     Raises:
-        OSError: the disk is full.
+        OSError: if the disk is full.
     """
     probe = directory / "probe"
     try:
@@ -499,7 +502,7 @@ def raise_if_disk_is_full(directory: Path, error: Exception) -> None:
             os.fsync(file.fileno())
     except OSError as answer:
         if answer.errno in (errno.ENOSPC, errno.EDQUOT):
-            text = "The disk is full. Make room and run the same command again: it goes on from the last checkpoint"
+            text = "The disk is full. Free space and run the same command again: it resumes from the last checkpoint"
             raise OSError(answer.errno, text, str(directory)) from error
     finally:
         probe.unlink(missing_ok=True)

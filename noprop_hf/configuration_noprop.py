@@ -111,6 +111,7 @@ class NoPropConfig(PreTrainedConfig):
     @property
     def num_trunk_layers(self) -> int:
         """Layers of the trunk, which are those of the model of phase 1; 0 without a trunk."""
+        assert self.num_pretraining_layers is not None
         return self.num_pretraining_layers if self.context_source == "trunk" else 0
 
     @property

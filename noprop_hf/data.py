@@ -1,4 +1,4 @@
-"""Text in, windows of tokens out: corpora, tokenizers, packing."""
+"""Data pipeline from text to windows of tokens: corpora, tokenizers, packing, collators."""
 
 import ast
 import codecs
@@ -48,23 +48,23 @@ from .arguments import CPYTHON_DOCS, DataArguments, file_format
 logger = logging.get_logger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
-PROBE = "A text, 2 lines\n of na\u00efve \u6f22\u5b57."  # what tokenizers are compared on
-SMALLEST_VOCABULARY = 256 + 3  # of a tokenizer that is trained: all bytes, and the special tokens
-TOKENS_AT_ONCE = 2**17  # read and written in one piece while windows are cut
+PROBE = "A text, 2 lines\n of na\u00efve \u6f22\u5b57."  # a text on which tokenizers are compared
+SMALLEST_VOCABULARY = 256 + 3  # of a trained tokenizer: all bytes and the special tokens
+TOKENS_AT_ONCE = 2**17  # tokens per batch while windows are cut
 
 
 # --- corpora ----------------------------------------------------------------------------------------------------------
 
 
 def cpython_docs() -> Iterator[dict[str, str]]:
-    """The documentation of the running Python: its language reference, then every docstring of its standard library.
+    """Yield the documentation of the running Python: its language reference, then docstrings of its standard library.
 
-    Read from source files without importing them, in a fixed order, each text once. Packages that distributors ship
-    apart, and tests, are left out, so that one Python version gives one corpus. The split is by a hash of the text:
-    a document stays in its split whatever is added around it.
+    Source files are read without importing them, in a fixed order, and duplicate texts are dropped. Tests, and packages
+    that distributors ship separately, are excluded, so that a Python version always gives the same corpus. A hash of
+    the text decides its split, which therefore does not depend on other texts.
 
     Yields:
-        `{"text": ..., "split": "train" | "validation" | "test"}`, 90, 5 and 5 in a hundred.
+        `{"text": ..., "split": "train" | "validation" | "test"}`, with 90, 5 and 5 percent of the texts.
     """
     from pydoc_data.topics import topics  # 500 kB, for this corpus alone
 
@@ -93,11 +93,11 @@ def load_corpus(args: DataArguments) -> DatasetDict | IterableDatasetDict:
     """Load the raw text of every split of a corpus.
 
     Returns:
-        A dictionary with `train`, `validation` and, where the corpus has one, `test`; a column
-        `args.text_column_name` in each.
+        A dictionary with the splits `train`, `validation` and, if the corpus has one, `test`; each has a column
+        `args.text_column_name`.
 
     Raises:
-        ValueError: the corpus cannot be read, the text column is missing or holds something else, or a split is empty.
+        ValueError: if the corpus cannot be read, the text column is missing or holds no text, or a split is empty.
     """
     if args.dataset_name == CPYTHON_DOCS:
         rows = list(cpython_docs())
@@ -137,14 +137,14 @@ def load_corpus(args: DataArguments) -> DatasetDict | IterableDatasetDict:
 
 @contextmanager
 def _readable(what: str, file: str | None = None) -> Iterator[None]:
-    """Turn errors of `datasets` over the data it reads into one sentence.
+    """Replace errors of `datasets` about unreadable data by one sentence.
 
     Args:
         what: the name of the data in the message.
-        file: the local file that is read, if it is one.
+        file: the local file, if the data are in one.
 
     Raises:
-        ValueError: the data cannot be read, for the reason that the innermost error gives.
+        ValueError: if the data cannot be read; the message gives the reason of the innermost error.
     """
     try:
         yield
@@ -161,7 +161,7 @@ def _readable(what: str, file: str | None = None) -> Iterator[None]:
 
 
 def _broken_json(file: str) -> str | None:
-    """Describe the first line of a file of JSON lines that is not JSON, if there is one."""
+    """Describe the first line of a JSON lines file that is not JSON, if any."""
     if file_format(file) != "json":
         return None
     with open(file, encoding="utf-8-sig") as lines:
@@ -177,10 +177,10 @@ def _broken_json(file: str) -> str | None:
 
 
 def _check_texts(rows: Dataset | IterableDataset, column: str, what: str) -> None:
-    """Make sure that a column of a split holds text: by its type or, in a stream, by its first rows.
+    """Check that a column of a split holds text: by its type or, in a stream, by its first rows.
 
     Raises:
-        ValueError: the column is missing or holds something else, or the split is empty.
+        ValueError: if the column is missing or holds no text, or the split is empty.
     """
     if isinstance(rows, IterableDataset):
         with _readable(what[0].lower() + what[1:]):
@@ -197,14 +197,14 @@ def _check_texts(rows: Dataset | IterableDataset, column: str, what: str) -> Non
         raise ValueError(f"{what} is empty.")
     if column not in columns:
         raise ValueError(
-            f"{what} has no column {column!r}; it has {columns}. Name the one that holds the text with "
+            f"{what} has no column {column!r}; it has {columns}. Give the column that holds the text as "
             "--text_column_name."
         )
     if kind:
-        hint = " Write chat messages out as text first." if "role" in kind or kind == "list" else ""
+        hint = " Convert chat messages to text first." if "role" in kind or kind == "list" else ""
         raise ValueError(
-            f"{what} holds no text in its column {column!r} but {kind}. Name a column of strings with "
-            f"--text_column_name, one of {columns}, or convert this one.{hint}"
+            f"{what} holds {kind} in its column {column!r}, not text. Give a column of strings as --text_column_name, "
+            f"one of {columns}, or convert this one.{hint}"
         )
 
 
@@ -218,17 +218,17 @@ def _load_file(file: str, args: DataArguments) -> Dataset | IterableDataset:
     builder = file_format(file)
     if builder != "parquet":
         _check_encoding(file)
-    # Lines keep their breaks when they are joined again; a byte order mark is no text.
+    # With packing, lines are joined again and keep their breaks. A byte order mark is not part of the text.
     options = {"keep_linebreaks": args.packing, "encoding": "utf-8-sig"} if builder == "text" else {}
     with _readable(f"the file {file!r}", file):
         return load_dataset(builder, data_files=file, split="train", streaming=args.streaming, **options)
 
 
 def _check_encoding(file: str) -> None:
-    """Make sure that a file is text in UTF-8.
+    """Check that a file is text in UTF-8.
 
     Raises:
-        ValueError: it is not, with the first line that is not.
+        ValueError: if the file is not UTF-8; the message names the first such line.
     """
     advice = (
         "Unpack it if it is compressed, or convert it to UTF-8, such as with "
@@ -248,10 +248,10 @@ def _check_encoding(file: str) -> None:
 
 
 def _hold_out(splits: DatasetDict | IterableDatasetDict, args: DataArguments) -> DatasetDict:
-    """Take the last part of the training split for validation: rows, or of few rows the last part of their text.
+    """Hold out the last part of the training split for validation: rows or, if they are few, text.
 
     Raises:
-        ValueError: the split is a stream, or nothing would be left on one side.
+        ValueError: if the split is a stream, or one of both parts would be empty.
     """
     if args.streaming:
         raise ValueError("A streamed dataset without a validation split needs --validation_file or another dataset.")
@@ -279,7 +279,7 @@ def _hold_out(splits: DatasetDict | IterableDatasetDict, args: DataArguments) ->
 
 
 def _cut_texts(texts: list[str], share: float) -> tuple[list[str], list[str]]:
-    """Cut a list of texts in two, between two words of a text, so that about a share of the characters comes last."""
+    """Cut a list of texts in two, between two words, so that the second part has about `share` of the characters."""
     left = round(sum(map(len, texts)) * (1 - share))
     for index, text in enumerate(texts):
         if left < len(text):
@@ -323,10 +323,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
 
 
 def load_tokenizer(name_or_path: str, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer of the Hub or a local directory. Code that comes with it is not run.
+    """Load a tokenizer from the Hub or a local directory, without running code that comes with it.
 
     Args:
-        vocab_size: how many embeddings the model has that it is for.
+        vocab_size: the number of embeddings of its model.
 
     Raises:
         ValueError: if no tokenizer can be loaded under that name, or it has more entries than the model.
@@ -347,12 +347,12 @@ def load_tokenizer(name_or_path: str, vocab_size: int | None = None) -> PreTrain
 
 
 def prompt_tokenizer(tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> PreTrainedTokenizerBase:
-    """Make the tokenizer of a causal model from any other one, which cuts text into the same tokens.
+    """Convert a tokenizer for a causal model, without changing how it cuts text into tokens.
 
     The result returns `input_ids` and `attention_mask` only, and puts its bos token, if it has one, before a prompt and
     nothing after it. It has an eos and a pad token. A token that is missing is replaced by another one (bos by eos, eos
     by sep or bos, pad by eos, since padding is identified by the attention mask); a tokenizer with no candidate for eos
-    gets a new token. There is a bos token only if texts begin with one in the rows of [`tokenize`].
+    gets a new token. The result has a bos token only if texts begin with it in the rows of [`tokenize`].
 
     Saved with a model, the result is loaded by the stock `AutoTokenizer`, without code of its own.
 
@@ -434,7 +434,7 @@ def _fast_prompt_tokenizer(
 def _slow_prompt_tokenizer(
     tokenizer: PreTrainedTokenizerBase, names: dict[str, str | None], options: dict[str, Any]
 ) -> PreTrainedTokenizerBase:
-    """Give a tokenizer of a Python class other tokens and options. What it puts before a prompt is up to its class."""
+    """Change tokens and options of a slow tokenizer, whose class decides what precedes a prompt."""
     result = copy.deepcopy(tokenizer)
     first = result(PROBE)["input_ids"][:1]
     starts = first != result(PROBE, add_special_tokens=False)["input_ids"][:1]
@@ -472,20 +472,19 @@ def _conversions(tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokenizer]:
 def tokenize(
     splits: DatasetDict | IterableDatasetDict, tokenizer: PreTrainedTokenizerBase, args: DataArguments
 ) -> DatasetDict | IterableDatasetDict:
-    """Tokenize every split: contiguous windows of `max_length` tokens, or one sample a row.
+    """Tokenize every split into contiguous windows of `max_length` tokens or, without packing, one sample per row.
 
-    What is tokenized once is taken from the cache of `datasets` by later phases, blocks and processes.
+    Later phases, blocks and processes find the tokens in the cache of `datasets`.
 
-    Packing joins all rows of a split and drops only what is left over after the last whole window: texts become a
-    table of one token a row, of which every `max_length` rows make a window. So neither a split nor its tokens are
-    ever held in memory.
+    Packing joins all rows of a split and drops only the tokens after the last whole window: texts become an Arrow table
+    of one token per row, and every `max_length` rows make a window. Neither a split nor its tokens are held in memory.
 
     Raises:
-        ValueError: a split holds too little text for one window.
+        ValueError: if a split has too little text for one window, or the tokenizer lacks a pad token that is needed.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if not args.packing and tokenizer.pad_token_id is None:
-        raise ValueError("One sample a row needs a tokenizer with a pad token; this one has none.")
+        raise ValueError("--packing false needs a tokenizer with a pad token, and this one has none.")
 
     token, row = Value("int32"), List(Value("int32"))
     options: dict[str, Any] = {"batched": True}
@@ -535,8 +534,10 @@ def tokenize(
 
 
 def _behaviour(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """What a tokenizer does with a text, wherever it came from: what is cached for one that was trained, or that has a
-    name on the Hub, is then found for its copy in a model directory, by other phases and processes."""
+    """Return the parts of a tokenizer that affect its tokens, as a cache key.
+
+    A tokenizer and its copy in a model directory therefore share cached tokens.
+    """
     if not tokenizer.is_fast:
         return tokenizer
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -552,16 +553,16 @@ def _encode(
     limit: int | None,
     joined: bool,
 ) -> pa.Table:
-    """Token ids of each text of a column that has any, cut to `limit` and put between prefix and suffix.
+    """Encode the non-empty texts of a column, cut to `limit` tokens and put between prefix and suffix.
 
-    With `joined`, every row is one token; otherwise, the tokens of one text.
+    With `joined`, every row of the result is one token, otherwise the tokens of one text.
     """
     texts = table[column].to_pylist()
     for text in texts:
-        if not isinstance(text, str | None):  # further on in a stream
+        if not isinstance(text, str | None):  # in later rows of a stream, which were not checked
             raise ValueError(
-                f"The column {column!r} holds {type(text).__name__} in a row ({str(text)[:40]!r}): name a column of "
-                "strings with --text_column_name."
+                f"The column {column!r} holds {type(text).__name__} in a row ({str(text)[:40]!r}): give a column of "
+                "strings as --text_column_name."
             )
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     encoded = tokenizer([text or "" for text in texts], **options)["input_ids"]
@@ -572,7 +573,7 @@ def _encode(
 
 
 def _cut_windows(table: pa.Table, length: int) -> pa.Table:
-    """Windows of `length` tokens from rows of one token; what is left over, at the end of a split, is dropped."""
+    """Cut rows of one token into windows of `length` tokens, and drop the rest."""
     tokens = table["input_ids"].combine_chunks()
     windows = len(tokens) // length
     offsets = pa.array(np.arange(windows + 1) * length, pa.int32())
@@ -580,7 +581,7 @@ def _cut_windows(table: pa.Table, length: int) -> pa.Table:
 
 
 def data_fingerprint(rows: Dataset | IterableDataset) -> str:
-    """A hash of the tokens of a split and of how they are cut, the same on every machine."""
+    """Hash the tokens of a split and its windows; the hash is the same on every machine."""
     digest = hashlib.sha256()
     for batch in rows.with_format("numpy").iter(batch_size=1000):
         for row in batch["input_ids"]:
@@ -593,7 +594,7 @@ def data_identity(
 ) -> dict[str, str]:
     """Identify the data that a result depends on.
 
-    The validation split is among them if it decides which weights are kept.
+    They include the validation split if it decides which weights are kept.
 
     Args:
         data: the fingerprint of the training split.
@@ -605,8 +606,10 @@ def data_identity(
 
 
 def training_fingerprint(rows: Dataset | IterableDataset, args: DataArguments) -> str:
-    """The [`data_fingerprint`] of a training split; of a stream, which is read in another order and may have no end,
-    of its first thousand rows and of what says where it ends."""
+    """Return the [`data_fingerprint`] of a training split.
+
+    For a stream, which may be endless, it covers the first thousand rows, the size of the file and `max_train_samples`.
+    """
     if not isinstance(rows, IterableDataset):
         return data_fingerprint(rows)
     size = None if args.train_file is None else Path(args.train_file).stat().st_size
@@ -615,7 +618,7 @@ def training_fingerprint(rows: Dataset | IterableDataset, args: DataArguments) -
 
 
 def count_tokens(dataset: Dataset | IterableDataset, vocab_size: int, max_rows: int = 100_000) -> torch.Tensor:
-    """How often each token occurs in the first `max_rows` rows, as a `(vocab_size,)` integer tensor."""
+    """Count each token in the first `max_rows` rows, and return a `(vocab_size,)` integer tensor."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for batch in dataset.take(max_rows).iter(batch_size=1000):
         counts += np.bincount(np.concatenate(batch["input_ids"]), minlength=vocab_size)
@@ -624,7 +627,7 @@ def count_tokens(dataset: Dataset | IterableDataset, vocab_size: int, max_rows: 
 
 @dataclass
 class CausalCollator(DataCollatorWithPadding):
-    """Pads a batch and makes its labels: the tokens themselves, padding ignored (told by the mask, not by the id)."""
+    """Pad a batch and add labels: the tokens, with padding (by the attention mask, not by the id) ignored."""
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = super().__call__(features)
@@ -638,8 +641,8 @@ class CausalCollator(DataCollatorWithPadding):
 class PretrainingCollator(DataCollatorForLanguageModeling):
     """The stock collator for masked language modelling, with masks drawn from `run_seed` and the batch itself.
 
-    Batches are collated ahead of the step that uses them, so masks from torch's global random numbers would not come
-    back when a run goes on from a checkpoint. These do, with any number of data loader workers.
+    Batches are collated ahead of the step that uses them, so masks from torch's global random numbers would differ
+    after a resume. These masks do not, with any number of data loader workers.
     """
 
     run_seed: int = 0

@@ -34,7 +34,7 @@ class ModelNats:
         predictive: cross-entropy of the predictive distribution (`logits`).
         context: cross-entropy of each block alone on pure noise.
         bound: variational bound on the negative log-likelihood of the chain.
-        block_nats: its split by block; entries after the first are gains when negative.
+        block_nats: the terms of the bound, by block; entries after the first are gains when negative.
         block_errors: standard errors of `block_nats`.
         num_tokens: predicted tokens.
     """
@@ -56,11 +56,15 @@ def evaluate_model(
     seed: int = 0,
     description: str = "Evaluating",
 ) -> ModelNats:
-    """Measure a model on tokenized rows. The noise of the bound is fixed by `seed`.
+    """Measure a model on tokenized rows.
 
     Args:
         model: the whole model.
         dataset: rows of `input_ids`; every token but the first of a row is predicted.
+        seed: seed of the noise in the bound.
+
+    Raises:
+        ValueError: if the dataset is empty.
     """
     model.eval()
     device = model.model.embed_tokens.weight.device
@@ -92,13 +96,13 @@ def evaluate_model(
 class CountingBaseline:
     """Unigram counts, and bigram counts interpolated with them.
 
-    Unigrams are smoothed by one. Bigrams lean on them with the strength of `concentration` pseudo-counts (the Dirichlet
-    interpolation of MacKay and Peto 1995, "A hierarchical Dirichlet language model"), fitted on held-out rows.
+    Unigrams have add-one smoothing. Bigrams are interpolated with them by `concentration` pseudo-counts (MacKay and
+    Peto 1995, "A hierarchical Dirichlet language model"), fitted on held-out rows.
 
     Args:
         dataset: tokenized training rows (`input_ids`).
         vocab_size: size of the vocabulary `V`.
-        max_rows: how many rows are counted, for datasets without end.
+        max_rows: maximum number of rows to count, for endless datasets.
     """
 
     def __init__(self, dataset: Dataset | IterableDataset, vocab_size: int, max_rows: int = 1_000_000):
@@ -115,7 +119,7 @@ class CountingBaseline:
         self._unigram = unigrams / unigrams.sum()
 
     def fit(self, dataset: Dataset | IterableDataset) -> "CountingBaseline":
-        """Choose the concentration with the fewest nats on held-out rows."""
+        """Choose the concentration with the fewest nats on held-out rows, and return `self`."""
         candidates = np.geomspace(1, 10_000, 41)
         scores = []
         for candidate in candidates:
@@ -125,14 +129,17 @@ class CountingBaseline:
         return self
 
     def nats(self, dataset: Dataset | IterableDataset) -> tuple[float, float]:
-        """Nats per token of the unigram and of the interpolated bigram model, on every token but the first of a row."""
+        """Compute nats per token of the unigram and of the interpolated bigram model.
+
+        Every token but the first of a row is predicted.
+        """
         unigram_nats, bigram_nats, num_tokens = 0.0, 0.0, 0
         for rows in _rows(dataset):
             history = np.concatenate([row[:-1] for row in rows])
             target = np.concatenate([row[1:] for row in rows])
             keys = history * self.vocab_size + target
-            found = np.minimum(np.searchsorted(self._pairs, keys), len(self._pairs) - 1)
-            counts = np.where(self._pairs[found] == keys, self._pair_counts[found], 0)
+            positions = np.minimum(np.searchsorted(self._pairs, keys), len(self._pairs) - 1)
+            counts = np.where(self._pairs[positions] == keys, self._pair_counts[positions], 0)
             unigram = self._unigram[target]
             bigram = (counts + self.concentration * unigram) / (self._history_counts[history] + self.concentration)
             unigram_nats -= np.log(unigram).sum()
@@ -148,15 +155,15 @@ def _rows(dataset: Dataset | IterableDataset, max_rows: int | None = None) -> It
 
 
 def perplexity(nats: float) -> float:
-    """The exponential of nats per token, which is infinite where a training diverged."""
+    """Return the exponential of nats per token, which is infinite if a training diverged."""
     return torch.tensor(nats, dtype=torch.float64).exp().item()
 
 
 def results_table(rows: list[tuple[str, dict[str, float]]], splits: list[str]) -> str:
-    """A table in Markdown: nats per token and perplexity of each row on each split.
+    """Format a Markdown table of nats per token and perplexity, by row and split.
 
     Args:
-        rows: a name, and nats per token by split.
+        rows: pairs of a name and the nats per token by split.
         splits: the columns.
     """
     names = max(len(name) for name, _ in rows)
@@ -172,14 +179,14 @@ def results_table(rows: list[tuple[str, dict[str, float]]], splits: list[str]) -
 
 
 def load_model(name_or_path: str, num_inference_blocks: int | None = None) -> NoPropForCausalLM:
-    """Load a whole NoProp model, on a GPU if there is one.
+    """Load a whole NoProp model, on a GPU if available.
 
     Args:
         name_or_path: a model directory, or a repository of the Hub.
-        num_inference_blocks: how many blocks are to be run, to check that the model has them.
+        num_inference_blocks: number of blocks to run, which the model must have.
 
     Raises:
-        ValueError: there is no such model, it is of another kind, not fully trained or damaged, or has fewer blocks.
+        ValueError: if the model does not exist, is of another type, not fully trained or damaged, or has fewer blocks.
     """
     config = read_config(name_or_path)
     if num_inference_blocks is not None and not 0 < num_inference_blocks <= config.num_blocks:
@@ -222,7 +229,7 @@ def sample_texts(
     max_new_tokens: int,
     **generate_kwargs,
 ) -> list[tuple[str, str]]:
-    """Continue each prompt by sampling; returns pairs of prompt and continuation."""
+    """Continue each prompt by sampling, and return pairs of prompt and continuation."""
     options = {"do_sample": True, "top_k": 50} | generate_kwargs
     texts = []
     for prompt in prompts:
@@ -233,13 +240,14 @@ def sample_texts(
 
 
 def report(directory: Path, data_args: DataArguments, block_args: BlockArguments, batch_size: int, seed: int) -> str:
-    """What a trained model is worth: a table against counting baselines, the bound by block, and samples.
+    """Evaluate a trained model: a table with counting baselines, the bound by block, and samples.
 
-    The figures are kept in `results.json` in the model directory.
+    The results are also written to `results.json` in the model directory.
 
     Args:
         directory: a model directory with all blocks.
-        data_args: the corpus; its validation and test splits are measured, its training split is counted.
+        data_args: the corpus. The model is measured on its validation and test splits; baselines count the training
+            split.
         block_args: prompts and length of the samples.
 
     Returns:
@@ -273,7 +281,7 @@ def report(directory: Path, data_args: DataArguments, block_args: BlockArguments
     table = results_table(rows, splits)
     lines = [table, ""]
     if gains:
-        lines += [f"What each block adds to the bound on {last}: {gains}", ""]
+        lines += [f"Change of the bound by each block on {last}: {gains}", ""]
     prompts, max_new_tokens = block_args.sample_prompts, block_args.sample_max_new_tokens
     samples = sample_texts(model, tokenizer, prompts, max_new_tokens, seed=seed)
     lines += [f"Sample: {prompt}|{text!r}" for prompt, text in samples]
@@ -285,11 +293,11 @@ def report(directory: Path, data_args: DataArguments, block_args: BlockArguments
     }
     (directory / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     command, here = Path(sys.executable).with_name("noprop"), Path.cwd()
-    command = command.relative_to(here) if command.is_relative_to(here) else Path("noprop")  # such as that of .venv
+    command = command.relative_to(here) if command.is_relative_to(here) else Path("noprop")  # such as .venv/bin/noprop
     prompt = shlex.quote(next(iter(prompts), ""))
     lines += [
         "",
-        f"The model is in {directory}. What comes next:",
+        f"The model is in {directory}. Next steps:",
         f"  {command} generate {directory} {prompt}",
         f"  {command} evaluate {directory}",
         f"  {command} watch {directory} {prompt} --save chain.png",

@@ -1,12 +1,12 @@
-"""A repository of the Hub where workers that never meet leave their blocks.
+"""Meeting place: a repository of the Hub through which independent workers share the blocks of a model.
 
-Phase 1 publishes everything but the blocks. Each worker fetches that, says which block it works on (a claim, a small
-file in `workers/`), and publishes the block's shard when it is done, in one commit that takes the claim away. Commits
-name the state they were made for, so that of two workers who claim a block at once one is told; and whatever the
-network does, a commit is tried again until it is there, and not made twice.
+Phase 1 publishes everything except the blocks. Each worker downloads these files, claims a block with a small file in
+`workers/`, and publishes the shard of the trained block in one commit that also deletes the claim. Every commit names
+its parent, so when two workers claim a block at once, one commit is rejected. Failed commits are retried; a commit
+whose response was lost is not repeated.
 
-Anybody who may write to the repository can leave anything there. Files are therefore taken by their names alone, and
-what cannot be read is named and passed over.
+Other users with write access may add any files. Files are therefore recognised by name only, and unreadable ones are
+logged and ignored.
 """
 
 import hashlib
@@ -67,18 +67,20 @@ logger = logging.get_logger(__name__)
 CLAIMS_FOLDER = "workers"
 CLAIM_NAME = re.compile(rf"{CLAIMS_FOLDER}/block-([0-9]{{2,8}})\.json")
 BLOCK_NAME = re.compile(r"block-([0-9]{2,8})\.safetensors")
-STALE_AFTER = 6 * 3600  # seconds without news after which a worker is thought to be gone
-REPORT_EVERY = 600  # seconds, at the least, between two commits that tell how far a block is
-BRIEF_PATIENCE = 60  # seconds for what is worth no long wait
+STALE_AFTER = 6 * 3600  # seconds after which a claim that was not renewed is stale
+REPORT_EVERY = 600  # minimum seconds between two renewals of a claim
+BRIEF_PATIENCE = 60  # seconds of retries for requests of minor importance
 LARGEST_CLAIM = 10_000  # bytes
 
 
 @dataclass
 class BlockClaim:
-    """Who trains a block, and how far it is.
+    """Claim of a worker on a block.
 
     Attributes:
-        age: seconds since it was made or renewed, by the Hub's clock.
+        worker: name of the worker.
+        step: training step of the last renewal.
+        age: seconds since the last renewal, by the Hub's clock.
     """
 
     worker: str
@@ -87,7 +89,7 @@ class BlockClaim:
 
     @property
     def is_stale(self) -> bool:
-        """Whether its worker is thought to be gone."""
+        """Whether the worker is presumed gone."""
         return self.age > STALE_AFTER
 
     def __str__(self) -> str:
@@ -95,15 +97,15 @@ class BlockClaim:
 
 
 class MeetingPlace(Repository):
-    """A repository, as one worker sees it.
+    """The meeting place, as seen by one worker.
 
     Args:
         repo_id: `user/name`.
-        directory: the worker's model directory. Its identity is kept there, so that it knows its own claims again. Who
-            only looks needs none.
-        token: access token; that of `hf auth login` when not given.
-        patience: seconds for which a commit or a look is tried again.
-        timeout: seconds without news after which a request has failed.
+        directory: the worker's model directory, which also stores the worker's name, so that it recognises its own
+            claims; None to only read the repository.
+        token: access token; default: that of `hf auth login`.
+        patience: seconds for which failed requests are retried.
+        timeout: seconds without data after which a request fails.
     """
 
     def __init__(
@@ -122,28 +124,28 @@ class MeetingPlace(Repository):
     # --- phase 1 --------------------------------------------------------------------------------------------------
 
     def prepare(self, private: bool | None = None, patience: float = BRIEF_PATIENCE) -> None:
-        """Make sure, before any work, that its result can be published: create the repository, unless it is there.
+        """Create the repository unless it exists, and check before any work that results can be published in it.
 
         Raises:
-            ConnectionError: the Hub cannot be reached.
-            FileExistsError: the repository holds another table, or another model.
-            PermissionError: the token does not allow to write there.
+            ConnectionError: if the Hub cannot be reached.
+            FileExistsError: if the repository holds another table or model.
+            PermissionError: if the token does not allow writing to the repository.
         """
         self.create(private, patience)
         self.check_writable(patience)
         self.insist(self._holds_our_table, patience)
 
     def publish_table(self, private: bool | None = None) -> None:
-        """Create the repository and publish what phase 1 made; nothing happens when it is there already.
+        """Create the repository and publish the files of phase 1, unless they are published already.
 
         Raises:
-            FileExistsError: the repository holds another table, or another model.
+            FileExistsError: if the repository holds another table or model.
         """
         self.create(private)
         files = files_of_phase_1(self.directory)
         left_out = files_left_out(self.directory, files)
         if left_out:
-            logger.warning(f"Not published, as no part of phase 1: {', '.join(left_out)}.")
+            logger.warning(f"Not published, as they are not part of phase 1: {', '.join(left_out)}.")
 
         def publish() -> None:
             head = self.head()
@@ -171,60 +173,60 @@ class MeetingPlace(Repository):
         return False
 
     def fetch_table(self) -> None:
-        """Download what phase 1 published into the directory, with the code of this package.
+        """Download the files of phase 1 into the directory, with the code of this package.
 
         Raises:
-            FileNotFoundError: the repository is not there, or holds no table.
-            ValueError: the table in the repository is damaged.
+            FileNotFoundError: if the repository does not exist, or holds no table.
+            ValueError: if the published table is damaged.
         """
         head = self._begun()
         for name in filter(file_names(head).__contains__, CODE_FILES):
             target = self.directory / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(PACKAGE / target.name, target)
-        # The embeddings come last, since they say that the directory is complete.
+        # The table comes last, since its presence marks the directory as complete.
         for name in filter(file_names(head).__contains__, PHASE_1_FILES):
             self._fetch(name, head)
         flush_files(self.directory)
         self._fetch(EMBEDDINGS_SHARD, head)
 
     def check_table(self) -> Shard:
-        """Make sure that the table in the directory is the one of the repository, and that blocks can be published.
+        """Check that the table in the directory is the published one, and that blocks can be published.
 
         Returns:
-            The content of its file.
+            The header of its shard.
 
         Raises:
-            FileExistsError: it is another one.
-            FileNotFoundError: the repository is not there, or holds no table.
-            PermissionError: the token does not allow to write there.
+            FileExistsError: if the tables differ.
+            FileNotFoundError: if the repository does not exist, or holds no table.
+            PermissionError: if the token does not allow writing to the repository.
         """
         table = check_whole(self.directory / EMBEDDINGS_SHARD)
         if self.table().metadata != table.metadata:
             raise FileExistsError(
-                f"{self.directory} holds another table than {self.repo_id}. Fetch that one, with an empty "
+                f"{self.directory} holds another table than {self.repo_id}. Download that table into an empty "
                 "--output_dir, or publish yours elsewhere: `noprop pretrain` with another --hub_model_id."
             )
         self.check_writable()
         return table
 
     def table(self) -> Shard:
-        """The header of the published table.
+        """Return the header of the published table.
 
         Raises:
-            FileNotFoundError: the repository is not there, or holds no table.
-            ValueError: the table in the repository is damaged.
+            FileNotFoundError: if the repository does not exist, or holds no table.
+            ValueError: if the published table is damaged.
         """
         head = self._begun()
         return self.insist(lambda: self._table(head))
 
     def _begun(self) -> ModelInfo:
-        """The newest state of a repository that holds a table."""
+        """Return the newest state of the repository, which must hold a table."""
         try:
             head = self.insist(self.head)
         except RepositoryNotFoundError as error:
             raise FileNotFoundError(
-                f"There is no repository {self.repo_id} on the Hub, or you may not see it."
+                f"The repository {self.repo_id} does not exist on the Hub, or you have no access to it."
             ) from error
         if EMBEDDINGS_SHARD not in file_names(head):
             raise FileNotFoundError(
@@ -245,7 +247,7 @@ class MeetingPlace(Repository):
     # --- blocks ---------------------------------------------------------------------------------------------------
 
     def blocks(self) -> dict[str, Shard | None]:
-        """The header of every published block, by the name of its shard; None where it cannot be read."""
+        """Return the header of every published block, by the name of its shard; None if it cannot be read."""
 
         def look() -> dict[str, Shard | None]:
             head = self.head()
@@ -254,42 +256,44 @@ class MeetingPlace(Repository):
         return self.insist(look)
 
     def claims(self) -> dict[int, BlockClaim]:
-        """Who works on which block."""
+        """Return the claims, by block index."""
 
         def look() -> dict[int, BlockClaim]:
             head = self.head()
             indices = [int(match[1]) for match in map(CLAIM_NAME.fullmatch, file_names(head)) if match is not None]
-            found = {index: self._claim_of(index, head) for index in sorted(indices)}
-            return {index: claim for index, claim in found.items() if claim is not None}
+            claims = {index: self._claim_of(index, head) for index in sorted(indices)}
+            return {index: claim for index, claim in claims.items() if claim is not None}
 
         return self.insist(look)
 
     def claim_block(self, block_index: int, take_over: bool = False) -> str | None:
-        """Say that this worker trains a block.
+        """Claim a block for this worker.
 
         Args:
-            take_over: whether to do so when another worker said it.
+            take_over: whether to replace the claim of another worker.
 
         Returns:
-            None if the block is ours; else why not, as the end of a sentence.
+            None if the claim succeeded, else the reason, as the predicate of a sentence about the block.
         """
 
         def commit() -> str | None:
             head = self.head()
             if block_shard(block_index) in file_names(head):
-                return "was published by another worker meanwhile: skipped."
+                return "is skipped: another worker has published it."
             other = self._claim_of(block_index, head)
             if other is not None and other.worker != self.worker and not other.is_stale and not take_over:
-                return f"is being trained by {other}: left to it. If that worker is gone, --take_over true."
-            self._commit(f"Block {block_index} is begun", [self._claim_file(block_index, 0)], head)
+                return f"is skipped: {other} trains it. If that worker is gone, rerun with --take_over true."
+            self._commit(f"Block {block_index} is claimed", [self._claim_file(block_index, 0)], head)
             self._reported = time.monotonic()
             return None
 
         return self.insist(commit)
 
     def report(self, block_index: int, step: int) -> None:
-        """Renew the claim of a block, unless that was done a moment ago. What goes wrong here is only told: training
-        matters more."""
+        """Renew the claim of a block, at most every `REPORT_EVERY` seconds.
+
+        Errors are logged and ignored so that they cannot stop training.
+        """
         if time.monotonic() - self._reported < REPORT_EVERY:
             return
         self._reported = time.monotonic()
@@ -297,27 +301,29 @@ class MeetingPlace(Repository):
             claim = [self._claim_file(block_index, step)]
             self.insist(lambda: self._commit(f"Block {block_index} is at step {step}", claim), BRIEF_PATIENCE)
         except Exception as error:
-            logger.warning(f"Could not tell {self.repo_id} that block {block_index} is at step {step}: {error}")
+            logger.warning(f"Cannot renew the claim of block {block_index} in {self.repo_id} at step {step}: {error}")
 
     def release(self, block_index: int) -> None:
-        """Take back the claim of a block that this worker could not train. What goes wrong here is only told."""
+        """Release the claim of a block that this worker failed to train. Errors are logged and ignored."""
 
-        def give_back() -> None:
+        def delete_claim() -> None:
             head = self.head()
             claim = self._claim_of(block_index, head)
             if claim is not None and claim.worker == self.worker:
-                self._commit(f"Block {block_index} is left", [CommitOperationDelete(_claim_name(block_index))], head)
+                self._commit(
+                    f"Block {block_index} is released", [CommitOperationDelete(_claim_name(block_index))], head
+                )
 
         try:
-            self.insist(give_back, BRIEF_PATIENCE)
+            self.insist(delete_claim, BRIEF_PATIENCE)
         except Exception as error:
-            logger.warning(f"Could not tell {self.repo_id} that block {block_index} is free again: {error}")
+            logger.warning(f"Cannot release the claim of block {block_index} in {self.repo_id}: {error}")
 
     def publish_block(self, block_index: int) -> None:
-        """Publish the shard of a block, and take the claim away, in one commit."""
+        """Publish the shard of a block and delete its claim, in one commit."""
         shard, claim = block_shard(block_index), _claim_name(block_index)
         path = self.directory / shard
-        ours = read_metadata(path)
+        metadata = read_metadata(path)
 
         def publish() -> None:
             head = self.head()
@@ -325,17 +331,17 @@ class MeetingPlace(Repository):
             operations: list[Any] = [CommitOperationDelete(claim)] if claim in names else []
             if shard not in names:
                 operations.append(CommitOperationAdd(shard, path))
-            elif noted_hash(self._header(shard, head)) != ours.get(CONTENT_HASH):
-                logger.warning(f"{shard} in {self.repo_id} is another one than in {self.directory}. Both stay.")
+            elif noted_hash(self._header(shard, head)) != metadata.get(CONTENT_HASH):
+                logger.warning(f"{shard} in {self.repo_id} differs from that in {self.directory}. Both are kept.")
             if operations:
                 self._commit(f"Block {block_index} is trained", operations, head)
 
         self.insist(publish)
 
-    # --- single requests, for an attempt --------------------------------------------------------------------------
+    # --- requests without retries -----------------------------------------------------------------------------
 
     def _commit(self, message: str, operations: list[Any], head: ModelInfo | None = None) -> None:
-        """Commit, if `head` is given only while it is the newest state."""
+        """Commit; with `head`, only if it is still the newest state."""
         parent = None if head is None else head.sha
         self.api.create_commit(self.repo_id, operations, commit_message=message, parent_commit=parent)
 
@@ -344,7 +350,7 @@ class MeetingPlace(Repository):
         return CommitOperationAdd(_claim_name(block_index), json.dumps(claim).encode())
 
     def _claim_of(self, block_index: int, head: ModelInfo) -> BlockClaim | None:
-        """The claim of a block, or none where there is none that a worker could have made."""
+        """Return the claim of a block, or None if it is missing or invalid."""
         name = _claim_name(block_index)
         if name not in file_names(head):
             return None
@@ -356,17 +362,17 @@ class MeetingPlace(Repository):
             fields = json.loads(content)
             worker, step, age = fields["worker"], fields["step"], self.now() - fields["time"]
             if not (isinstance(worker, str) and worker.isprintable() and isinstance(step, int)):
-                raise ValueError("not of a worker")
+                raise ValueError("invalid worker or step")
             if not -REPORT_EVERY < age < math.inf:
-                raise ValueError("of no time that was")
+                raise ValueError("invalid time")
             return BlockClaim(worker, step, max(age, 0))
         except (*WRONG_ANSWERS, RecursionError, OverflowError) as error:
-            logger.warning(f"{name} in {self.repo_id} is no claim, and passed over: {type(error).__name__} {error}")
+            logger.warning(f"{name} in {self.repo_id} is not a claim and is ignored: {type(error).__name__} {error}")
             return None
 
     def _header(self, shard: str, head: ModelInfo) -> Shard | None:
-        """The header of a safetensors file, or None where it is none."""
-        for _ in range(3):  # a file that is damaged stays so
+        """Return the header of a safetensors file, or None if it is damaged."""
+        for _ in range(3):  # to tell a damaged file from a damaged answer
             try:
                 header = self.api.parse_safetensors_file_metadata(
                     self.repo_id, shard, revision=head.sha, timeout=self.timeout
@@ -376,8 +382,8 @@ class MeetingPlace(Repository):
                 return Shard(metadata, tensors)
             except (SafetensorsParsingError, *WRONG_ANSWERS) as error:
                 reason = error
-        self.head()  # the network speaks for the Hub, so it is the file
-        logger.warning(f"{shard} in {self.repo_id} is damaged, and passed over: {reason}")
+        self.head()  # raises if answers are not those of the Hub; otherwise the file is damaged
+        logger.warning(f"{shard} in {self.repo_id} is damaged and is ignored: {reason}")
         return None
 
     def _download(self, name: str, head: ModelInfo, folder: Path) -> Path:
@@ -389,7 +395,7 @@ class MeetingPlace(Repository):
         return Path(path)
 
     def _fetch(self, name: str, head: ModelInfo) -> None:
-        """Download a file into the directory, where it appears when it is whole; nothing happens if it is there."""
+        """Download a file into the directory, where it appears once complete, unless the directory has it."""
         target, sibling = self.directory / name, file_names(head)[name]
         if target.is_file() and sibling.blob_id is not None and arrived_whole(target, sibling):
             return
@@ -398,7 +404,7 @@ class MeetingPlace(Repository):
         with TemporaryDirectory(prefix="download-", dir=folder) as arriving:
             path = self.insist(lambda: self._download(name, head, Path(arriving)))
             if path.suffix == ".safetensors" and read_shard(path) is None:
-                raise ValueError(f"{name} in {self.repo_id} is damaged. Remove it there, and publish it anew.")
+                raise ValueError(f"{name} in {self.repo_id} is damaged. Delete it there, and publish it again.")
             target.parent.mkdir(exist_ok=True)
             os.replace(path, target)
 
@@ -412,7 +418,7 @@ class NoMeetingPlace:
         self.directory = directory
 
     def fetch_table(self) -> None:
-        """Raise, since a table can only come from phase 1.
+        """Raise an error, since only phase 1 makes a table.
 
         Raises:
             FileNotFoundError: always.
@@ -420,15 +426,15 @@ class NoMeetingPlace:
         raise FileNotFoundError(missing_table(self.directory))
 
     def check_table(self) -> Shard:
-        """Return an empty header: no table is published."""
+        """Return an empty header, as no table is published."""
         return Shard({}, {})
 
     def blocks(self) -> dict[str, Shard | None]:
-        """Return no block."""
+        """Return an empty dictionary, as no block is published."""
         return {}
 
     def claim_block(self, block_index: int, take_over: bool = False) -> str | None:
-        """Accept: processes of one machine exclude one another by locks."""
+        """Return None: processes of one machine exclude one another by locks."""
         return None
 
     def report(self, block_index: int, step: int) -> None:
@@ -444,11 +450,11 @@ class NoMeetingPlace:
 def published_fault(
     block_index: int, published: Mapping[str, Shard | None], config: NoPropConfig, table: Shard
 ) -> str | None:
-    """What keeps a published shard from being a block of a model, by its header.
+    """Check the header of a published shard of a block.
 
     Args:
         published: the headers of the published blocks, by the names of their shards.
-        table: the header of the model's table. What its metadata note, those of a block must note as well.
+        table: the header of the model's table, whose provenance must be that of the block.
 
     Returns:
         The fault, as the predicate of a sentence about the shard, or None.
@@ -462,24 +468,24 @@ def published_fault(
         provenance["trunk"] = table.content_hash or noted_hash(table) or ""
     lacking = sorted({CONTENT_HASH, *provenance} - shard.metadata.keys()) if provenance else []
     if lacking:
-        return f"does not say what it was trained on: its metadata lack {', '.join(lacking)}"
+        return f"has no complete provenance: its metadata lack {', '.join(lacking)}"
     return placement_fault(shard, shapes_in(name, config), provenance | {"block": str(block_index)}, weight_type(table))
 
 
 def noted_hash(shard: Shard | None) -> str | None:
-    """The hash of a published shard's content, as its header notes it."""
+    """Return the content hash in the header of a published shard."""
     return None if shard is None else shard.metadata.get(CONTENT_HASH)
 
 
 def meeting_place(args: TrainingArguments) -> MeetingPlace | None:
-    """The repository that training arguments name, or none without `push_to_hub`."""
+    """Return the repository in the training arguments, or None without `push_to_hub`."""
     if not args.push_to_hub:
         return None
     return MeetingPlace(args.hub_model_id, Path(args.output_dir), args.hub_token)
 
 
 def _worker_of(directory: Path) -> str:
-    """A name for a directory on its disk: a copy of it is another worker."""
+    """Return the name of the worker of a directory; a copy of the directory is another worker."""
     identity = directory / CHECKPOINTS_FOLDER / "worker"
     if not identity.is_file():
         identity.parent.mkdir(parents=True, exist_ok=True)

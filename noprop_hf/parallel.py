@@ -1,7 +1,7 @@
-"""Processes of one launch, and which blocks they train.
+"""Processes of one launch, and the blocks that they train.
 
 `accelerate launch` (torchrun underneath) starts the processes. By default they share the model directory only: each
-takes the next block that no other process trains. Where several processes train a block together (`--parallelism data`,
+takes the next block that no other process trains. If several processes train a block together (`--parallelism data`,
 or more processes than blocks), they form a process group, and the `Trainer` runs ordinary data-parallel training.
 """
 
@@ -35,11 +35,11 @@ def group_processes(parallelism: str, processes: int, num_blocks: int) -> tuple[
         parallelism: `"blocks"` (each process trains blocks of its own), `"data"` (all processes train one block
             together), or `"auto"`: `"blocks"` when there are enough of them; else as many groups as blocks, of equal
             size.
-        processes: how many were launched together.
-        num_blocks: how many blocks there are to train.
+        processes: number of processes that were launched together.
+        num_blocks: number of blocks to train.
 
     Returns:
-        How many blocks are trained at a time, and by how many processes each.
+        The number of blocks trained at a time, and the number of processes for each.
 
     Raises:
         ValueError: if there are fewer blocks than processes, and `parallelism` is `"blocks"`.
@@ -49,7 +49,7 @@ def group_processes(parallelism: str, processes: int, num_blocks: int) -> tuple[
     if parallelism == "blocks" and processes > num_blocks:
         raise ValueError(
             f"{processes} processes were launched for {num_blocks} blocks. Launch at most as many, or leave "
-            "--parallelism out: then several processes train a block together."
+            "--parallelism out, so that several processes train a block together."
         )
     groups = min(processes, num_blocks)
     return groups, processes // groups
@@ -63,9 +63,9 @@ def arrange_processes(parallelism: str, num_blocks: int) -> None:
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if not torch.accelerator.is_available():
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # accelerate looks for a backend of some device otherwise
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # otherwise accelerate chooses a backend of another device
     groups, size = group_processes(parallelism, world_size, num_blocks)
-    if world_size == 1 or parallelism == "data":  # as it is
+    if world_size == 1 or parallelism == "data":  # the launch group is the right one
         return
     if groups == world_size:
         _detach()
@@ -156,7 +156,7 @@ def run_once(path: Path, args: TrainingArguments, is_done: Callable[[], bool], w
 
 @contextmanager
 def lock(path: Path) -> Iterator[str | None]:
-    """Try to hold the lock of a file. The lock ends with its process, however that ends.
+    """Try to hold the lock of a file, which the operating system releases when the process ends.
 
     Yields:
         None if the lock is held, else the process that holds it.
@@ -184,7 +184,7 @@ def holder_of(path: Path) -> str | None:
             return None
     except Timeout:
         return _holder(path)
-    except PermissionError:  # of another user, in a directory that this one may only read
+    except PermissionError:  # a file of another user, in a directory without write permission
         return None
 
 

@@ -14,7 +14,7 @@ from .data import load_tokenizer
 
 
 class Perplexity(evaluate.Metric):
-    """The perplexity of texts under a causal model: the `perplexity` metric of `evaluate`, without its download.
+    """The `perplexity` metric of `evaluate`, without its download.
 
     Inputs and outputs of `compute` are those of that metric, plus `stride` for texts longer than the model's window:
 
@@ -27,12 +27,12 @@ class Perplexity(evaluate.Metric):
             description="Perplexity: the exponential of a model's mean negative log-likelihood of a text, by token.",
             citation="",
             inputs_description=(
-                "predictions (list of str): the texts. model_id (str): a causal model of transformers; model and "
-                "tokenizer instead of it, where those are loaded. "
-                "batch_size (int, 16). add_start_token (bool): predict the first token, too, after bos; by default if "
-                "the model has one. device (str): where to run; a GPU if there is one. max_length (int): the "
-                "longest window, bos included; what is longer is cut off, or with stride (int) read in windows that "
-                "move on by so many tokens, each token predicted once."
+                "predictions (list of str): the texts. model_id (str): a causal model of transformers; or model and "
+                "tokenizer, if they are loaded already. "
+                "batch_size (int, 16). add_start_token (bool): predict the first token as well, after bos; default: "
+                "if the tokenizer has a bos token. device (str): default: a GPU if available. max_length (int): the "
+                "longest window in tokens, bos included; longer texts are cut off or, with stride (int), read in "
+                "windows that advance by that many tokens, each token predicted once."
             ),
             features=Features({"predictions": Value("string")}),
         )
@@ -66,7 +66,7 @@ class Perplexity(evaluate.Metric):
                 f"{model.name_or_path} was trained without a token that begins a text: use `add_start_token=False`."
             )
 
-        windows = []  # of each text: its number, the tokens of the window, and -100 in front of those it predicts
+        windows = []  # text index, token ids, and labels: the ids, with -100 for tokens that are context only
         for text, ids in enumerate(tokenizer(predictions, add_special_tokens=False, verbose=False)["input_ids"]):
             ids = torch.tensor([bos, *ids] if add_start_token else ids)
             if len(ids) < 2:
@@ -91,7 +91,7 @@ class Perplexity(evaluate.Metric):
 
 
 def _sliding_windows(length: int, max_length: int | None, stride: int | None) -> Iterator[tuple[int, int, int]]:
-    """Begin and end of the windows over a text of `length` tokens, and the first token that each predicts."""
+    """Yield the begin and end of each window over a text of `length` tokens, and the first token it predicts."""
     begin, first = 0, 1
     while first < length:
         end = length if max_length is None else min(begin + max_length, length)

@@ -72,7 +72,7 @@ CHECKPOINT_FILES = 100_000  # bytes of a checkpoint's states and logs, without w
 
 @dataclass
 class Sizes:
-    """Bytes of weights, in float32: of the table, of the model of phase 1, of the largest block, and of the model."""
+    """Bytes of float32 weights: of the table, the model of phase 1, the largest block, and the whole model."""
 
     table: int
     phase1: int
@@ -81,7 +81,7 @@ class Sizes:
 
     @classmethod
     def of(cls, config: NoPropConfig) -> "Sizes":
-        """The sizes for a configuration, without memory for the weights."""
+        """Compute the sizes for a configuration, without allocating weights."""
         config = copy.deepcopy(config)
         with torch.device("meta"):
             modules = (
@@ -94,13 +94,15 @@ class Sizes:
 
 
 def checkpoint_bytes(weights: int, kept: int = 2) -> int:
-    """Bytes of the checkpoints of a model at most: weights and two moments of Adam in each, and one more of them while
-    it is written."""
+    """Return an upper bound on the bytes of a model's checkpoints.
+
+    Each holds the weights and two moments of Adam; one more exists while it is written.
+    """
     return (kept + 1) * 3 * weights
 
 
 def checkpoints_kept(args: TrainingArguments, steps: int, epochs: float | None) -> int:
-    """Upper bound on the number of checkpoints at the end of a training."""
+    """Return an upper bound on the number of checkpoints at the end of a training."""
     strategy, interval = args.save_strategy, args.save_steps
     if strategy == "best" or args.load_best_model_at_end:  # at most one for each evaluation
         strategy, interval = args.eval_strategy, args.eval_steps or 1
@@ -111,11 +113,11 @@ def checkpoints_kept(args: TrainingArguments, steps: int, epochs: float | None) 
 
 
 def count_steps(args: TrainingArguments, rows: int | None, processes: int) -> int:
-    """Optimizer steps of a training, as `Trainer` counts them.
+    """Count the optimizer steps of a training, as `Trainer` does.
 
     Args:
-        rows: training rows; not known of a stream, which needs `max_steps`.
-        processes: how many train together.
+        rows: number of training rows; None for a stream, which needs `max_steps`.
+        processes: number of processes that train together.
     """
     if args.max_steps > 0:
         return args.max_steps
@@ -128,7 +130,7 @@ def count_steps(args: TrainingArguments, rows: int | None, processes: int) -> in
 
 
 class Stopwatch(TrainerCallback):
-    """Ends training after a few steps, and knows how long they took."""
+    """End training after a few steps, and record the duration of each."""
 
     def __init__(self):
         self.marks: list[float] = []
@@ -147,13 +149,13 @@ class Stopwatch(TrainerCallback):
         self.marks.append(time.perf_counter())
 
     def seconds(self) -> float:
-        """Median of the steps; the first one, which warms up, counts where it is alone."""
+        """Return the median of the steps, without the first one, which warms up, unless there is no other."""
         steps = [after - before for before, after in zip(self.marks, self.marks[1:], strict=False)]
         return statistics.median(steps[1:] or steps)
 
 
 def seconds_per_step(trainer: DurableTrainer) -> float:
-    """Measured in real steps; not a number where the device has too little memory for one."""
+    """Measure the seconds of a step in real steps; NaN if the device has too little memory for one."""
     stopwatch = Stopwatch()
     trainer.add_callback(stopwatch)
     trainer.remove_callback(PrinterCallback)
@@ -165,8 +167,8 @@ def seconds_per_step(trainer: DurableTrainer) -> float:
 
 
 def saved_bytes(compute: Callable[[], torch.Tensor], modules: Sequence[nn.Module]) -> int:
-    """What the computation of a loss saves for the backward pass, the weights of some modules left out."""
-    own = {t.untyped_storage().data_ptr() for module in modules for t in (*module.parameters(), *module.buffers())}
+    """Count the bytes that a loss saves for the backward pass, without the weights of some modules."""
+    weights = {t.untyped_storage().data_ptr() for module in modules for t in (*module.parameters(), *module.buffers())}
     saved: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -175,13 +177,13 @@ def saved_bytes(compute: Callable[[], torch.Tensor], modules: Sequence[nn.Module
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = compute()
-    total = sum(size for pointer, size in saved.items() if pointer not in own)
+    total = sum(size for pointer, size in saved.items() if pointer not in weights)
     del loss  # alive until here, so that no address is used twice
     return total
 
 
 def activations(trainer: DurableTrainer, rows: int, frozen: Sequence[nn.Module] = ()) -> int:
-    """Bytes that a step over the first training rows saves for the backward pass, in the precision of the training."""
+    """Count the bytes that a step on the first training rows saves for the backward pass, in the training precision."""
     inputs = trainer._prepare_inputs(trainer.data_collator(list(islice(trainer.train_dataset, rows))))
     trainer.model.train()
     with trainer.accelerator.autocast():
@@ -189,19 +191,20 @@ def activations(trainer: DurableTrainer, rows: int, frozen: Sequence[nn.Module] 
 
 
 def memory(trainer: DurableTrainer, config: NoPropConfig, frozen: Sequence[nn.Module] = ()) -> dict[str, int]:
-    """Bytes on a device while it trains, by what they hold. Activations are counted for a few rows and scaled, in the
-    precision of the training.
+    """Estimate the bytes on a device during training, by purpose.
+
+    Activations are counted for a few rows, in the training precision, and scaled to the batch size.
 
     Args:
-        frozen: what else is on the device.
+        frozen: other modules on the device.
     """
     batch = trainer.args.per_device_train_batch_size
-    many = min(batch, SAMPLE_ROWS)
-    few = (many + 1) // 2
-    saved = activations(trainer, many, frozen)
-    if few < many:
-        per_row = (saved - activations(trainer, few, frozen)) / (many - few)
-        saved += math.ceil(per_row * (batch - many))
+    rows = min(batch, SAMPLE_ROWS)
+    fewer_rows = (rows + 1) // 2
+    saved = activations(trainer, rows, frozen)
+    if fewer_rows < rows:
+        per_row = (saved - activations(trainer, fewer_rows, frozen)) / (rows - fewer_rows)
+        saved += math.ceil(per_row * (batch - rows))
     parameters = sum(parameter.nbytes for parameter in trainer.model.parameters())
     positions = batch * config.max_position_embeddings
     sampled = config.sampled_softmax and isinstance(trainer, BlockTrainer)
@@ -243,7 +246,7 @@ class TrainingCost:
 
     Attributes:
         steps: optimizer steps.
-        tokens: tokens that all processes which train together read in them, without padding.
+        tokens: tokens that all processes of the group read in these steps, without padding.
         epochs: passes over the training split; None if it is a stream.
         memory: bytes on a device, by purpose.
         seconds: seconds per step.
@@ -259,12 +262,12 @@ class TrainingCost:
 
 
 class Rehearsal:
-    """Trains for a few steps in a temporary folder, to measure what a training costs.
+    """Train for a few steps in a temporary folder, to measure the cost of a training.
 
     Args:
         dataset: the tokenized splits.
         split: the size of the training split.
-        processes: how many train together.
+        processes: number of processes that train together.
     """
 
     def __init__(
@@ -302,7 +305,7 @@ class Rehearsal:
 
     @contextmanager
     def _arguments(self, **fields: Any) -> Iterator[TrainingArguments]:
-        """Derive the arguments of a training that leaves nothing behind."""
+        """Derive the arguments of a training whose files are temporary."""
         quiet = {"push_to_hub": False, "report_to": "none", "disable_tqdm": True, "load_best_model_at_end": False}
         with tempfile.TemporaryDirectory() as folder:
             args = use_one_device(dataclasses.replace(self.recipe.training, output_dir=folder, **quiet, **fields))
@@ -341,9 +344,9 @@ class Plan:
         has_table: whether the table is in the directory.
         remaining: the remaining steps of each block; 0 if it is trained.
         phase1_remaining: the remaining steps of phase 1.
-        groups: how many blocks are trained at a time, and by how many processes each.
+        groups: number of blocks trained at a time, and of processes for each.
         model_bytes: upper bound on the size of the model directory without checkpoints.
-        device: where steps were timed.
+        device: the device on which steps were timed.
     """
 
     recipe: Recipe
@@ -389,7 +392,7 @@ class Plan:
     def _data(self) -> Section:
         unit = "windows" if self.recipe.data.packing else "samples"
         sizes = {
-            name: "a stream of unknown length: max_steps decides"
+            name: "a stream of unknown length: the run ends at max_steps"
             if split.rows is None
             else f"{split.rows:,} rows, {split.windows:,} {unit}, {split.tokens:,} tokens"
             for name, split in self.splits.items()
@@ -438,7 +441,7 @@ class Plan:
         if self.device.type == "cuda":
             available = torch.cuda.get_device_properties(self.device).total_memory
             rows.append(("the device has", *(f"{available / 1e6:,.1f}" for _ in totals)))
-            rows.append(("does it fit?", *("yes" if total < available else "NO" for total in totals)))
+            rows.append(("fits", *("yes" if total < available else "NO" for total in totals)))
         return ("memory per device, MB (estimated)", *self._columns()), rows
 
     def _time(self) -> Section:

@@ -1,7 +1,7 @@
-"""Phase 1: make the frozen table, and the model directory around it.
+"""Phase 1: create the frozen table and the model directory.
 
-The table is that of a shallow language model, which the stock `Trainer` trains and blocks start from as well, or it is
-taken from another model (`--embeddings_from`). An interrupted run resumes where it stopped.
+The table is that of a shallow language model, which the stock `Trainer` trains and which also initialises the blocks,
+or it comes from another model (`--embeddings_from`). An interrupted run resumes where it stopped.
 """
 
 import copy
@@ -45,7 +45,7 @@ from .tracking import track
 
 logger = logging.get_logger(__name__)
 
-TOKENIZER_ROWS = 1_000_000  # a tokenizer is trained on the first rows: a stream may have no end
+TOKENIZER_ROWS = 1_000_000  # maximum rows to train a tokenizer on, since a stream may be endless
 
 
 def pretrain_embeddings(
@@ -55,12 +55,12 @@ def pretrain_embeddings(
     training_args: TrainingArguments,
     block_args: BlockArguments | None = None,
 ) -> Path:
-    """Make the frozen table and write the model directory around it.
+    """Create the frozen table and write the model directory.
 
-    A table that the directory holds already is kept.
+    An existing table in the directory is kept.
 
     Args:
-        block_args: arguments of phase 2, if it follows: they are checked first, as far as that is possible.
+        block_args: arguments of phase 2, if it follows, which are checked before the training.
 
     Returns:
         The model directory, `training_args.output_dir`.
@@ -71,17 +71,17 @@ def pretrain_embeddings(
     """
     check_training_arguments(training_args, pretraining_args)
     directory = Path(training_args.output_dir)
-    shard, made = directory / EMBEDDINGS_SHARD, []
+    shard, created = directory / EMBEDDINGS_SHARD, []
     shard_exists(shard)  # raises if a directory has its name
 
     def make() -> None:
-        made.append(shard)
+        created.append(shard)
         _make_table(model_args, data_args, pretraining_args, training_args, block_args)
 
     run_once(lock_file(directory, "embeddings"), training_args, shard.is_file, make)
-    if not made:
+    if not created:
         load_table(directory, load_config(directory, model_args))
-        logger.info(f"{directory} holds an embedding table already: phase 1 is skipped.")
+        logger.info(f"{directory} already holds an embedding table: phase 1 is skipped.")
     return directory
 
 
@@ -113,7 +113,7 @@ def _make_table(
         if trunk is not None:
             trunk.load_state_dict(model.encoder.state_dict(), strict=False)  # without the norm, which is the blocks'
         if training_args.should_save:
-            shutil.rmtree(directory / PRETRAINING_FOLDER, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(directory / PRETRAINING_FOLDER, ignore_errors=True)  # left by a run that was killed
             with without_progress_bar():
                 model.save_pretrained(directory / PRETRAINING_FOLDER)
     table.log_prior.copy_(log_prior(dataset["train"], config.vocab_size))
@@ -132,10 +132,10 @@ def _make_table(
 def prepare_pretraining(
     model_args: ModelArguments, data_args: DataArguments, rows: Dataset | IterableDataset
 ) -> tuple[NoPropConfig, PreTrainedTokenizerBase, torch.Tensor | None]:
-    """Make the configuration and the tokenizer, and load the embeddings of `--embeddings_from`.
+    """Create the configuration and the tokenizer, and load the embeddings of `--embeddings_from`.
 
     Args:
-        rows: the training split, which a tokenizer is trained on when none is named.
+        rows: the training split, on which a tokenizer is trained if `tokenizer_name` is not set.
 
     Returns:
         The configuration, the tokenizer, and the embeddings `(vocab_size, hidden_size)` or None.
@@ -179,7 +179,7 @@ def check_block_data(
         rows: the tokenized training split.
 
     Raises:
-        ValueError: if a prompt has no token, or the split too few rows for a batch.
+        ValueError: if a prompt has no token, or the split has too few rows for a batch.
     """
     for prompt in block_args.sample_prompts:
         encode_prompt(prompt, tokenizer)
@@ -211,7 +211,7 @@ def pretrain_language_model(
         data: the fingerprint of the training split.
 
     Returns:
-        The model, and how it was trained (see [`~noprop_hf.checkpoints.training_note`]).
+        The model, and a description of its training (see [`~noprop_hf.checkpoints.training_note`]).
     """
     args, identity = pretraining_run(config, dataset, data, pretraining_args, training_args)
     set_seed(training_args.seed)
@@ -230,7 +230,7 @@ def pretraining_trainer(
     args: TrainingArguments,
     identity: dict[str, Any] | None = None,
 ) -> DurableTrainer:
-    """Create the trainer of phase 1, with a model at its random start.
+    """Create the trainer of phase 1, with a randomly initialised model.
 
     Args:
         args, identity: see [`pretraining_run`].
@@ -268,7 +268,7 @@ def _source_embeddings(name_or_path: str) -> torch.Tensor:
         model = AutoModel.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"Cannot load the model {name_or_path!r} to take its embeddings. Give a local directory or a name on the "
+            f"Cannot load the model {name_or_path!r} for its embeddings. Give a local directory or a name on the "
             "Hub (and a connection to it)."
         ) from error
     return model.get_input_embeddings().weight.detach().float()
@@ -319,9 +319,9 @@ def build_config(
 
 
 def sources(model_args: ModelArguments) -> dict[str, str]:
-    """Collect the names that tokenizer and table come from.
+    """Collect the sources of tokenizer and table.
 
-    A local path is replaced by a hash, since it would become public with the model.
+    Local paths are replaced by a hash, since they would become public with the model.
     """
     names = {"tokenizer_name": model_args.tokenizer_name, "embeddings_from": model_args.embeddings_from}
     return {
@@ -342,14 +342,14 @@ def load_config(directory: Path, model_args: ModelArguments) -> NoPropConfig:
     config = read_config(directory)
     trained_tokenizer = model_args.tokenizer_name is None and model_args.embeddings_from is None
     shard = directory / EMBEDDINGS_SHARD
-    made_from = read_metadata(shard) if shard.is_file() else {}
+    origin = read_metadata(shard) if shard.is_file() else {}
     for name, value in (model_args.config_fields() | sources(model_args)).items():
-        there = getattr(config, name) if hasattr(config, name) else made_from.get(name)
+        existing = getattr(config, name) if hasattr(config, name) else origin.get(name)
         fits = trained_tokenizer and config.vocab_size <= value if name == "vocab_size" else False
-        if there != value and not fits:
-            there = "another local path" if str(there).startswith(LOCAL_SOURCE) else there
+        if existing != value and not fits:
+            existing = "another local path" if str(existing).startswith(LOCAL_SOURCE) else existing
             raise ValueError(
-                f"{directory} holds a model with {name}={there}, but {name}={getattr(model_args, name)} is asked for. "
-                "Use another --output_dir, or the settings it was made with."
+                f"{directory} holds a model with {name}={existing}, but {name}={getattr(model_args, name)} was "
+                "requested. Use another --output_dir, or the settings of that model."
             )
     return config

@@ -1,4 +1,4 @@
-"""Recipes (YAML) and command lines, read by `HfArgumentParser`, and the frame of every command."""
+"""Parse recipes (YAML) and command lines with `HfArgumentParser`, and wrap the `main` of every command."""
 
 import dataclasses
 import difflib
@@ -41,10 +41,10 @@ from .model_directory import read_config
 from .parallel import GROUP_VARIABLES, arrange_processes
 
 
-NO_MATPLOTLIB = "pictures are drawn with matplotlib, which is not installed: pip install matplotlib"
+NO_MATPLOTLIB = "plots need matplotlib, which is not installed: pip install matplotlib"
 RECIPES = PACKAGE / "recipes"
 DATA_SOURCES = ("dataset_name", "dataset_config_name", "train_file", "validation_file", "test_file")
-LARGEST_RECIPE = 2**16  # bytes: reading YAML is slow, and a repository may hold any
+LARGEST_RECIPE = 2**16  # bytes: YAML is slow to parse, and a repository of the Hub may hold a file of any size
 
 
 class Recipe(NamedTuple):
@@ -62,21 +62,21 @@ class Recipe(NamedTuple):
 def parse_recipe(description: str, arguments: list[str] | None = None, parallelism: str | None = None) -> Recipe:
     """Read `[RECIPE.yaml] [--name value ...]`, by default from the command line of the process.
 
-    Of several processes that were launched together, each is told here whom it works with, since `TrainingArguments`
-    connect the processes they find (see [`~noprop_hf.parallel.arrange_processes`]).
+    Assigns every launched process to its group (see [`~noprop_hf.parallel.arrange_processes`]). This must precede
+    `TrainingArguments`, which initialise `torch.distributed` from the environment.
 
     Args:
-        parallelism: has precedence over that of the command line.
+        parallelism: overrides the value of the command line.
     """
 
     processes = int(os.environ.get("WORLD_SIZE", 1))
 
     def arrange(values: Namespace) -> None:
-        refuse_unsupported(values)  # also what `TrainingArguments` would fail on in words of their own
+        refuse_unsupported(values)  # before `TrainingArguments` fail on them with another message
         check_values(values)
         if parallelism is not None:
             values.parallelism = parallelism
-        if values.dry_run:  # the first process speaks for all
+        if values.dry_run:  # only the first process plans
             if int(os.environ.get("RANK", 0)) > 0:
                 raise SystemExit(0)
             for name in GROUP_VARIABLES:
@@ -86,7 +86,7 @@ def parse_recipe(description: str, arguments: list[str] | None = None, paralleli
         arrange_processes(values.parallelism, len(selected))
         if values.ddp_backend is not None and int(os.environ.get("WORLD_SIZE", 1)) == 1:
             raise ValueError(
-                "--ddp_backend is for processes that train together: launch several with --parallelism data, or leave "
+                "--ddp_backend needs processes that train together: launch several with --parallelism data, or leave "
                 "it out."
             )
 
@@ -99,11 +99,11 @@ def parse_recipe(description: str, arguments: list[str] | None = None, paralleli
 
 
 def check_values(values: Namespace) -> None:
-    """Refuse what `TrainingArguments` would fail on, a vocabulary too small for a tokenizer, and an `output_dir` that
-    cannot be written.
+    """Check values that `TrainingArguments` would fail on, the size of the vocabulary, and `output_dir`.
 
     Raises:
-        ValueError: with what to do about it.
+        ValueError: if steps are not finite, the vocabulary is too small to train a tokenizer, or `output_dir` is not
+            writable.
     """
     for name in ("logging_steps", "eval_steps", "save_steps"):
         if not math.isfinite(getattr(values, name) or 0):
@@ -121,7 +121,7 @@ def check_values(values: Namespace) -> None:
         while not folder.exists() and not folder.is_symlink():
             folder = folder.parent
         if not folder.is_dir():
-            raise ValueError(f"--output_dir {values.output_dir} cannot be made: {folder} is not a directory.")
+            raise ValueError(f"--output_dir {values.output_dir} cannot be created: {folder} is not a directory.")
         if not os.access(folder, os.W_OK | os.X_OK):
             raise ValueError(f"--output_dir {values.output_dir} cannot be written: no permission in {folder}.")
 
@@ -142,24 +142,24 @@ def validate_arguments(values: Namespace, given: set[str], recipe: Recipe) -> No
 
     Args:
         values: all arguments.
-        given: the names of those that the recipe or the command line give.
-        recipe: the dataclasses made of them.
+        given: the names of the arguments in the recipe or on the command line.
+        recipe: the dataclasses with these arguments.
 
     Raises:
-        ValueError: if there are any, with what to do about it.
+        ValueError: if arguments exclude one another; the message names the flag to change.
     """
     check_training_arguments(recipe.training, recipe.pretraining)
     config = _known_config(values)
     from_model = values.embeddings_from is not None
     if values.push_to_hub and not values.hub_model_id:
-        raise ValueError("Say where --push_to_hub goes: --hub_model_id user/name.")
+        raise ValueError("--push_to_hub needs the name of a repository: add --hub_model_id user/name.")
     if values.take_over and not values.push_to_hub:
         raise ValueError(
             "--take_over is for blocks that workers claim on the Hub: add --push_to_hub true --hub_model_id user/name, "
-            "or leave it out. On one machine, the claim of a process that is gone does not last."
+            "or leave it out. On one machine, the lock of a process ends with it."
         )
     if values.streaming and values.max_steps <= 0:
-        raise ValueError("A stream has no known length to count epochs by: say how long to train with --max_steps.")
+        raise ValueError("A stream has no known length to count epochs by: give a positive --max_steps.")
     if values.streaming and not from_model and (values.pretraining_max_steps or values.max_steps) <= 0:
         raise ValueError("A stream has no known length to count epochs by: give a positive --pretraining_max_steps.")
     if "eval_steps" in given and "eval_strategy" not in given:
@@ -167,11 +167,11 @@ def validate_arguments(values: Namespace, given: set[str], recipe: Recipe) -> No
     if "validation_split_percentage" in given and values.validation_file is not None:
         raise ValueError(
             "Validation data are either held out (--validation_split_percentage) or a file (--validation_file): leave "
-            "one of them out."
+            "one argument out."
         )
     if values.sampled_softmax and values.loss_type == "mse":
         raise ValueError(
-            "--loss_type mse has no softmax: leave --sampled_softmax out, or take --loss_type cross_entropy."
+            "--loss_type mse has no softmax: leave --sampled_softmax out, or use --loss_type cross_entropy."
         )
     if from_model and values.context_source == "trunk":
         raise ValueError(
@@ -184,43 +184,43 @@ def validate_arguments(values: Namespace, given: set[str], recipe: Recipe) -> No
     data = DataArguments(**{field.name: getattr(values, field.name) for field in dataclasses.fields(DataArguments)})
     if "" in values.sample_prompts and not data.has_boundaries:
         raise ValueError(
-            "Texts are joined without a token between them, so none can begin an empty prompt: leave it out of "
-            "--sample_prompts, or add --append_eos true."
+            "Texts are joined without a token between them, so an empty prompt has no token to begin with: remove it "
+            "from --sample_prompts, or add --append_eos true."
         )
     objective = values.pretraining_objective or config.pretraining_objective
     if "mlm_probability" in given and objective == "clm" and not from_model:
         raise ValueError(
-            "Nothing is masked in causal language modelling: leave --mlm_probability out, or take "
+            "Nothing is masked in causal language modelling: leave --mlm_probability out, or use "
             "--pretraining_objective mlm."
         )
 
 
 def _known_config(values: Namespace) -> NoPropConfig:
-    """The configuration in `output_dir`, or else what is known of it before the data are read.
+    """Return the configuration in `output_dir`, or else one from the arguments, before the data are read.
 
     Raises:
-        ValueError: values that there are not, or sizes that do not fit together.
+        ValueError: if a value is invalid, or sizes do not fit together.
     """
     if Path(values.output_dir or "", CONFIG_NAME).is_file():
         return read_config(values.output_dir)
     model = ModelArguments(**{field.name: getattr(values, field.name) for field in dataclasses.fields(ModelArguments)})
     fields = model.config_fields()
-    if values.embeddings_from is not None:  # the width is that model's: any that fits will do
+    if values.embeddings_from is not None:  # the width is that of the other model: any valid value does here
         fields.setdefault("hidden_size", 2 * fields.get("num_attention_heads", NoPropConfig.num_attention_heads))
     return NoPropConfig(**fields)
 
 
 def command_line(description: str, types: Sequence[type] = (), usage: str | None = None) -> HfArgumentParser:
-    """A parser whose help and errors name the command as it was called.
+    """Create a parser whose help and errors name the command as the user called it.
 
     Args:
-        description: for `--help`; `%(prog)s` stands for the command.
+        description: text of `--help`; `%(prog)s` stands for the command.
         types: dataclasses whose fields are arguments.
-        usage: the first line of the help; that of `argparse` when not given.
+        usage: the first line of the help; default: that of `argparse`.
     """
-    called = f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else sys.argv[0]
+    program = f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else sys.argv[0]
     return HfArgumentParser(
-        types, prog=called, usage=usage, description=description, formatter_class=RawDescriptionHelpFormatter
+        types, prog=program, usage=usage, description=description, formatter_class=RawDescriptionHelpFormatter
     )
 
 
@@ -232,15 +232,15 @@ def parse_arguments(
     check: Callable[[Namespace, set[str], Any], None] | None = None,
     model: bool = False,
 ) -> tuple:
-    """Read a recipe and a command line into dataclasses; the command line has the last word.
+    """Read a recipe and a command line, which has precedence, into dataclasses.
 
     Args:
         types: the dataclasses to fill.
-        description: what the command does, for `--help`, as [`command_line`] takes it.
-        arguments: `[RECIPE.yaml] [--name value ...]`; those of the process when not given.
-        prepare: sees the values before any dataclass is made of them.
-        check: called last, with the values, the names of those that are given, and the dataclasses.
-        model: instead of a recipe, the first word is a model, whose own `corpus.yaml` is read where it has one.
+        description: text of `--help`, see [`command_line`].
+        arguments: `[RECIPE.yaml] [--name value ...]`; default: those of the process.
+        prepare: called with the values before the dataclasses are created.
+        check: called last, with the values, the names of the given arguments, and the dataclasses.
+        model: whether the first word is a model instead of a recipe; its `corpus.yaml`, if any, gives defaults.
 
     Returns:
         One instance per dataclass, in order; with `model`, its name comes first.
@@ -262,7 +262,7 @@ def parse_arguments(
         blank = Namespace(**dict.fromkeys(_names(parser)))
         values, _ = parser.parse_known_args(arguments, blank)
         named = {name: value for name, value in vars(values).items() if value is not None}
-        if {"train_file", "dataset_name"} & named.keys():  # other data, of which the recipe names no part
+        if {"train_file", "dataset_name"} & named.keys():  # other data than those of the recipe
             defaults = {name: value for name, value in defaults.items() if name not in DATA_SOURCES}
         parser.set_defaults(**defaults)
         values, unknown = parser.parse_known_args(arguments)
@@ -281,7 +281,7 @@ def parse_arguments(
             ArithmeticError,
             ImportError,
             NotImplementedError,
-        ) as error:  # of transformers, over values of its arguments
+        ) as error:  # raised by transformers for values of its arguments
             raise ValueError(one_line(error)) from error
         if check is not None:
             check(values, named.keys() | defaults.keys(), Recipe(*parsed))
@@ -291,24 +291,24 @@ def parse_arguments(
 
 
 def find_recipe(word: str) -> Path:
-    """The recipe of a command line: a file, or else one of this package, by a name such as `demo`."""
+    """Find a recipe: a file, or else one of this package by a name such as `demo`."""
     shipped = {name: path for path in RECIPES.glob("*.yaml") for name in (Path(path.stem), Path("recipes", path.name))}
     path = Path(word)
     return path if path.is_file() else shipped.get(path, path)
 
 
 def find_corpus_file(model: str) -> str | None:
-    """Where a model says what it was trained on, if it does.
+    """Find the file that describes the corpus of a model's training, if the model has one.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: if the model does not exist.
     """
     read_config(model)
     return cached_file(model, CORPUS_FILE, _raise_exceptions_for_missing_entries=False)
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """YAML in which a name has one value, and an alias stands for a single one: those of lists can grow endlessly."""
+    """Load YAML without duplicate names, and without aliases of lists or mappings, whose size can explode."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         names: set[str] = set()
@@ -330,10 +330,10 @@ class _RecipeLoader(yaml.SafeLoader):
 
 
 def _read_recipe(path: Path, parser: HfArgumentParser, types: Sequence[type]) -> dict[str, Any]:
-    """The values of a recipe, as `argparse` takes defaults: words, which it converts like those of a command line.
+    """Read the values of a recipe as defaults for `argparse`: strings, which it converts like those of a command line.
 
     Raises:
-        ValueError: the file cannot be read, or an argument is unknown, given twice or of the wrong kind.
+        ValueError: if the file cannot be read, or an argument is unknown, given twice or of the wrong type.
     """
     if not path.is_file():
         names = ", ".join(sorted(shipped.stem for shipped in RECIPES.glob("*.yaml")))
@@ -383,11 +383,11 @@ def _no_argument(name: str, known: list[str], prefix: str = "") -> str:
 
 
 def _group(parser: HfArgumentParser, types: Sequence[type]) -> None:
-    """Show the arguments of each dataclass under the first line of what it says of itself."""
+    """Group the arguments in the help by dataclass, under the first line of its docstring."""
     actions = parser._optionals._group_actions
-    for dtype in sorted(types, key=lambda dtype: dtype is not RunArguments):  # that one is short, and comes first
+    for dtype in sorted(types, key=lambda dtype: dtype is not RunArguments):  # the short one comes first
         title = inspect.cleandoc(dtype.__doc__ or "").splitlines()[0].removesuffix(".")
-        if title.startswith(f"{dtype.__name__}("):  # it says nothing, and Python lists its fields
+        if title.startswith(f"{dtype.__name__}("):  # no docstring: Python generates one
             title = dtype.__name__
         names = {field.name for field in dataclasses.fields(dtype)}
         parser.add_argument_group(title)._group_actions += [action for action in actions if action.dest in names]
@@ -398,19 +398,22 @@ def _group(parser: HfArgumentParser, types: Sequence[type]) -> None:
 
 
 def entry_point(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorate the `main` of a command: what its user can correct ends it with one sentence and status 1, an
-    interruption (Ctrl-C) with status 130. Every other error keeps its traceback."""
+    """Decorate the `main` of a command with error handling.
+
+    An error that the user can correct ends the process with one sentence and status 1, an interruption (Ctrl-C) with
+    status 130. Every other error keeps its traceback.
+    """
 
     @functools.wraps(main)
     def run() -> None:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")  # a terminal may have no sign for a word of a text
+                stream.reconfigure(errors="backslashreplace")  # a terminal may lack characters of a text
         try:
             with _logging_to_stderr():
                 main()
         except KeyboardInterrupt:
-            raise SystemExit(128 + 2) from None  # as of a process that SIGINT ended
+            raise SystemExit(128 + 2) from None  # the status of a process that SIGINT ended
         except Exception as error:
             if not is_users(error):
                 raise
@@ -421,7 +424,7 @@ def entry_point(main: Callable[[], None]) -> Callable[[], None]:
 
 @contextmanager
 def _logging_to_stderr() -> Iterator[None]:
-    """Print what this package logs, from INFO on."""
+    """Print the log of this package to stderr, from level INFO."""
     logger, handler = logging.getLogger(PACKAGE.name), logging.StreamHandler()
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
@@ -436,7 +439,7 @@ def _logging_to_stderr() -> Iterator[None]:
 
 
 def number(kind: Callable[[str], Any], low: float, high: float = math.inf, excluded: bool = False) -> Callable:
-    """A type for `argparse`: a number of at least, or with `excluded` more than, `low`, and at most `high`."""
+    """Create a type for `argparse`: a number of at least (with `excluded`, more than) `low`, and at most `high`."""
 
     def read(word: str) -> float:
         value = kind(word)
@@ -449,10 +452,10 @@ def number(kind: Callable[[str], Any], low: float, high: float = math.inf, exclu
 
 
 def picture(word: str) -> Path:
-    """A type for `argparse`: a file that matplotlib can write.
+    """Return the path of an image that matplotlib can write; a type for `argparse`.
 
     Raises:
-        ArgumentTypeError: matplotlib is not installed, the folder does not exist, or the ending is unknown.
+        ArgumentTypeError: if matplotlib is not installed, the folder does not exist, or the ending is unknown.
     """
     path = Path(word)
     try:
@@ -461,7 +464,7 @@ def picture(word: str) -> Path:
         raise ArgumentTypeError(NO_MATPLOTLIB) from error
     endings = FigureCanvasBase.get_supported_filetypes()
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ArgumentTypeError(f"{word} cannot be written: it is a directory, or is to be in one that does not exist")
+        raise ArgumentTypeError(f"{word} cannot be written: it is a directory, or its directory does not exist")
     if path.suffix.lstrip(".").lower() not in endings:
         raise ArgumentTypeError(f"{word} must end in one of {', '.join(endings)}")
     return path

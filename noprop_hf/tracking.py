@@ -1,8 +1,8 @@
-"""Experiment trackers: what is logged while something trains, in a run of its own, such as `block_03`.
+"""Experiment trackers: phase 1 and every block log to a separate run, such as `block_03`.
 
-Blocks may train one after the other, or at the same time in several processes. Values have the same names in every
-run, those of `Trainer`'s own callbacks (`train/loss_nats`, `eval/bound_nats`), so that a tracker draws all blocks into
-one chart. Trackers of `--report_to` that are not in `TRACKERS` are left to `Trainer`.
+Blocks may train in turn, or at the same time in several processes. Values have the same names in every run, those of
+the callbacks of `Trainer` (`train/loss_nats`, `eval/bound_nats`), so that a tracker plots all blocks in one chart.
+`Trainer` handles the trackers of `--report_to` that are not in `TRACKERS`.
 """
 
 import json
@@ -27,10 +27,10 @@ def start_trackers(
     """Start a run in every tracker that `args.report_to` names.
 
     Args:
-        directory: the model directory; `args.run_name`, or else its own name, is that of the group of runs.
-        name: of the run in its group.
-        config: settings that are shown with the run.
-        step: where the run goes on; what a run that was killed logged after it is void.
+        directory: the model directory. Its name, unless `args.run_name` is set, is that of the group of runs.
+        name: the name of the run in its group.
+        config: settings to show with the run.
+        step: the step from which the run resumes; later values of an interrupted run are discarded.
     """
     group = args.run_name or directory.resolve().name
     common = {"name": f"{group}-{name}", "group": group, "config": config}
@@ -44,7 +44,7 @@ def start_trackers(
             "resume": "allow" if step else "never",
             **common,
         },
-        # Its steps never go back, so what goes on is a new run of the same name.
+        # Its steps cannot go back, so a resumed training is a new run of the same name.
         "wandb": {"run_name": os.getenv("WANDB_PROJECT", args.project), "reinit": "create_new", **common},
     }
     trackers = [LOGGER_TYPE_TO_CLASS[kind](**options[kind]) for kind in TRACKERS if kind in args.report_to]
@@ -54,12 +54,12 @@ def start_trackers(
 
 
 class TrackingCallback(TrainerCallback):
-    """Sends what a `Trainer` logs to trackers. As a context, it ends their runs.
+    """Send the logs of a `Trainer` to trackers. The context ends their runs.
 
     Args:
         directory: the model directory.
-        name: of what is trained, and of its run.
-        in_nats: whether losses are nats per token, and are called so.
+        name: the name of the run.
+        in_nats: whether losses are in nats per token, and are named so.
     """
 
     def __init__(self, directory: Path, name: str, in_nats: bool = True):
@@ -78,7 +78,7 @@ class TrackingCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control, model=None, **kwargs):
         if state.is_world_process_zero:
             config = model.config.to_dict() | args.to_dict()
-            private = ("output_dir", "logging_dir")  # paths of this machine
+            private = ("output_dir", "logging_dir")  # local paths
             config = {key: value for key, value in config.items() if not key.startswith("_") and key not in private}
             self.trackers = start_trackers(args, self.directory, self.name, config, state.global_step)
 
@@ -90,8 +90,8 @@ class TrackingCallback(TrainerCallback):
         """Send numbers and texts to the trackers.
 
         Args:
-            values: by their names in `Trainer`'s logs; `eval_bound_nats` is shown as `eval/bound_nats`, `loss` as
-                `train/loss`.
+            values: values by their names in the logs of `Trainer`; `eval_bound_nats` is shown as `eval/bound_nats`,
+                `loss` as `train/loss`.
         """
         for tracker in self.trackers:
             tracker.log(rewrite_logs(values), step)
@@ -133,10 +133,10 @@ def track(trainer: Trainer, directory: Path, name: str, in_nats: bool = True, ti
 
 
 def track_results(args: TrainingArguments, directory: Path) -> None:
-    """Send the results of an evaluated model to the trackers, a run for each split.
+    """Send the results of an evaluated model to the trackers, in a run for each split.
 
     Raises:
-        FileNotFoundError: the model is not evaluated.
+        FileNotFoundError: if the model is not evaluated.
     """
     results = json.loads((directory / RESULTS_FILE).read_text(encoding="utf-8"))
     for split, nats in results["details"].items():

@@ -1,4 +1,4 @@
-"""Phase 2: train each block on its own, with one [`BlockTrainer`] per block, and write its shard.
+"""Phase 2: train each block independently, with one [`BlockTrainer`] per block, and write its shard.
 
 An interrupted run resumes where it stopped.
 """
@@ -60,8 +60,8 @@ logger = logging.get_logger(__name__)
 class BlockTrainer(DurableTrainer):
     """Train one [`DenoisingBlock`] on its local loss.
 
-    The block, its optimizer and its scheduler are those of a plain `Trainer`; the shared frozen table is handed to the
-    block with every batch and nothing else is on the device.
+    The block, its optimizer and its scheduler are those of a plain `Trainer`; the block receives the shared frozen
+    table with every batch, and nothing else is on the device.
 
     Args:
         model ([`DenoisingBlock`]): the block.
@@ -161,8 +161,8 @@ def new_block(directory: Path, config: NoPropConfig, table: TokenTable, block_in
         return block
     if not pretraining_folder(directory).is_dir():
         raise FileNotFoundError(
-            f"{pretraining_folder(directory)} is missing, and blocks start from it. Copy it together with the "
-            "embeddings, or make both with `noprop pretrain`."
+            f"{pretraining_folder(directory)} is missing, and blocks are initialised from it. Copy it together with "
+            "the table, or create both with `noprop pretrain`."
         )
     start = NoPropForPreTraining.from_pretrained(directory)
     if config.context_source == "trunk":
@@ -246,14 +246,14 @@ def train_block(run: BlockRun, block_index: int) -> dict[str, float]:
     trainer.save_state()
     if not all(math.isfinite(value) for name, value in metrics.items() if name.endswith("_nats")):
         raise FloatingPointError(
-            f"The training of block {block_index} diverged: its bound is {metrics['eval_bound_nats']} nats. It is not "
-            "written. Lower --learning_rate, and remove its folder of checkpoints to restart it."
+            f"The training of block {block_index} diverged: its bound is {metrics['eval_bound_nats']} nats. The block "
+            "is not written. Lower --learning_rate, and remove its folder of checkpoints to restart it."
         )
     if args.should_save:
-        kept = {name: f"{metrics[f'eval_{name}']:.6f}" for name in ("context_nats", "denoising_nats", "bound_nats")}
+        figures = {name: f"{metrics[f'eval_{name}']:.6f}" for name in ("context_nats", "denoising_nats", "bound_nats")}
         cost = {"steps": str(trainer.state.global_step), "seconds": f"{summary['train_runtime']:.1f}"}
         cost["training"] = training_note(args, run.training_args.seed)
-        save_block(run.directory, block, run.table, {**cost, "seed": str(args.seed), "data": run.data, **kept})
+        save_block(run.directory, block, run.table, {**cost, "seed": str(args.seed), "data": run.data, **figures})
         run.place.publish_block(block_index)
     return metrics
 
@@ -330,8 +330,8 @@ def train_blocks(
     foreign = [block_shard(index) for index, fault in faults.items() if fault is not None]
     if foreign:
         raise ValueError(
-            f"Not trained: {', '.join(foreign)} in {meeting.repo_id} are no blocks of this model (why, the warnings "
-            "above say). Remove them there, and run the same command again."
+            f"Not trained: {', '.join(foreign)} in {meeting.repo_id} are not blocks of this model (see the "
+            "warnings above). Delete them there, and run the same command again."
         )
     return directory
 
@@ -341,7 +341,7 @@ def _train_waiting(run: BlockRun, waiting: Sequence[int]) -> None:
     locks = {index: lock_file(run.directory, block_name(index)) for index in waiting}
     for index, path in locks.items():
         if holder_of(path) is None:
-            run.checkpoint(index)  # raises before any work if it is one of another run
+            run.checkpoint(index)  # raises before any work if the checkpoint is of another run
     for index, path in locks.items():
         with hold_lock(path, run.training_args, partial(_is_taken, run, index)) as is_ours:
             if is_ours:

@@ -125,10 +125,10 @@ IN_ORDER = "context_source: previous_block\nnum_blocks: 4\n"
 REFUSED = [
     ("push_to_hub: true", "--hub_model_id user/name"),
     ("take_over: true", "add --push_to_hub true"),
-    ("streaming: true\nnum_train_epochs: 1", "how long to train with --max_steps"),
+    ("streaming: true\nnum_train_epochs: 1", "a positive --max_steps"),
     ("streaming: true\nmax_steps: 5\npretraining_max_steps: -1", "a positive --pretraining_max_steps"),
     ("eval_steps: 5", "add --eval_strategy steps"),
-    ("validation_file: x.txt\nvalidation_split_percentage: 5", "leave one of them out"),
+    ("validation_file: x.txt\nvalidation_split_percentage: 5", "leave one argument out"),
     ("loss_type: mse\nsampled_softmax: true", "leave --sampled_softmax out"),
     ("embeddings_from: x\nblock_initialization: pretraining", "leave --block_initialization out"),
     ("mlm_probability: 0.3", "leave --mlm_probability out"),
@@ -185,7 +185,15 @@ def test_help_has_groups(capsys):
     with pytest.raises(SystemExit):
         parse_recipe("test", ["--help"])
     text = capsys.readouterr().out
-    order = ["usage: ", "The run as a whole", "The model to build", "What to train", "Phase 1", "Phase 2", "Trainer:"]
+    order = [
+        "usage: ",
+        "The run as a whole",
+        "The model to build",
+        "The training and",
+        "Phase 1",
+        "Phase 2",
+        "Trainer:",
+    ]
     places = [text.index(words) for words in [*order, "--learning_rate"]]
     assert places == sorted(places)
     assert text.count("  --learning_rate ") == text.count("  --dry_run ") == 1

@@ -280,14 +280,14 @@ def test_no_silent_restart_from_zero(directory, data):
     checkpoints = interrupted(directory, data)
     for _, path in checkpoints_of(checkpoints):
         (path / "optimizer.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match="None of the checkpoints .* is whole.*Remove that folder to start anew"):
+    with pytest.raises(ValueError, match="All checkpoints .* are damaged.*Remove that folder to start again"):
         train_blocks(data, ONE, arguments(directory, **SAVES, max_steps=12))
 
 
 @pytest.mark.parametrize("option", [{"learning_rate": 1e-4}, {"seed": 12}, {"per_device_train_batch_size": 8}])
 def test_other_settings_than_those_it_began_with(directory, data, option):
     interrupted(directory, data)
-    with pytest.raises(ValueError, match=f"was another one: {next(iter(option))} was .* and is"):
+    with pytest.raises(ValueError, match=f"had other settings: {next(iter(option))} was .* and is"):
         train_blocks(data, ONE, arguments(directory, **(SAVES | {"max_steps": 12} | option)))
 
 
@@ -328,7 +328,7 @@ def test_a_full_disk_is_told_and_loses_nothing(directory, data, undisturbed, tmp
             while True:
                 filler.write(bytes(4096))
                 filler.flush()
-        with pytest.raises(OSError, match="The disk is full. Make room and run the same command again"):
+        with pytest.raises(OSError, match="The disk is full. Free space and run the same command again"):
             train_blocks(data, ONE, arguments(full, **SAVES, max_steps=12))
         assert not (full / block_shard(2)).exists()
         assert checkpoints_of(checkpoints) == kept

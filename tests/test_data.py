@@ -301,9 +301,9 @@ def json_lines(values) -> bytes:
 
 TEXTS = sentences(40)
 UNREADABLE = [
-    ("numbers.csv", "text\n1\n2\n3\n", "no text in its column 'text' but (Value\\('int64'\\)|int)"),
-    ("numbers.jsonl", json_lines(range(40)), "no text in its column 'text' but"),
-    ("lists.jsonl", json_lines([["a", "b"]] * 40), "no text in its column 'text' but"),
+    ("numbers.csv", "text\n1\n2\n3\n", "holds (Value\\('int64'\\)|int) in its column 'text', not text"),
+    ("numbers.jsonl", json_lines(range(40)), "in its column 'text', not text"),
+    ("lists.jsonl", json_lines([["a", "b"]] * 40), "in its column 'text', not text"),
     ("chat.jsonl", json_lines([[{"role": "user", "content": text}] for text in TEXTS]), "chat messages"),
     ("mixed.jsonl", json_lines([*TEXTS, 3]), "--text_column_name"),
     ("only_none.jsonl", json_lines([None] * 40), "too little text"),

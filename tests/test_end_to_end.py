@@ -68,7 +68,7 @@ def test_train_evaluates_and_samples(trained):
 
 
 def test_the_commands_that_come_next_work(trained, tmp_path):
-    commands = [shlex.split(line) for line in trained[1].split("What comes next:\n")[1].splitlines()[:3]]
+    commands = [shlex.split(line) for line in trained[1].split("Next steps:\n")[1].splitlines()[:3]]
     assert [words[1] for words in commands] == ["generate", "evaluate", "watch"]
     for command, *words in commands:
         assert Path(command).name == "noprop"

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from conftest import ROOT
 from hub_server import TOKEN, Fault, HubServer, hub_server
-from noprop_hf import NoPropForPreTraining
+from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForPreTraining
 from noprop_hf.evaluation import ModelNats, results_table
 from noprop_hf.hub import model_card, push_model
 from noprop_hf.model_directory import create_model_directory, save_block
@@ -50,6 +50,13 @@ def server(hub):
     for path in home.iterdir():
         shutil.rmtree(path)
     return server
+
+
+@pytest.fixture
+def model(config, tokenizer) -> NoPropForCausalLM:
+    """A model with as many embeddings as the tokenizer has entries."""
+    torch.manual_seed(0)
+    return NoPropForCausalLM(NoPropConfig(**config.to_dict() | {"vocab_size": len(tokenizer)})).eval()
 
 
 @pytest.fixture
@@ -224,7 +231,7 @@ AutoTokenizer.from_pretrained("user/tiny", **options)
     save_file(
         {name: tensor + 0.5 for name, tensor in shard.items()}, directory / "block-00.safetensors", {"format": "pt"}
     )
-    assert "holds a model already. Use --update" in push(server, directory, fails=True)
+    assert "already holds a model. Use --update" in push(server, directory, fails=True)
     push(server, directory, "--update", "--commit_message", "second")
     assert repository.messages[-1] == "second"
     code = f"""
@@ -270,7 +277,7 @@ def test_the_card_s_example_runs(server, directory, tmp_path, model, tokenizer):
 
 def test_private_and_dry_run(server, directory, tmp_path):
     output = push(server, directory, "--dry_run")
-    assert re.search(r"[\d,]+  block-01.safetensors", output) and "would go to user/tiny" in output
+    assert re.search(r"[\d,]+  block-01.safetensors", output) and "to be uploaded to user/tiny" in output
     assert not server.repositories
     push(server, directory, "--private")
     assert server.repositories["user/tiny"].private

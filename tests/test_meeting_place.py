@@ -218,8 +218,8 @@ def test_blocks_are_trained_unless_somebody_has_or_left_a_bad_file(
     monkeypatch.setattr(MeetingPlace, "report", lambda place, index, step: other.publish_block(2))
     with pytest.raises(ValueError, match="block-01.safetensors in user/tiny"):
         train_blocks(data, replace(BLOCKS, blocks="all"), arguments(directory), MODEL, worker(directory))
-    assert messages(repository, 0) == ["Block 0 is begun", "Block 0 is trained"]
-    assert messages(repository, 1) == [] and messages(repository, 3) == ["Block 3 is begun"]
+    assert messages(repository, 0) == ["Block 0 is claimed", "Block 0 is trained"]
+    assert messages(repository, 1) == [] and messages(repository, 3) == ["Block 3 is claimed"]
     assert messages(repository, 2) == ["Block 2 is trained"]
     ours, theirs = load(repository.files("main")["block-00.safetensors"]), load(block(trained, 0))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -233,7 +233,7 @@ def test_a_worker_that_fails_gives_its_claim_back(repository, data, directory, m
     monkeypatch.setattr(training, "train_block", fail)
     with pytest.raises(FloatingPointError):
         train_blocks(data, replace(BLOCKS, blocks="2"), arguments(directory), MODEL, worker(directory))
-    assert messages(repository, 2) == ["Block 2 is begun", "Block 2 is left"]
+    assert messages(repository, 2) == ["Block 2 is claimed", "Block 2 is released"]
     assert worker(directory).claims() == {}
 
 
@@ -251,13 +251,13 @@ def test_a_block_waits_for_the_one_it_reads(server, data, tmp_path):
         return train_blocks(data, replace(BLOCKS, blocks=blocks), args, model, worker(directory))
 
     train("two", "all")
-    assert messages(repository, 0) == ["Block 0 is begun"] and messages(repository, 1) == []
+    assert messages(repository, 0) == ["Block 0 is claimed"] and messages(repository, 1) == []
     train("one", "0")
     train("two", "all")
-    assert messages(repository, 1) == ["Block 1 is begun", "Block 1 is trained"]
+    assert messages(repository, 1) == ["Block 1 is claimed", "Block 1 is trained"]
     assert (tmp_path / "two" / "block-00.safetensors").read_bytes() == repository.files("main")["block-00.safetensors"]
     train("three", "all")  # both are there
-    assert messages(repository, 0) == ["Block 0 is begun", "Block 0 is begun", "Block 0 is trained"]
+    assert messages(repository, 0) == ["Block 0 is claimed", "Block 0 is claimed", "Block 0 is trained"]
     assert len(messages(repository, 1)) == 2
 
 
@@ -306,7 +306,7 @@ def test_a_block_arrives_once_whatever_fails(server, repository, trained, tmp_pa
     server.faults.append(replace(fault))
     place.publish_block(1)
     assert server.faults[0].times == 0
-    assert messages(repository, 1) == ["Block 1 is begun", "Block 1 is trained"]
+    assert messages(repository, 1) == ["Block 1 is claimed", "Block 1 is trained"]
     assert repository.files("main")["block-01.safetensors"] == block(trained, 1)
     assert not any(name.startswith("workers/") for name in repository.files("main"))
 
@@ -353,7 +353,7 @@ def test_what_cannot_be_published_is_told_before_the_work(server, repository, ph
 
 @pytest.mark.parametrize("method", ["prepare", "check_table"])
 def test_a_token_that_may_not_write_is_told_before_the_work(repository, directory, method):
-    with pytest.raises(PermissionError, match="does not let you write"):
+    with pytest.raises(PermissionError, match="does not allow you to write"):
         getattr(MeetingPlace(NAME, directory, token="hf_wrong"), method)()
 
 
@@ -365,7 +365,7 @@ def test_scripts_ask_before_they_train(server, corpus_file, tmp_path, monkeypatc
         word for name, value in (options | {"hub_token": "hf_wrong"}).items() for word in (f"--{name}", str(value))
     ]
     monkeypatch.setattr("sys.argv", [script, *words, "--use_cpu", "true"])
-    with pytest.raises(SystemExit, match="does not let you write|no repository"):
+    with pytest.raises(SystemExit, match="does not allow you to write|does not exist"):
         runpy.run_path(str(ROOT / "scripts" / f"{script}.py"), run_name="__main__")
     assert not server.repositories
 

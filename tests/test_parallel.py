@@ -158,7 +158,7 @@ def launch(processes: int, *command: str, fails: bool = False) -> str:
 @pytest.mark.slow
 def test_block_parallel_equals_one_process_bit_for_bit(recipe, in_order, tmp_path):
     output = launch(2, "scripts/train.py", str(recipe), "--output_dir", str(tmp_path / "model"))
-    assert "left to it" in output  # two processes were at it
+    assert "works on it" in output  # two processes were at it
     assert output.count("NoProp, all blocks") == 1  # and one evaluated
     assert same_bits(blocks(tmp_path / "model"), blocks(in_order))
 
@@ -235,7 +235,7 @@ def test_workers_that_never_meet(recipe, in_order, tmp_path):
         def status() -> str:
             return python.run("scripts/status.py", "user/tiny", cwd=ROOT)[1]
 
-        assert "There is no repository user/tiny" in run("train_blocks", "b", fails=True)
+        assert "The repository user/tiny does not exist" in run("train_blocks", "b", fails=True)
         run("pretrain_embeddings", "a")
         repository = server.repositories["user/tiny"]
         assert repository.messages == ["initial commit", "Table, tokenizer and configuration"]
@@ -246,22 +246,22 @@ def test_workers_that_never_meet(recipe, in_order, tmp_path):
             Fault("POST", "/commit/", None),
             Fault("POST", "/commit/", 412),
         ]
-        assert "tried again in" in run("train_blocks", "b", "--blocks", "1")
+        assert "retrying in" in run("train_blocks", "b", "--blocks", "1")
         assert [message for message in repository.messages if "Block" in message] == [
-            "Block 1 is begun",
+            "Block 1 is claimed",
             "Block 1 is trained",
         ]
         assert not any(name.startswith("workers/") for name in repository.files("main"))
         assert "1 of 3 blocks are done" in status()
 
-        # Another worker says that it trains block 2: left to it, until it is said to be gone.
+        # Block 2 is claimed by another worker: skipped, until --take_over says that the worker is gone.
         claim = {"worker": "someone", "step": 70, "time": time.time() - 600}
         files = dict(repository.files("main"))
-        repository.commit(files | {"workers/block-02.json": json.dumps(claim).encode()}, "Block 2 is begun")
+        repository.commit(files | {"workers/block-02.json": json.dumps(claim).encode()}, "Block 2 is claimed")
         assert "block  2  training  worker someone, at step 70 10 minutes ago" in status()
         output = run("train_blocks", "c")
         assert "Block 1 is trained already" in output
-        assert "Block 2 is being trained by worker someone" in output
+        assert "Block 2 is skipped: worker someone" in output
         assert "2 of 3 blocks are done" in status()
         run("train_blocks", "c", "--take_over", "true")
         assert "3 of 3 blocks are done" in status()

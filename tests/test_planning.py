@@ -208,7 +208,7 @@ def test_streams_and_sharing(data, corpus_file, tmp_path):
     hub = {"push_to_hub": True, "hub_model_id": "user/tiny", "hub_private_repo": True}
     planned = plan(recipe_of(tmp_path / "model", stream, **hub))
     text = str(planned)
-    assert re.search(r"train +a stream of unknown length: max_steps decides", text)
+    assert re.search(r"train +a stream of unknown length: the run ends at max_steps", text)
     assert (planned.block.steps, planned.block.tokens, planned.block.epochs) == (6, 6 * 4 * 16, None)
     assert "the model and its card to user/tiny" in text and re.search(r"a new repository is +private", text)
     assert listing(tmp_path) == {}

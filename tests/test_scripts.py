@@ -190,7 +190,7 @@ REFUSED: list[tuple[str, str, str]] = [  # script, options, a word of the senten
     ("status", "user/name", "HF_HUB_OFFLINE"),
     ("train", "good.yaml --output_dir model --hidden_size 64", "hidden_size=16, but hidden_size=64"),
     *(
-        (script, f"good.yaml --output_dir model --{name} no/such", f"{name}=None, but {name}=no/such is asked for")
+        (script, f"good.yaml --output_dir model --{name} no/such", f"{name}=None, but {name}=no/such was requested")
         for script in TRAINING
         for name in ("tokenizer_name", "embeddings_from")
     ),

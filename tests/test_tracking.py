@@ -343,7 +343,7 @@ def test_the_script_draws_or_tells_why_not(directory, tmp_path, monkeypatch, cap
     for path, options in ((directory / "curves.png", ()), (tmp_path / "a.png", ("--save", tmp_path / "a.png"))):
         run(directory, *options)  # phase 1 alone
         assert path.read_bytes().startswith(b"\x89PNG")
-        assert f"The picture is in {path}." in capsys.readouterr().out
+        assert f"Saved the plot to {path}." in capsys.readouterr().out
     empty = tmp_path / "empty" / "checkpoints" / "block-00"
     empty.mkdir(parents=True)
     for _ in range(2):  # no state, and one without a log

@@ -291,15 +291,15 @@ COMBINATIONS = [
     ({"optim_args": "momentum=0.5"}, "ignores momentum of --optim_args"),
     ({"optim": "sgd", "optim_args": "momentun=0.5"}, "ignores momentun of --optim_args"),
     ({"optim": "sgd", "optim_args": "weight_decay=0.5"}, "ignores weight_decay of --optim_args"),
-    ({"optim": "sgd", "optim_args": "momentum"}, "optimizer cannot be made"),
+    ({"optim": "sgd", "optim_args": "momentum"}, "optimizer cannot be created"),
     ({"optim": "sgd", "adam_beta1": 0.5}, "--optim sgd ignores --adam_beta1"),
-    ({"adam_beta2": 1.5}, "optimizer cannot be made.*--adam_beta2"),
+    ({"adam_beta2": 1.5}, "optimizer cannot be created.*--adam_beta2"),
     ({"lr_scheduler_type": "greedy", **STEPS}, "--lr_scheduler_type greedy"),
     ({"lr_scheduler_type": "reduce_lr_on_plateau", **STEPS}, "--lr_scheduler_type reduce_lr_on_plateau"),
     ({"lr_scheduler_type": "constant", "warmup_steps": 3}, "take constant_with_warmup"),
     ({"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"power": 2}}, "ignores --lr_scheduler_kwargs"),
-    ({"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"power": 2}}, "schedule cannot be made"),
-    ({"lr_scheduler_type": "warmup_stable_decay"}, "schedule cannot be made.*--lr_scheduler_kwargs"),
+    ({"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"power": 2}}, "schedule cannot be created"),
+    ({"lr_scheduler_type": "warmup_stable_decay"}, "schedule cannot be created.*--lr_scheduler_kwargs"),
     ({"train_sampling_strategy": "group_by_length"}, "take random or sequential"),
     ({"train_sampling_strategy": "batch_rebalance"}, "take random or sequential"),
     ({"dataloader_persistent_workers": True}, "--dataloader_ arguments do not fit together"),
@@ -343,7 +343,7 @@ def test_values_that_break_or_do_nothing_are_refused(tmp_path, options, message)
 def test_a_backend_needs_several_processes(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_recipe("test", ["--train_file", "no.txt", "--output_dir", str(tmp_path), "--ddp_backend", "gloo"])
-    assert "--ddp_backend is for processes that train together" in capsys.readouterr().err
+    assert "--ddp_backend needs processes that train together" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -363,7 +363,7 @@ def test_the_arguments_of_phase_1_are_checked_too(tmp_path, options, message):
 def test_frameworks_of_the_launcher_are_refused(tmp_path, monkeypatch):
     args = arguments(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="configuration of accelerate asks for FSDP"):
+    with pytest.raises(ValueError, match="configuration of accelerate enables FSDP"):
         check_training_arguments(args)
 
 

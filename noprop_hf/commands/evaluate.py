@@ -1,10 +1,10 @@
-"""Perplexity of a model, in nats per token, and the variational bound of its chain, split by block.
+"""Measure the perplexity of a model, and the variational bound of its chain, split by block.
 
     %(prog)s runs/demo
     %(prog)s runs/demo --test_file my_text.txt
 
-The corpus is the one the model was trained on, unless another one is named. With `--packing false`, each row is a text
-of its own, and what is printed is what the `perplexity` metric of `evaluate` gives for these texts.
+The default corpus is that of the model's training. With `--packing false`, each row is a separate text, and the command
+prints the `perplexity` metric of `evaluate` for these texts.
 """
 
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from ..recipes import entry_point, parse_arguments
 @dataclass
 class EvaluationArguments:
     split: str = field(
-        default="test", metadata={"help": "What to measure.", "choices": ["test", "validation", "train"]}
+        default="test", metadata={"help": "Split to measure.", "choices": ["test", "validation", "train"]}
     )
     batch_size: int = field(default=32, metadata={"help": "Windows evaluated at once."})
     seed: int = field(default=0, metadata={"help": "Seed of the noise of the bound."})

@@ -15,7 +15,7 @@ from ..recipes import command_line, entry_point, number
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("model", help="a model directory, or a repository of the Hub")
-    parser.add_argument("prompt", help="the text to continue, without a blank at its end: that begins the next word")
+    parser.add_argument("prompt", help="the text to continue, without a trailing space, which belongs to the next word")
     parser.add_argument("--max_new_tokens", type=number(int, 1), default=100)
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
     parser.add_argument("--temperature", type=number(float, 1e-5), default=1.0)
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--top_p", type=number(float, 0, 1, excluded=True), default=1.0)
     parser.add_argument("--decoding_mode", choices=["predictive", "denoising"], default="predictive")
     parser.add_argument("--num_trajectories", type=number(int, 1), default=1, help="chains to average (denoising)")
-    parser.add_argument("--num_inference_blocks", type=number(int, 1), help="run only the first blocks")
+    parser.add_argument("--num_inference_blocks", type=number(int, 1), help="number of blocks to run; default: all")
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
     args = parser.parse_args()
 

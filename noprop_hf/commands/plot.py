@@ -1,4 +1,4 @@
-"""Draw the learning curves of a run that is going on or has ended: phase 1, all blocks, and the bound by block.
+"""Plot the learning curves of a running or finished training: phase 1, all blocks, and the bound by block.
 
 %(prog)s runs/demo
 %(prog)s runs/demo --save curves.png
@@ -13,7 +13,7 @@ from ..recipes import NO_MATPLOTLIB, command_line, entry_point, picture
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("directory", type=Path, help="a model directory")
-    parser.add_argument("--save", type=picture, help="write the picture here; curves.png in the directory if not given")
+    parser.add_argument("--save", type=picture, help="image file to write; default: curves.png in the directory")
     args = parser.parse_args()
     if not args.directory.is_dir():
         parser.error(f"{args.directory} is not a directory: give the --output_dir of a run.")
@@ -25,4 +25,4 @@ def main() -> None:
         parser.error(NO_MATPLOTLIB)
     path = args.save or args.directory / "curves.png"
     draw_run(args.directory).savefig(path, dpi=120)
-    print(f"The picture is in {path}.")
+    print(f"Saved the plot to {path}.")

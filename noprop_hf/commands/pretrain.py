@@ -1,4 +1,4 @@
-"""Phase 1: make the frozen embedding table and the model directory around it.
+"""Phase 1: create the frozen embedding table and the model directory.
 
 %(prog)s recipes/demo.yaml
 accelerate launch -m noprop_hf pretrain recipes/demo.yaml --push_to_hub true --hub_model_id user/name
@@ -14,7 +14,7 @@ from ..recipes import entry_point, parse_recipe
 def main() -> None:
     recipe = parse_recipe(__doc__, parallelism="data")
     if recipe.run.dry_run:
-        raise SystemExit("`noprop plan` forecasts both phases at once: call that instead of --dry_run.")
+        raise SystemExit("`noprop plan` forecasts both phases at once: use it instead of --dry_run.")
     check_sharing(recipe.training)
     place = meeting_place(recipe.training)
     if place is not None and recipe.training.should_save:

@@ -1,4 +1,4 @@
-"""Share a model: its code, weights, tokenizer and card, in one commit to a repository of the Hub.
+"""Upload the code, weights, tokenizer and card of a model to the Hub, in one commit.
 
 %(prog)s runs/demo user/name --license apache-2.0 --language en
 %(prog)s runs/demo user/name --dry_run
@@ -19,10 +19,10 @@ def main() -> None:
     parser.add_argument("--license", help="licence of the model, by its identifier on the Hub")
     parser.add_argument("--language", help="language of the text, by its ISO 639-1 code")
     parser.add_argument("--private", action="store_true", default=None, help="create the repository as private")
-    parser.add_argument("--update", action="store_true", help="commit over a model that is there already")
-    parser.add_argument("--token", help="access token; that of `hf auth login` when not given")
+    parser.add_argument("--update", action="store_true", help="commit to a repository that already holds a model")
+    parser.add_argument("--token", help="access token; default: that of `hf auth login`")
     parser.add_argument("--commit_message", default="Upload NoProp model")
-    parser.add_argument("--dry_run", action="store_true", help="say what would be uploaded, and upload nothing")
+    parser.add_argument("--dry_run", action="store_true", help="list the files to upload, and upload nothing")
     args = parser.parse_args()
 
     check_repo_id(args.repo_id)
@@ -30,17 +30,17 @@ def main() -> None:
     sizes = {name: path.stat().st_size for name, path in files.items()}
     left_out = files_left_out(args.model, files)
     if left_out:
-        print(f"Left out, as no part of the model: {', '.join(left_out)}")
+        print(f"Not uploaded, as they are not part of the model: {', '.join(left_out)}")
     has_card = (args.model / RESULTS_FILE).is_file()
     if not has_card:
-        print(f"There is no {RESULTS_FILE} in {args.model}, so no card is made: `noprop train` writes it.")
+        print(f"{args.model} has no {RESULTS_FILE}, so no card is written: `noprop train` writes that file.")
     card = (args.model, args.repo_id, args.license, args.language)
     if args.dry_run:
         if has_card:
             sizes |= {name: len(content) for name, content in card_files(*card).items()}
         for name, size in sizes.items():
             print(f"{size:12,}  {name}")
-        print(f"would go to {args.repo_id} in one commit")
+        print(f"to be uploaded to {args.repo_id} in one commit")
         return
     if has_card:
         write_card(*card)

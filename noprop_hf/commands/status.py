@@ -1,4 +1,4 @@
-"""Which blocks of a model are there: a line per block, of a directory or of a repository of the Hub.
+"""List the blocks of a model directory or a repository of the Hub, and which of them are trained.
 
 %(prog)s runs/demo
 %(prog)s user/name

@@ -1,6 +1,6 @@
-"""The main job from one recipe: pretrain the table, train all blocks, evaluate, write samples.
+"""Run a whole recipe: pretrain the table, train all blocks, evaluate, and write samples.
 
-%(prog)s recipes/demo.yaml --dry_run    # what that would be, and nothing is trained
+%(prog)s recipes/demo.yaml --dry_run    # plan the run without training
 %(prog)s recipes/demo.yaml
 %(prog)s recipes/demo.yaml --max_steps 1000 --output_dir runs/longer
 accelerate launch -m noprop_hf train recipes/demo.yaml
@@ -39,7 +39,7 @@ def main() -> None:
     directory = train_blocks(recipe.data, recipe.blocks, training, recipe.model)
     missing = missing_blocks(directory)
     if missing:
-        print(f"The model in {directory} still misses {', '.join(missing)}, so it is not evaluated by this process.")
+        print(f"{directory} still lacks {', '.join(missing)}: this process does not evaluate the model.")
         return
 
     def is_evaluated() -> bool:  # by another process of this launch
@@ -52,17 +52,17 @@ def main() -> None:
 
 
 def finish(recipe: Recipe, directory: Path) -> None:
-    """Measure the model that all processes together made, and share it if that is asked for."""
+    """Evaluate the finished model, and upload it if `push_to_hub` is set."""
     training = recipe.training
     print(report(directory, recipe.data, recipe.blocks, training.per_device_eval_batch_size, training.seed))
     track_results(training, directory)
     place = meeting_place(training)
     if place is not None:
-        place.prepare(training.hub_private_repo, place.patience)  # others may have published something meanwhile
+        place.prepare(training.hub_private_repo, place.patience)  # other workers may have published since
         write_card(directory, training.hub_model_id, recipe.share.license, recipe.share.language)
         left_out = files_left_out(directory, files_to_push(directory))
         if left_out:
-            print(f"Not uploaded, as no part of the model: {', '.join(left_out)}")
+            print(f"Not uploaded, as they are not part of the model: {', '.join(left_out)}")
         private, token = training.hub_private_repo, training.hub_token
         url = push_model(directory, training.hub_model_id, private, token, update=True, patience=place.patience)
         print(f"Uploaded: {url}")

@@ -1,9 +1,9 @@
-"""Phase 2: train all denoising blocks, or some of them, beside a table that phase 1 made.
+"""Phase 2: train all or some denoising blocks, given the table of phase 1.
 
 %(prog)s recipes/demo.yaml --blocks 0,2-3
 accelerate launch -m noprop_hf train-blocks recipes/demo.yaml
 
-Workers that never meet share a repository of the Hub. Each takes the table from there and publishes its blocks:
+Independent workers share a repository of the Hub: each downloads the table from it and publishes its blocks there:
 
 %(prog)s recipes/demo.yaml --blocks 3 --push_to_hub true --hub_model_id user/name
 """
@@ -18,6 +18,6 @@ from ..training import train_blocks
 def main() -> None:
     recipe = parse_recipe(__doc__)
     if recipe.run.dry_run:
-        raise SystemExit("`noprop plan` forecasts both phases at once: call that instead of --dry_run.")
+        raise SystemExit("`noprop plan` forecasts both phases at once: use it instead of --dry_run.")
     check_sharing(recipe.training)
     train_blocks(recipe.data, recipe.blocks, recipe.training, recipe.model, meeting_place(recipe.training))

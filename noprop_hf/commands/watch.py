@@ -1,4 +1,4 @@
-"""See the chain of blocks turn noise into tokens: in the terminal, and as a picture.
+"""Show how the chain of blocks turns noise into tokens, in the terminal and as an image.
 
 %(prog)s runs/demo "Return the"
 %(prog)s runs/demo "Return the" --save chain.png
@@ -13,9 +13,9 @@ from ..watching import figure, table, watch
 
 
 LEGEND = (
-    "For every token, each block says what it believes. Block 0 sees the text so far and pure noise. Then a token is "
-    "drawn from its belief, the noise moves a little towards that token (\u03b3: signal-to-noise ratio), and the next "
-    "block believes anew. The token is drawn from the last belief."
+    "For every token, each block predicts a distribution: its belief. Block 0 reads the text so far and pure noise. "
+    "Then a token is sampled from the belief, the evidence moves a little towards that token (\u03b3: signal-to-noise "
+    "ratio), and the next block updates the belief. The output token is sampled from the last belief."
 )
 
 
@@ -23,14 +23,14 @@ LEGEND = (
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("model", help="a model directory, or a repository of the Hub")
-    parser.add_argument("prompt", help="the text to continue, without a blank at its end: that begins the next word")
+    parser.add_argument("prompt", help="the text to continue, without a trailing space, which belongs to the next word")
     parser.add_argument("--max_new_tokens", type=number(int, 1), default=8)
     parser.add_argument("--num_candidates", type=number(int, 1), default=4, help="tokens shown for each block")
-    parser.add_argument("--num_inference_blocks", type=number(int, 1), help="run only the first blocks")
+    parser.add_argument("--num_inference_blocks", type=number(int, 1), help="number of blocks to run; default: all")
     parser.add_argument("--num_trajectories", type=number(int, 1), default=1, help="chains to average")
     parser.add_argument("--temperature", type=number(float, 0), default=1.0, help="0 takes the likeliest token")
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
-    parser.add_argument("--save", type=picture, help="write the picture here, such as chain.png")
+    parser.add_argument("--save", type=picture, help="image file to write, such as chain.png")
     args = vars(parser.parse_args())
 
     name, save, num_candidates = args.pop("model"), args.pop("save"), args.pop("num_candidates")
@@ -44,4 +44,4 @@ def main() -> None:
     console.print(args["prompt"] + (tokens[-1].text if tokens else ""), markup=False)
     if save and tokens:
         figure(args["prompt"], tokens).savefig(save, dpi=120)
-        console.print(f"The picture is in {save}.", markup=False)
+        console.print(f"Saved the image to {save}.", markup=False)
