@@ -18,7 +18,7 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .arguments import BlockArguments, ModelArguments, check_training_arguments, parse_blocks
 from .checkpoints import DurableTrainer, newest_checkpoint, run_identity, trainer_arguments, training_note
@@ -39,6 +39,7 @@ from .model_directory import (
     block_is_trained,
     block_provenance,
     check_data,
+    check_whole,
     load_table,
     load_trunk,
     read_metadata,
@@ -169,6 +170,7 @@ def new_block(directory: Path, config: NoPropConfig, table: TokenTable, block_in
         for layer in block.encoder.layers:
             for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 nn.init.zeros_(projection.weight)
+        assert block.encoder.norm is not None and start.encoder.norm is not None
         block.encoder.norm.load_state_dict(start.encoder.norm.state_dict())
     else:
         block.encoder.load_state_dict(start.encoder.state_dict())
@@ -204,8 +206,12 @@ class BlockRun:
         """Derive the training arguments of a block, and everything else that its result depends on."""
         seed = block_seed(self.training_args.seed, block_index)
         args = trainer_arguments(self.training_args, block_name(block_index), seed=seed)
-        provenance = block_provenance(self.directory, self.config, self.table)
-        return args, {**provenance, **data_identity(self.data, self.dataset, args)}
+        identity = block_provenance(self.directory, self.config, self.table)
+        start = pretraining_folder(self.directory) / SAFE_WEIGHTS_NAME
+        is_random = self.config.context_source == "embeddings" and self.config.block_initialization == "random"
+        if not is_random and start.is_file():
+            identity["start"] = check_whole(start).content_hash
+        return args, {**identity, **data_identity(self.data, self.dataset, args)}
 
     def checkpoint(self, block_index: int, **fields: Any) -> str | None:
         """Find the checkpoint that the training of a block would resume from, if any.
@@ -363,7 +369,7 @@ def _train_or_release(run: BlockRun, block_index: int) -> None:
 
 
 def _is_taken(run: BlockRun, block_index: int) -> bool:
-    """Whether another process has trained a block or trains it,"""
+    """Check whether another process has trained a block or trains it."""
     if (run.directory / block_shard(block_index)).is_file():
         return True
     reason = run.place.claim_block(block_index, run.block_args.take_over)

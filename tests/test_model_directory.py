@@ -24,7 +24,7 @@ from noprop_hf.model_directory import (
     save_shard,
     write_atomically,
 )
-from noprop_hf.shards_noprop import block_shard, fingerprint
+from noprop_hf.shards_noprop import EMBEDDINGS_SHARD, block_shard, fingerprint
 from noprop_hf.status import local_status
 
 
@@ -374,18 +374,18 @@ def test_only_the_configuration_of_the_files_is_checked(model, directory):
     assert same(loaded, model) and not info["missing_keys"]
 
 
-def test_blocks_read_the_block_that_they_were_trained_on(model, tokenizer, tmp_path):
-    config = NoPropConfig(**model.config.to_dict() | {"context_source": "previous_block"})
-    ordered = NoPropForCausalLM(config)
-    create_model_directory(tmp_path, config, tokenizer, ordered.model.embed_tokens)
-    for block in ordered.model.blocks:
-        save_block(tmp_path, block, ordered.model.embed_tokens, {})
+def test_blocks_read_the_trunk_that_they_were_trained_on(model, tokenizer, tmp_path):
+    config = NoPropConfig(**model.config.to_dict() | {"context_source": "trunk"})
+    on_trunk = NoPropForCausalLM(config)
+    create_model_directory(tmp_path, config, tokenizer, on_trunk.model.embed_tokens, trunk=on_trunk.model.trunk)
+    for block in on_trunk.model.blocks:
+        save_block(tmp_path, block, on_trunk.model.embed_tokens, {})
     assert [block.state for block in local_status(tmp_path)] == ["done"] * 3
-    assert same(AutoModelForCausalLM.from_pretrained(tmp_path), ordered)
-    reshard(tmp_path / block_shard(0), lambda t, m: t["model.blocks.0.head.bias"].add_(1))
-    assert [block.state for block in local_status(tmp_path)] == ["done", "unusable", "done"]
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path), on_trunk)
+    reshard(tmp_path / EMBEDDINGS_SHARD, lambda t, m: t["model.trunk.layers.0.mlp.up_proj.weight"].add_(1))
+    assert [block.state for block in local_status(tmp_path)] == ["unusable"] * 3
     for use in uses(tmp_path).values():
-        with pytest.raises((OSError, ValueError), match=f"{SHARD} .*another block before it"):
+        with pytest.raises((OSError, ValueError), match="another trunk"):
             use()
 
 

@@ -352,9 +352,19 @@ def test_inner_states_on_request(model):
     assert len(model(input_ids, output_attentions=True).attentions) == model.config.num_hidden_layers
 
 
-def test_blocks_that_read_one_another_run_in_order(model, counted):
-    config = copy.deepcopy(model.config)
-    config.context_source = "previous_block"
-    hierarchical = NoPropForCausalLM(config).eval()
-    close(hierarchical(PREFIX).logits, with_gradients(hierarchical, PREFIX))
-    assert not counted
+def test_blocks_on_a_trunk(model, counted):
+    config = NoPropConfig(**model.config.to_dict() | {"context_source": "trunk", "num_pretraining_layers": 1})
+    torch.manual_seed(0)
+    on_trunk = NoPropForCausalLM(config).eval()
+    close(on_trunk(PREFIX).logits, with_gradients(on_trunk, PREFIX))
+    assert counted
+    cache = on_trunk(PREFIX, use_cache=True)[CACHE]
+    assert len(cache.layers) == config.num_hidden_layers == 7
+    whole = torch.cat([PREFIX, REST], 1)
+    close(on_trunk(REST, cache=cache).logits, with_gradients(on_trunk, whole)[:, PREFIX.shape[1] :])
+    for count in (1, 2):
+        config.num_hidden_layers = 1 + 2 * count
+        on_trunk.config.num_hidden_layers = config.num_hidden_layers
+        early = on_trunk(PREFIX).logits
+        on_trunk.config.num_hidden_layers = 7
+        close(early, on_trunk(PREFIX, num_inference_blocks=count).logits)

@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers
 import yaml
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertModel, Trainer, TrainerCallback
 
@@ -19,7 +20,7 @@ from noprop_hf import training as training_module
 from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments
 from noprop_hf.checkpoints import checkpoints_of
 from noprop_hf.data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize, train_tokenizer
-from noprop_hf.model_directory import load_block, load_table, read_metadata
+from noprop_hf.model_directory import load_table, load_trunk, read_metadata
 from noprop_hf.noise_noprop import information_levels, standardize
 from noprop_hf.pretraining import pretrain_embeddings
 from noprop_hf.shards_noprop import EMBEDDINGS_SHARD, block_shard
@@ -27,6 +28,7 @@ from noprop_hf.status import local_status
 from noprop_hf.training import (
     BlockTrainer,
     block_seed,
+    model_of_block,
     new_block,
     train_blocks,
 )
@@ -399,62 +401,77 @@ def test_blocks_start_as_the_model_of_phase_1(directory, data):
         train_blocks(data, BLOCKS, arguments(directory))
 
 
-@pytest.fixture
-def hierarchical(directory) -> Path:
-    reconfigure(directory, context_source="previous_block")
-    return directory
+@pytest.fixture(scope="module")
+def on_trunk(data, tmp_path_factory) -> Path:
+    """Phase 1 of a model whose blocks read a trunk of two layers."""
+    model = dataclasses.replace(MODEL, context_source="trunk", num_pretraining_layers=2)
+    directory = tmp_path_factory.mktemp("trunk") / "model"
+    return pretrain_embeddings(model, data, PretrainingArguments(pretraining_max_steps=8), arguments(directory))
 
 
-def test_a_block_on_top_of_another_starts_as_one_alone(hierarchical):
-    config = NoPropConfig.from_pretrained(hierarchical)
-    table = load_table(hierarchical, config)
-    embeds, states = table(torch.arange(16)[None]), torch.randn(1, 16, config.hidden_size)
-    for start in ("random", "pretraining"):
-        config.block_initialization = start
-        torch.manual_seed(0)
-        above = new_block(hierarchical, config, table, 1).eval()
-        inputs = above.encoder.attention_inputs(embeds)
-        answer = above.head(above.encoder(embeds, states, **inputs))[0]
-        assert torch.equal(answer, above.head(above.encoder(embeds, 0 * states, **inputs))[0])
-        torch.nn.init.eye_(above.encoder.state_projection.weight)
-        assert not torch.allclose(answer, above.head(above.encoder(embeds, states, **inputs))[0], atol=1e-3)
+def windows(directory: Path, data: DataArguments, count: int = 8) -> torch.Tensor:
+    rows = tokenize(load_corpus(data), load_tokenizer(str(directory)), data)["validation"]
+    return torch.tensor(rows.select(range(count))["input_ids"])
 
 
-def test_hierarchical_blocks_train_in_order_and_only_by_their_own_loss(hierarchical, data):
-    with pytest.raises(FileNotFoundError, match="train the blocks in order"):
-        train_blocks(data, BlockArguments(blocks="1", sample_prompts=[]), arguments(hierarchical))
-    train_blocks(data, BlockArguments(blocks="0,1", sample_prompts=["the cat"]), arguments(hierarchical))
-    first = digest(hierarchical / block_shard(0))
-    second = load_file(hierarchical / block_shard(1))
-    (hierarchical / block_shard(1)).unlink()
-    shutil.rmtree(hierarchical / "checkpoints" / "block-01")
-    train_blocks(data, BlockArguments(blocks="1-3", sample_prompts=[]), arguments(hierarchical))
-    assert digest(hierarchical / block_shard(0)) == first
-    again = load_file(hierarchical / block_shard(1))
-    assert all(torch.equal(again[name], tensor) for name, tensor in second.items())
+def test_a_block_on_a_trunk_starts_as_the_model_of_phase_1(on_trunk, data):
+    config = NoPropConfig.from_pretrained(on_trunk)
+    table, trunk = load_table(on_trunk, config), load_trunk(on_trunk, config)
+    block = new_block(on_trunk, config, table, 2)
+    alone = model_of_block(block, table, trunk).eval()
+    phase_1 = NoPropForPreTraining.from_pretrained(on_trunk).eval()
+    input_ids = windows(on_trunk, data)
+    expected = phase_1(input_ids).logits.log_softmax(-1)
+    assert torch.allclose(alone(input_ids, use_cache=False).logits, expected, atol=1e-5)
 
-    # Each block's loss is that of the assembled model, whose block reads the states of the one before.
-    model = NoPropForCausalLM.from_pretrained(hierarchical).eval()
-    dataset = tokenize(load_corpus(data), load_tokenizer(str(hierarchical)), data)["validation"].select(range(8))
-    batch = torch.tensor(dataset["input_ids"])
-    nats = model.variational_bound(batch).context_nats
-    config, previous = model.config, list(model.model.blocks[:2])
-    trainer = BlockTrainer(
-        load_block(hierarchical, config, 2),
-        load_table(hierarchical, config),
-        previous,
-        args=arguments(hierarchical / "trainer"),
-        eval_dataset=dataset,
-        data_collator=CausalCollator(load_tokenizer(str(hierarchical))),
-    )
-    assert trainer.evaluate()["eval_context_nats"] == pytest.approx(nats[2].item(), abs=1e-4)
 
-    # A block that was trained on another block before it is told.
-    (hierarchical / block_shard(0)).unlink()
-    shutil.rmtree(hierarchical / "checkpoints")
-    train_blocks(data, BlockArguments(blocks="0", sample_prompts=[]), arguments(hierarchical, seed=5))
-    with pytest.raises(ValueError, match="another block before it"):
-        train_blocks(data, BLOCKS, arguments(hierarchical))
+def test_blocks_train_on_the_frozen_trunk_of_phase_1(on_trunk, data, tmp_path):
+    directory = Path(shutil.copytree(on_trunk, tmp_path / "model"))
+    published = digest(directory / EMBEDDINGS_SHARD)
+    train_blocks(data, BLOCKS, arguments(directory))
+    assert digest(directory / EMBEDDINGS_SHARD) == published
+    model = NoPropForCausalLM.from_pretrained(directory).eval()
+    phase_1 = NoPropForPreTraining.from_pretrained(directory).eval()
+    assert model.config.num_hidden_layers == 2 + 4 * model.config.num_layers_per_block
+
+    # By hand: the layers of phase 1, then those of each block, and the mean of the answers.
+    input_ids = windows(directory, data)
+    embeds = torch.nn.functional.embedding(input_ids, phase_1.token_table())
+    hidden = phase_1.encoder.input_projection(embeds / embeds.shape[-1] ** 0.5)
+    position = phase_1.encoder.rotary_emb(embeds, torch.arange(input_ids.shape[1])[None])
+    for layer in phase_1.encoder.layers:
+        hidden = layer(hidden, position_embeddings=position)
+    points, biases = [], []
+    for block in model.model.blocks:
+        states = hidden
+        for layer in block.encoder.layers:
+            states = layer(states, position_embeddings=position)
+        point, bias = block.head(block.encoder.norm(states))
+        points.append(point)
+        biases.append(bias)
+    expected = sum(points) / 4 @ phase_1.token_table().T + sum(biases) / 4
+    assert torch.allclose(model(input_ids).logits, expected.log_softmax(-1), atol=1e-4)
+    nats = model.variational_bound(input_ids).context_nats
+    kept = read_metadata(directory / block_shard(2))["context_nats"]
+    assert nats[2].item() == pytest.approx(float(kept), abs=0.3)  # of other rows
+
+    alone = Path(shutil.copytree(on_trunk, tmp_path / "alone"))
+    train_blocks(data, BlockArguments(blocks="2", sample_prompts=[]), arguments(alone))
+    first, second = (load_file(folder / block_shard(2)) for folder in (directory, alone))
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())  # blocks are independent
+
+
+def test_a_block_of_another_trunk_is_refused(on_trunk, data, tmp_path):
+    directory = Path(shutil.copytree(on_trunk, tmp_path / "model"))
+    train_blocks(data, BlockArguments(blocks="0", sample_prompts=[]), arguments(directory))
+    with safe_open(directory / EMBEDDINGS_SHARD, "pt") as file:
+        metadata = file.metadata()
+    del metadata["content_sha256"]
+    tensors = load_file(directory / EMBEDDINGS_SHARD)
+    tensors["model.trunk.layers.1.mlp.down_proj.weight"] += 1
+    save_file(tensors, directory / EMBEDDINGS_SHARD, metadata)
+    with pytest.raises(ValueError, match="another trunk"):
+        train_blocks(data, BLOCKS, arguments(directory))
 
 
 def test_the_system_as_first_described(data, tmp_path):
