@@ -448,6 +448,7 @@ def _change(name: str, was: Any, now: Any) -> str:
         "validation_data": "the validation data",
         "fingerprint": "the embedding table or the configuration",
         "previous_block": "the block before it",
+        "start": "the model of phase 1",
     }
     return f"{names[name]} changed" if name in names and was and now else f"{name} was {was!r} and is {now!r}"
 

@@ -103,6 +103,7 @@ class NoPropConfig(PreTrainedConfig):
             self.noise_levels = prior_levels(self.noise_schedule, self.num_blocks, self.vocab_size, self.hidden_size)
         self.noise_levels = [float(level) for level in self.noise_levels]
         self._check_noise()
+        self._check_fractions()
         num_labels = kwargs.get("num_labels")
         if num_labels is not None and (not isinstance(num_labels, int) or not 0 <= num_labels <= 2**20):
             raise ValueError(f"`num_labels` must be an integer of at most {2**20}, got {str(num_labels)[:40]}.")
@@ -213,6 +214,8 @@ class NoPropConfig(PreTrainedConfig):
             raise ValueError(
                 f"`noise_levels` are signal-to-noise ratios and must not decrease from block to block, got {levels}."
             )
+
+    def _check_fractions(self) -> None:
         for name in ("denoising_weight", "attention_dropout", "rms_norm_eps", "initializer_range"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value <= 1:

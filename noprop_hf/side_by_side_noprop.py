@@ -263,8 +263,8 @@ def _encode(
     """
     batch, length, width = inputs_embeds.shape
     attention_function = _attention_function(encoders[0].config)
-    is_small = batch * length > FEW_ROWS or width * encoders[0].config.intermediate_size < LARGE_WEIGHT
-    call = _call if is_small else _call_plain
+    is_spread = batch * length <= FEW_ROWS and width * encoders[0].config.intermediate_size >= LARGE_WEIGHT
+    call = _call_plain if is_spread else _call
     # Scaled again for each block, since a module may change its input in place.
     states = _stack([call(encoder.input_projection, inputs_embeds / width**0.5) for encoder in encoders[group]])
     count = len(states)

@@ -18,7 +18,7 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .arguments import BlockArguments, ModelArguments, check_training_arguments, parse_blocks
 from .checkpoints import DurableTrainer, newest_checkpoint, run_identity, trainer_arguments, training_note
@@ -39,6 +39,7 @@ from .model_directory import (
     block_is_trained,
     block_provenance,
     check_data,
+    check_whole,
     load_block,
     load_table,
     read_metadata,
@@ -205,8 +206,11 @@ class BlockRun:
         """Derive the training arguments of a block, and everything else that its result depends on."""
         seed = block_seed(self.training_args.seed, block_index)
         args = trainer_arguments(self.training_args, block_name(block_index), seed=seed)
-        provenance = block_provenance(self.directory, self.config, self.table, block_index)
-        return args, {**provenance, **data_identity(self.data, self.dataset, args)}
+        identity = block_provenance(self.directory, self.config, self.table, block_index)
+        start = pretraining_folder(self.directory) / SAFE_WEIGHTS_NAME
+        if self.config.block_initialization == "pretraining" and start.is_file():
+            identity["start"] = check_whole(start).content_hash
+        return args, {**identity, **data_identity(self.data, self.dataset, args)}
 
     def checkpoint(self, block_index: int, **fields: Any) -> str | None:
         """Find the checkpoint that the training of a block would resume from, if any.

@@ -299,3 +299,19 @@ def test_launch_files_are_configurations_of_accelerate(path):
 @pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.sh")), ids=lambda path: path.name)
 def test_launch_scripts_are_shell_scripts(path):
     subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+def test_a_slurm_task_is_queued_again_when_it_has_saved(tmp_path):
+    """With programs in place of SLURM's, which write down what happens."""
+    log = tmp_path / "log"
+    step = f"trap 'sleep 0.3; echo saved >> {log}; exit 143' TERM; echo begun >> {log}; while true; do sleep 0.05; done"
+    for name, code in {"srun": step, "scontrol": f'echo "$@" >> {log}'}.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{code}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_ID": "17"}
+    task = subprocess.Popen(["bash", str(ROOT / "launch" / "slurm_blocks.sh"), "demo"], env=os.environ | variables)
+    while not log.exists():
+        time.sleep(0.01)
+    task.terminate()  # as SLURM signals the shell before the time limit
+    assert task.wait(10) == 143
+    assert log.read_text().split("\n") == ["begun", "saved", "requeue 17", ""]
