@@ -51,8 +51,11 @@ class Fault:
 
 @dataclass
 class Chaos:
-    """Makes requests fail at random: errors of the server, too many requests, lost requests and answers, uploads and
-    downloads that are cut, wrong content with status 200, delays, and silence (as long as `silence` says)."""
+    """Make requests fail at random, with probability `rate`.
+
+    Faults are errors of the server, too many requests, lost requests and answers, uploads and downloads that are cut,
+    wrong content with status 200, delays, and `silence` seconds without an answer.
+    """
 
     rate: float
     random: Random
@@ -261,7 +264,7 @@ class Handler(BaseHTTPRequestHandler):
     def lfs_batch(self, match: re.Match, repository: Repository, body: bytes) -> None:
         objects = []
         for item in json.loads(body)["objects"]:
-            if item["oid"] not in self.server.objects:  # what is there already need not come again
+            if item["oid"] not in self.server.objects:  # no upload of objects that the server has
                 item["actions"] = {"upload": {"href": f"{self.server.url}/lfs/{item['oid']}"}}
             objects.append(item)
         return self.reply(200, {"transfer": "basic", "objects": objects})

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from datasets import DatasetDict
 from matplotlib.figure import Figure
 from torch.nn import functional as F
@@ -43,6 +44,7 @@ from noprop_hf.evaluation import evaluate_model
 from noprop_hf.model_directory import create_model_directory, load_table, load_trunk
 from noprop_hf.modeling_noprop import TokenTable, new_trunk
 from noprop_hf.pretraining import pretrain_embeddings
+from noprop_hf.recipes import RECIPES
 from noprop_hf.shards_noprop import PRETRAINING_FOLDER
 from noprop_hf.training import train_blocks
 
@@ -57,14 +59,8 @@ MODELS = {
     "seed": "NoProp as first described",
 }
 CHAINS = ("noprop", "noprop_trunk", "seed")  # models with a bound
-# The system of recipes/seed.yaml: a masked table, cosine levels, squared error, denoising alone.
-SEED_SYSTEM = {
-    "pretraining_objective": "mlm",
-    "noise_schedule": "cosine",
-    "loss_type": "mse",
-    "sampled_softmax": False,
-    "denoising_weight": 1.0,
-}
+# What recipes/seed.yaml chooses: a masked table, cosine levels, squared error, denoising alone.
+SEED_CHOICES = ("pretraining_objective", "noise_schedule", "loss_type", "sampled_softmax", "denoising_weight")
 
 
 @dataclass
@@ -343,7 +339,8 @@ def run_job(args: QualityArguments, corpus: str, seed: int, name: str) -> dict[s
         measures[model] = partial(bench.end_to_end if model.startswith("end_to_end") else bench.blocks, model)
     on_trunk = replace(args, pretraining_share=args.trunk_share)
     measures["noprop_trunk"] = Bench(on_trunk, corpus, seed, {"context_source": "trunk"}, "trunk").both_phases
-    measures["seed"] = Bench(args, corpus, seed, SEED_SYSTEM, "seed").both_phases
+    recipe = yaml.safe_load((RECIPES / "seed.yaml").read_text())
+    measures["seed"] = Bench(args, corpus, seed, {name: recipe[name] for name in SEED_CHOICES}, "seed").both_phases
     return measured_once(bench.folder / f"{name}.json", measures[name])
 
 

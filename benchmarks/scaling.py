@@ -49,7 +49,7 @@ def train(folder: Path, processes: int) -> float:
     shutil.copytree(folder / "phase1", directory)
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / "2_processes_cpu.yaml")]
     launch += ["--num_processes", str(processes), "--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
-    if processes == 1:  # accelerate's configuration for several cannot be told to start one
+    if processes == 1:  # accelerate's configuration for several processes cannot start a single one
         launch = []
     script = [str(ROOT / "scripts" / "train_blocks.py"), str(folder / "recipe.yaml"), "--output_dir", str(directory)]
     begin = time.perf_counter()

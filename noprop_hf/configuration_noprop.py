@@ -106,8 +106,13 @@ class NoPropConfig(PreTrainedConfig):
         num_labels = kwargs.get("num_labels")
         if num_labels is not None and (not isinstance(num_labels, int) or not 0 <= num_labels <= 2**20):
             raise ValueError(f"`num_labels` must be an integer of at most {2**20}, got {str(num_labels)[:40]}.")
-        super().__post_init__(**kwargs)
-        self._check_positions()
+        try:
+            super().__post_init__(**kwargs)  # which checks rotary positions in some versions of transformers
+            self._check_positions()
+        except KeyError as error:
+            raise ValueError(
+                f"`rope_parameters` {self.rope_parameters} do not fit their `rope_type`: {error}."
+            ) from error
 
     @property
     def num_trunk_layers(self) -> int:
@@ -204,7 +209,7 @@ class NoPropConfig(PreTrainedConfig):
             raise ValueError(f"`rope_type` in `rope_parameters` must be one of {known}: got {kind!r}.")
         try:
             ROPE_INIT_FUNCTIONS[kind](self, "cpu")
-        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise ValueError(
                 f"`rope_parameters` {parameters} do not fit their `rope_type`: {type(error).__name__} {error}."
             ) from error

@@ -216,7 +216,7 @@ def pretrain_language_model(
     args, identity = pretraining_run(config, dataset, data, pretraining_args, training_args)
     set_seed(training_args.seed)
     trainer = pretraining_trainer(config, tokenizer, dataset, pretraining_args, args, identity)
-    with track(trainer, Path(training_args.output_dir), "embeddings", title="embeddings"):
+    with track(trainer, Path(training_args.output_dir), "embeddings", "embeddings"):
         trainer.train_durably()
     trainer.save_state()
     return trainer.model.cpu().eval(), training_note(args, training_args.seed)

@@ -116,7 +116,7 @@ class NamedProgressCallback(ProgressCallback):
             self.training_bar.write(f"[{self.title}] step {state.global_step}: {figures}", file=sys.stderr)
 
 
-def track(trainer: Trainer, directory: Path, name: str, in_nats: bool = True, title: str = "") -> TrackingCallback:
+def track(trainer: Trainer, directory: Path, name: str, title: str, in_nats: bool = True) -> TrackingCallback:
     """Add a [`TrackingCallback`] to a trainer, instead of the stock callbacks of the same trackers.
 
     Args:

@@ -8,7 +8,7 @@ import gc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -207,11 +207,14 @@ class BlockRun:
         seed = block_seed(self.training_args.seed, block_index)
         args = trainer_arguments(self.training_args, block_name(block_index), seed=seed)
         identity = block_provenance(self.directory, self.config, self.table)
+        return args, {**identity, **self.start_identity, **data_identity(self.data, self.dataset, args)}
+
+    @cached_property
+    def start_identity(self) -> dict[str, str]:
+        """Identify the model of phase 1, if blocks are initialised from it."""
         start = pretraining_folder(self.directory) / SAFE_WEIGHTS_NAME
         is_random = self.config.context_source == "embeddings" and self.config.block_initialization == "random"
-        if not is_random and start.is_file():
-            identity["start"] = check_whole(start).content_hash
-        return args, {**identity, **data_identity(self.data, self.dataset, args)}
+        return {} if is_random or not start.is_file() else {"start": check_whole(start).content_hash}
 
     def checkpoint(self, block_index: int, **fields: Any) -> str | None:
         """Find the checkpoint that the training of a block would resume from, if any.
@@ -244,7 +247,7 @@ def train_block(run: BlockRun, block_index: int) -> dict[str, float]:
         trainer.add_callback(ReportCallback(run.place, block_index))
     title = f"block {block_index} ({block_index + 1} of {run.config.num_blocks})"
     in_nats = run.config.loss_type == "cross_entropy"
-    with track(trainer, run.directory, f"block_{block_index:02d}", in_nats, title) as tracking:
+    with track(trainer, run.directory, f"block_{block_index:02d}", title, in_nats) as tracking:
         if args.eval_strategy != "no" and run.block_args.sample_prompts:
             trainer.add_callback(SampleCallback(run, tracking))
         summary = trainer.train_durably().metrics

@@ -168,7 +168,7 @@ def noted(**notes: str | None) -> Callable[[dict, dict], None]:
 
 CHANGES = {
     "lacks model.blocks.1": without_a_tensor,
-    "does not belong there": with_a_tensor_of_another_block,
+    "do not belong there": with_a_tensor_of_another_block,
     "is of size": of_another_size,
     "of type F16": of_another_type,
     "trained as block 0": noted(block="0"),
@@ -176,7 +176,7 @@ CHANGES = {
     "other data": noted(data="0" * 64),
     "lack data, fingerprint": noted(fingerprint=None, data=None),
     "lack content_sha256": noted(content_sha256=None),
-    "for no step": noted(steps="0"),
+    "for 0 steps": noted(steps="0"),
     "diverged": noted(bound_nats="nan"),
 }
 

@@ -213,7 +213,7 @@ def test_processes_of_a_group_share_the_data_and_not_the_noise(tmp_path):
 @pytest.mark.slow
 def test_groups_of_processes_train_a_block_each(recipe, tmp_path):
     output = together(5, "scripts/train.py", str(recipe), "--num_blocks", "2", "--output_dir", str(tmp_path / "model"))
-    assert "Process 4 is left over: 2 blocks are trained by 2 processes each" in output
+    assert "Process 4 exits: 2 blocks are trained by 2 processes each" in output
     assert "NoProp, all blocks" in output
     states = sorted((tmp_path / "model" / "checkpoints").glob("block-*/checkpoint-12/rng_state_*.pth"))
     assert len(states) == 4  # two processes for each of two blocks

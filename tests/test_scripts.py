@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import ROOT, sentences
-from noprop_hf import evaluation, pretraining, training
+from noprop_hf import perplexity, pretraining, training
 from noprop_hf.recipes import entry_point
 
 
@@ -195,7 +195,7 @@ REFUSED: list[tuple[str, str, str]] = [  # script, options, a word of the senten
         for name in ("tokenizer_name", "embeddings_from")
     ),
     ("train_blocks", "good.yaml --output_dir new", "`noprop pretrain`"),
-    ("train_blocks", "good.yaml --dry_run", "`noprop train`"),
+    ("train_blocks", "good.yaml --dry_run", "`noprop plan`"),
     *((script, f"good.yaml --output_dir {where} --push_to_hub true {options}", word)
       for script, where in (("train", "new"), ("train", "model --dry_run true"), ("pretrain_embeddings", "new"),
                             ("train_blocks", "model"))
@@ -302,7 +302,7 @@ def test_nothing_is_written_by_a_dry_run_of_a_push(folder, monkeypatch, capsys):
 def test_texts_without_tokens_are_left_out(folder, monkeypatch, capsys, text):
     monkeypatch.chdir(folder)
     (folder / "lines.txt").write_text(text)
-    monkeypatch.setattr(evaluation, "AutoModelForCausalLM", None)  # the model is loaded once
+    monkeypatch.setattr(perplexity, "AutoModelForCausalLM", None)  # the model is loaded once
     options = ["--packing", "false", "--test_file", "lines.txt", "--train_file", "text.txt"]
     assert run("evaluate_perplexity", "model", *options) is None
     assert f"{sum(bool(line.strip()) for line in text.splitlines())} texts of test" in capsys.readouterr().out

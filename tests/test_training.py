@@ -397,7 +397,7 @@ def test_blocks_start_as_the_model_of_phase_1(directory, data):
     states = block.head(block.encoder(embeds, **block.encoder.attention_inputs(embeds)))[0]
     assert torch.allclose(states @ table.weight.T + block.head.bias, phase_1(input_ids).logits, atol=1e-4)
     shutil.rmtree(directory / "pretraining")
-    with pytest.raises(FileNotFoundError, match="Copy it together with the embeddings"):
+    with pytest.raises(FileNotFoundError, match="Copy it together with the table"):
         train_blocks(data, BLOCKS, arguments(directory))
 
 
