@@ -10,6 +10,7 @@ repository also holds invalid claims and blocks, and checkpoints with other weig
 published once, trained by one worker, and equal bit for bit that of a single process that trains all blocks in order.
 """
 
+import gc
 import json
 import os
 import re
@@ -126,6 +127,7 @@ def work(args: FleetArguments, folder: Path, worker: int) -> None:
     from noprop_hf.meeting_place import MeetingPlace
     from noprop_hf.training import train_blocks
 
+    gc.freeze()  # `Trainer` collects garbage when training begins, which takes long with all modules
     torch.set_num_threads(1)
     directory = folder / f"worker-{worker:02d}"
     directory.mkdir(exist_ok=True)

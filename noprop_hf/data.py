@@ -502,7 +502,7 @@ def tokenize(
         }
         cut_options |= {"features": Features({"input_ids": row}), "desc": "Packing"}
 
-    tokens = {}
+    tokens, behaviour = {}, None if args.streaming else _behaviour(tokenizer)
     for split, rows in splits.items():
         prefix, suffix = ([] if token is None else [token] for token in (bos, eos))
         if args.packing and bos == eos:
@@ -513,7 +513,7 @@ def tokenize(
         encode_options = {"tokenizer": tokenizer, "prefix": prefix, "suffix": suffix, "limit": limit}
         encode_options |= {"column": args.text_column_name, "joined": args.packing}
         if not args.streaming:
-            known = encode_options | {"tokenizer": _behaviour(tokenizer)}
+            known = encode_options | {"tokenizer": behaviour}
             options["new_fingerprint"] = Hasher.hash((rows._fingerprint, _encode, known))
         tokens[split] = rows.with_format("arrow").map(
             _encode,
@@ -533,15 +533,16 @@ def tokenize(
     return (IterableDatasetDict if args.streaming else DatasetDict)(tokens)
 
 
-def _behaviour(tokenizer: PreTrainedTokenizerBase) -> Any:
+def _behaviour(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the parts of a tokenizer that affect its tokens, as a cache key.
 
     A tokenizer and its copy in a model directory therefore share cached tokens.
     """
     if not tokenizer.is_fast:
-        return tokenizer
+        return Hasher.hash(tokenizer)
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    return {name: part for name, part in parts.items() if name not in ("truncation", "padding", "post_processor")}
+    # As one string: a dictionary takes a second to hash.
+    return json.dumps(parts | dict.fromkeys(("truncation", "padding", "post_processor")))
 
 
 def _encode(

@@ -131,10 +131,22 @@ def information_levels(
     for block in range(1, num_blocks):
         goal = entropy * (1 - share * block / num_blocks)
         low, high = levels[-1], max(2 * levels[-1], 2 * entropy / table.shape[1])
-        while nats(high) > goal:
-            low, high = high, 2 * high
-        for _ in range(20):  # bisection: the remaining nats fall with the level
+        before, last = (low, entropy * share / num_blocks), (high, nats(high) - goal)
+        while last[1] > 0:
+            low, high, before, last = high, 2 * high, last, (2 * high, nats(2 * high) - goal)
+        # Secants, each continued by a cell of the bisection, enclose the root between two close levels. The remaining
+        # nats fall with the level, so the bisection needs them only beside the root.
+        left, right, cell = low, high, (high - low) / 2**20
+        while right - left > 2 * cell:
+            (x, y), (end, excess) = before, last
+            level = end + excess * (end - x) / (y - excess) + math.copysign(cell, excess) if y != excess else left
+            level = level if left < level < right else (left + right) / 2
+            before, last = last, (level, nats(level) - goal)
+            left, right = (level, right) if last[1] > 0 else (left, level)
+        for _ in range(20):
             middle = (low + high) / 2
-            low, high = (middle, high) if nats(middle) > goal else (low, middle)
+            is_near = left - cell < middle < right + cell  # closer than the nats resolve
+            is_above = nats(middle) > goal if is_near else middle < left
+            low, high = (middle, high) if is_above else (low, middle)
         levels.append((low + high) / 2)
     return levels

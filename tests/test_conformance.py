@@ -169,7 +169,14 @@ def test_gradients_reach_every_parameter(any_model):
 
 
 @pytest.mark.slow
-def test_compiled_forward(model):
+def test_compiled_forward(config):
+    """To code of the machine; two blocks of a layer each, since every kernel takes a second to compile."""
+    sizes = {"num_blocks": 2, "num_layers_per_block": 1, "noise_levels": None}
+    torch.manual_seed(0)
+    model = NoPropForCausalLM(NoPropConfig(**config.to_dict() | sizes)).eval()
+    with torch.no_grad():
+        for parameter in model.model.blocks.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
     compiled = torch.compile(model)
     with torch.no_grad():
         assert torch.allclose(compiled(INPUT).logits, model(INPUT).logits, atol=1e-5)

@@ -1,13 +1,12 @@
 import gzip
 import json
-import os
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 from transformers import AutoTokenizer
 
-from conftest import sentences
+from conftest import run_python, sentences
 from noprop_hf import data
 from noprop_hf.data import (
     CausalCollator,
@@ -20,7 +19,6 @@ from noprop_hf.data import (
     tokenize,
     train_tokenizer,
 )
-from warm_python import WarmPython
 
 
 @pytest.fixture(scope="module")
@@ -151,22 +149,20 @@ def test_tokens_are_cached_for_later_processes(corpus_file, tmp_path):
     folder = str(tmp_path / "tokenizer")
     train = f"tokenizer = train_tokenizer(corpus['train']['text'], 300, 16); tokenizer.save_pretrained({folder!r})"
     load = f"tokenizer = load_tokenizer({folder!r})"
-    python = WarmPython({**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}, ["noprop_hf.data"])
     names = []
     for first in (train, load, f"{load}; tokenizer(['a b c', 'a'], truncation=True, max_length=2, padding=True)"):
         code = f"""
+import datasets
 from noprop_hf.data import DataArguments, load_corpus, load_tokenizer, tokenize, train_tokenizer
+datasets.config.HF_DATASETS_CACHE = {str(tmp_path / "cache")!r}
 args = DataArguments(train_file={corpus_file!r}, max_length=16)
 corpus = load_corpus(args)
 {first}
 tokens = tokenize(corpus, tokenizer, args)
 print([file["filename"] for rows in tokens.values() for file in rows.cache_files])
 """
-        status, output = python.run("-c", code, cwd=tmp_path)
-        assert status == 0, output
-        names.append(output.splitlines()[-1])
-    python.close()
-    assert names[0] == names[1] == names[2] and names[0].count("cache-") == 2
+        names.append(run_python("-c", code, cwd=tmp_path).splitlines()[-1])
+    assert names[0] == names[1] == names[2] and names[0].count(f"{tmp_path / 'cache'}/") == 2
 
 
 def test_other_tokens_are_not_taken_from_the_cache(corpus_file, tokenizer):
