@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -41,8 +41,8 @@ from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropFor
 from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments
 from noprop_hf.data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize, train_tokenizer
 from noprop_hf.evaluation import evaluate_model
-from noprop_hf.model_directory import create_model_directory, load_table, load_trunk
-from noprop_hf.modeling_noprop import TokenTable, new_trunk
+from noprop_hf.model_directory import create_model_directory, load_table
+from noprop_hf.modeling_noprop import TokenTable
 from noprop_hf.pretraining import pretrain_embeddings
 from noprop_hf.recipes import RECIPES
 from noprop_hf.shards_noprop import PRETRAINING_FOLDER
@@ -55,10 +55,10 @@ MODELS = {
     "single_block": "one block, a block's share",
     "single_block_long": "one block, the arithmetic of all",
     "noprop": "NoProp, independent blocks",
-    "noprop_trunk": "NoProp, blocks on a trunk",
+    "noprop_hierarchical": "NoProp, hierarchical context",
     "seed": "NoProp as first described",
 }
-CHAINS = ("noprop", "noprop_trunk", "seed")  # models with a bound
+CHAINS = ("noprop", "noprop_hierarchical", "seed")  # models with a bound
 # What recipes/seed.yaml chooses: a masked table, cosine levels, squared error, denoising alone.
 SEED_CHOICES = ("pretraining_objective", "noise_schedule", "loss_type", "sampled_softmax", "denoising_weight")
 
@@ -77,7 +77,6 @@ class QualityArguments:
     num_seeds: int = field(default=3, metadata={"help": "Seeds on Shakespeare; WikiText-2 has one."})
     tokens: float = field(default=3e6, metadata={"help": "Training tokens of the end-to-end model."})
     pretraining_share: float = field(default=0.15, metadata={"help": "Share of the arithmetic that phase 1 gets."})
-    trunk_share: float = field(default=0.4, metadata={"help": "The same, where the layers of phase 1 are a trunk."})
     vocab_size: int = field(default=2048, metadata={"help": "Entries of the tokenizer."})
     max_length: int = field(default=64, metadata={"help": "Tokens in a window."})
     hidden_size: int = field(default=128, metadata={"help": "Width of table and layers."})
@@ -176,11 +175,11 @@ class Bench:
         args, config = self.args, self.config()
         tokens = torch.randint(args.vocab_size, (args.batch_size, args.max_length))
         block, table = DenoisingBlock(config, config.num_blocks - 1).train(), TokenTable(config)
-        trunk = new_trunk(config)
+        hierarchical = DenoisingBlock(self.config(context_source="previous_block"), config.num_blocks - 1).train()
         phase1 = NoPropForPreTraining(self.config(pretraining_objective="clm")).train()
         predicted = PretrainingArguments().mlm_probability if self.config().pretraining_objective == "mlm" else 1.0
         baseline = self.baseline()
-        for model in (block, phase1, baseline):
+        for model in (block, hierarchical, phase1, baseline):
             model.set_attn_implementation("eager")  # its products are known to the counter
         # A token through the vocabulary is counted apart, since the fused loss is not known to the counter: forward
         # and backward to the input and, where it is learned, to the table. Blocks see the tokens of the batch alone.
@@ -188,10 +187,19 @@ class Bench:
         whole, sampled = 3 * product * args.vocab_size, 2 * product * self.candidates()
         if config.loss_type == "mse":
             sampled = 0.0  # the counter knows its products
+        embeds = table(tokens)
+        inputs = block.encoder.attention_inputs(embeds)
+        encode = partial(hierarchical.encoder, embeds, embeds, **inputs)
+        read = count_flops(lambda: encode().sum(), backward=False) / tokens.numel()
+        step = partial(hierarchical, tokens, tokens, table, previous_states=embeds)
         return {
             "end_to_end": count_flops(lambda: baseline(tokens, labels=tokens).loss) / tokens.numel(),
             "phase1": count_flops(lambda: phase1(tokens, labels=tokens).loss) / tokens.numel() + predicted * whole,
-            "block": count_flops(lambda: block(tokens, tokens, table, trunk=trunk).loss) / tokens.numel() + sampled,
+            "block": count_flops(lambda: block(tokens, tokens, table).loss) / tokens.numel() + sampled,
+            # plus the forward passes of earlier blocks, (num_blocks - 1) / 2 on average
+            "hierarchical_block": count_flops(lambda: step().loss) / tokens.numel()
+            + sampled
+            + read * (args.num_blocks - 1) / 2,
         }
 
     def candidates(self) -> float:
@@ -212,6 +220,7 @@ class Bench:
             "end_to_end": args.tokens,
             "phase1": total * args.pretraining_share / flops["phase1"],
             "block": share / flops["block"],
+            "hierarchical_block": share / flops["hierarchical_block"],
         }
 
     # --- training -------------------------------------------------------------------------------------------------
@@ -253,6 +262,7 @@ class Bench:
         budgets = self.budgets()
         models: dict[str, tuple[dict[str, Any], float]] = {
             "noprop": ({}, budgets["block"]),
+            "noprop_hierarchical": ({"context_source": "previous_block"}, budgets["hierarchical_block"]),
             "single_block": ({"num_blocks": 1, "noise_levels": [0.0]}, budgets["block"]),
             "single_block_long": ({"num_blocks": 1, "noise_levels": [0.0]}, budgets["block"] * self.args.num_blocks),
         }
@@ -271,9 +281,8 @@ class Bench:
         config = NoPropConfig.from_pretrained(self.phase1)
         for key, value in changes.items():
             setattr(config, key, value)
-        table, trunk = load_table(self.phase1, config), load_trunk(self.phase1, config)
-        create_model_directory(directory, config, tokenizer, table, trunk=trunk)
-        if config.block_initialization == "pretraining" or trunk is not None:
+        create_model_directory(directory, config, tokenizer, load_table(self.phase1, config))
+        if config.block_initialization == "pretraining":
             shutil.copytree(self.phase1 / PRETRAINING_FOLDER, directory / PRETRAINING_FOLDER, dirs_exist_ok=True)
         begin = time.perf_counter()
         training_args = args.training(directory, self.seed, tokens, args.block_learning_rate)
@@ -337,8 +346,6 @@ def run_job(args: QualityArguments, corpus: str, seed: int, name: str) -> dict[s
     measures: dict[str, Callable[[], dict[str, Any]]] = {"phase1": bench.pretrain, "samples": bench.sample_nats}
     for model in MODELS:
         measures[model] = partial(bench.end_to_end if model.startswith("end_to_end") else bench.blocks, model)
-    on_trunk = replace(args, pretraining_share=args.trunk_share)
-    measures["noprop_trunk"] = Bench(on_trunk, corpus, seed, {"context_source": "trunk"}, "trunk").both_phases
     recipe = yaml.safe_load((RECIPES / "seed.yaml").read_text())
     measures["seed"] = Bench(args, corpus, seed, {name: recipe[name] for name in SEED_CHOICES}, "seed").both_phases
     return measured_once(bench.folder / f"{name}.json", measures[name])

@@ -81,9 +81,12 @@ class ModelArguments:
         default=None,
         metadata={"help": "Initial weights of blocks: 'pretraining' (from phase 1) or 'random'."},
     )
-    context_source: str | None = field(
+    block_data: str | None = field(
         default=None,
-        metadata={"help": "What a block reads: 'embeddings', or 'trunk' (the states of the frozen layers of phase 1)."},
+        metadata={
+            "help": "Text of a block: 'shared' (all of it), or 'clusters' (one of num_blocks clusters of similar text; "
+            "a router weighs the blocks)."
+        },
     )
 
     def config_fields(self) -> dict[str, Any]:

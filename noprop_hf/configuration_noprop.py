@@ -109,8 +109,8 @@ class NoPropConfig(PreTrainedConfig):
             raise ValueError(f"`num_labels` must be an integer of at most {2**20}, got {str(num_labels)[:40]}.")
         if kwargs.pop("context_source", "embeddings") != "embeddings":
             raise ValueError(
-                "`context_source` was removed, with blocks that read other blocks: such a model needs an earlier version "
-                "of noprop_hf. Leave it out to train independent blocks."
+                "`context_source` was removed, with blocks that read other blocks: such a model needs an earlier "
+                "version of noprop_hf. Leave it out to train independent blocks."
             )
         try:
             super().__post_init__(**kwargs)  # which checks rotary positions in some versions of transformers

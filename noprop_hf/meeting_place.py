@@ -463,9 +463,8 @@ def published_fault(
     shard = published[name]
     if shard is None:
         return "is damaged"
-    provenance = {note: value for note, value in table.metadata.items() if note in ("fingerprint", "data")}
-    if config.context_source == "trunk":
-        provenance["trunk"] = table.content_hash or noted_hash(table) or ""
+    notes = ("fingerprint", "data", "clusters")
+    provenance = {note: value for note, value in table.metadata.items() if note in notes}
     lacking = sorted({CONTENT_HASH, *provenance} - shard.metadata.keys()) if provenance else []
     if lacking:
         return f"has no complete provenance: its metadata lack {', '.join(lacking)}"

@@ -4,6 +4,7 @@ Phase 1 writes everything but the blocks. A worker that trains block 3 then read
 and touches no other file. Once all files exist, the directory is a model like any other, without a merge step.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from .arguments import one_line
 from .checkpoints import flush, raise_if_disk_is_full
 from .configuration_noprop import NoPropConfig
 from .layout import CORPUS_FILE
-from .modeling_noprop import ContextEncoder, DenoisingBlock, NoPropForCausalLM, TokenTable, new_trunk, weight_shapes
+from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, Router, TokenTable, weight_shapes
 from .shards_noprop import (
     AUTO_MAP,
     CHANGED_CONFIG,
@@ -45,7 +46,7 @@ from .shards_noprop import (
 
 
 TABLE_PREFIX = "model.embed_tokens."
-TRUNK_PREFIX = "model.trunk."
+ROUTER_PREFIX = "model.router."
 
 
 def block_prefix(block_index: int) -> str:
@@ -136,7 +137,7 @@ def create_model_directory(
     tokenizer: PreTrainedTokenizerBase,
     table: TokenTable,
     metadata: Mapping[str, str] | None = None,
-    trunk: ContextEncoder | None = None,
+    router: Router | None = None,
 ) -> None:
     """Write a model without its blocks: code, configurations, tokenizer, index and, last, the shard of the table.
 
@@ -144,7 +145,7 @@ def create_model_directory(
 
     Args:
         metadata: further metadata of the shard of the table.
-        trunk: the trunk, which is written into the same shard.
+        router: the router, which is written into the same shard.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
@@ -160,8 +161,8 @@ def create_model_directory(
     remove_unfinished(directory / SAFE_WEIGHTS_INDEX_NAME)
     _write_text(directory / SAFE_WEIGHTS_INDEX_NAME, json.dumps(shard_index(model.state_dict()), indent=2) + "\n")
     tensors = {TABLE_PREFIX + name: tensor for name, tensor in table.state_dict().items()}
-    if trunk is not None:
-        tensors |= {TRUNK_PREFIX + name: tensor for name, tensor in trunk.state_dict().items()}
+    if router is not None:
+        tensors |= {ROUTER_PREFIX + name: tensor for name, tensor in router.state_dict().items()}
     provenance = {"fingerprint": fingerprint(config, table.weight)}
     flush_files(directory)
     save_shard(directory / EMBEDDINGS_SHARD, tensors, {**provenance, **(metadata or {})})
@@ -271,13 +272,13 @@ def load_table(directory: Path, config: NoPropConfig) -> TokenTable:
     return table
 
 
-def load_trunk(directory: Path, config: NoPropConfig) -> ContextEncoder | None:
-    """Read the frozen trunk of a model directory; None if the blocks read embeddings."""
-    trunk = new_trunk(config)
-    if trunk is not None:
-        trunk.load_state_dict(read_tensors(directory / EMBEDDINGS_SHARD, TRUNK_PREFIX))
-        trunk.requires_grad_(False).eval()
-    return trunk
+def load_router(directory: Path, config: NoPropConfig) -> Router | None:
+    """Read the router of a model directory; None if all blocks are trained on the same text."""
+    if config.block_data != "clusters":
+        return None
+    router = Router(copy.deepcopy(config))
+    router.load_state_dict(read_tensors(directory / EMBEDDINGS_SHARD, ROUTER_PREFIX))
+    return router.eval()
 
 
 def save_block(directory: Path, block: DenoisingBlock, table: TokenTable, metadata: Mapping[str, str]) -> None:
@@ -297,11 +298,10 @@ def load_block(directory: Path, config: NoPropConfig, block_index: int) -> Denoi
 
 
 def block_provenance(directory: Path, config: NoPropConfig, table: TokenTable) -> dict[str, str]:
-    """Return the provenance of any block: the fingerprint of the model, and the hash of the trunk, if there is one."""
+    """Return the provenance of any block: the fingerprint of the model and, if the table records them, the clusters."""
+    clusters = read_metadata(directory / EMBEDDINGS_SHARD).get("clusters") if config.block_data == "clusters" else None
     provenance = {"fingerprint": fingerprint(config, table.weight)}
-    if config.context_source == "trunk":
-        provenance["trunk"] = check_whole(directory / EMBEDDINGS_SHARD).content_hash
-    return provenance
+    return provenance if clusters is None else {**provenance, "clusters": clusters}
 
 
 def block_fault(

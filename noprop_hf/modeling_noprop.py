@@ -12,7 +12,7 @@ Method: NoProp (Li, Teh, Pascanu 2025, arXiv 2503.24322), with the noise enterin
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    SequenceClassifierOutput,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -166,30 +171,16 @@ def linear(in_features: int, out_features: int, initialize: Callable[[torch.Tens
 class ContextEncoder(nn.Module):
     """Pre-norm transformer over clean token embeddings, with rotary positions.
 
-    A trunk and a block on it are the two halves of one encoder: the trunk has no final norm, the block no input
-    projection.
-
     Args:
-        first_layer_idx: index of the first layer in a key-value cache shared by trunk and blocks.
-        reads_embeddings: whether the encoder reads embeddings, or else the states of a trunk.
-        is_trunk: whether it is a trunk, whose states another encoder reads.
+        first_layer_idx: index of the first layer in a key-value cache shared by all blocks.
     """
 
-    def __init__(
-        self,
-        config: NoPropConfig,
-        num_layers: int,
-        first_layer_idx: int = 0,
-        reads_embeddings: bool = True,
-        is_trunk: bool = False,
-    ):
+    def __init__(self, config: NoPropConfig, num_layers: int, first_layer_idx: int = 0):
         super().__init__()
         self.config = config
-        self.input_projection = None
-        if reads_embeddings:
-            self.input_projection = linear(config.hidden_size, config.hidden_size, init.eye_)
+        self.input_projection = linear(config.hidden_size, config.hidden_size, init.eye_)
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, first_layer_idx + i) for i in range(num_layers))
-        self.norm = None if is_trunk else LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
 
     def attention_inputs(
@@ -220,14 +211,12 @@ class ContextEncoder(nn.Module):
         return inputs if is_causal else inputs | {"is_causal": False}  # the layers are causal by default
 
     def forward(self, inputs_embeds: torch.Tensor, **attention_inputs) -> torch.Tensor:
-        """Map clean embeddings, or the states of a trunk, `(batch, sequence, hidden_size)` to states of that shape."""
-        hidden_states = inputs_embeds
-        if self.input_projection is not None:
-            # Scale rows of norm sqrt(d) to norm 1: at full scale the embeddings dominate the layers' contributions.
-            hidden_states = self.input_projection(inputs_embeds / math.sqrt(inputs_embeds.shape[-1]))
+        """Map clean embeddings `(batch, sequence, hidden_size)` to context states of the same shape."""
+        # Scale rows of norm sqrt(d) to norm 1: at full scale the embeddings dominate the layers' contributions.
+        hidden_states = self.input_projection(inputs_embeds / math.sqrt(inputs_embeds.shape[-1]))
         for layer in self.layers:
             hidden_states = layer(hidden_states, **attention_inputs)
-        return hidden_states if self.norm is None else self.norm(hidden_states)
+        return self.norm(hidden_states)
 
 
 class DenoisingHead(nn.Module):
@@ -292,7 +281,7 @@ class NoPropPreTrainedModel(ShardedFilesMixin, PreTrainedModel):
     config: NoPropConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DenoisingBlock", "ContextEncoder"]
+    _no_split_modules = ["DenoisingBlock", "Router"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -305,6 +294,9 @@ class NoPropPreTrainedModel(ShardedFilesMixin, PreTrainedModel):
         if isinstance(module, TokenTable):
             init.copy_(module.weight, standardize(torch.randn_like(module.weight)))
             init.zeros_(module.log_prior)
+        elif isinstance(module, Router):
+            init.zeros_(module.centroids)
+            init.zeros_(module.prices)
         elif isinstance(module, DenoisingHead):
             init.zeros_(module.bias)
         elif hasattr(module, "initialize"):
@@ -347,20 +339,17 @@ class NoPropPreTrainedModel(ShardedFilesMixin, PreTrainedModel):
 
 
 def weight_shapes(config: NoPropConfig) -> dict[str, torch.Size]:
-    """Return the shapes of the weights of table, trunk and blocks, by their names in [`NoPropModel`]."""
+    """Return the shapes of the weights of table, router and blocks, by their names in [`NoPropModel`]."""
     with torch.device("meta"):
-        table, trunk, block = TokenTable(config), new_trunk(config), DenoisingBlock(config)  # blocks are alike
-    shapes = {f"embed_tokens.{name}": tensor.shape for name, tensor in table.state_dict().items()}
-    if trunk is not None:
-        shapes |= {f"trunk.{name}": tensor.shape for name, tensor in trunk.state_dict().items()}
-    for index in range(config.num_blocks):
-        shapes |= {f"blocks.{index}.{name}": tensor.shape for name, tensor in block.state_dict().items()}
-    return shapes
-
-
-def new_trunk(config: NoPropConfig) -> ContextEncoder | None:
-    """Create the trunk of a model, with random weights; None unless `config.context_source` is `"trunk"`."""
-    return ContextEncoder(config, config.num_trunk_layers, is_trunk=True) if config.num_trunk_layers else None
+        parts = {"embed_tokens": TokenTable(config), "router": new_router(config)}
+        block = DenoisingBlock(config)  # all blocks have the same shapes
+    parts |= {f"blocks.{index}": block for index in range(config.num_blocks)}
+    return {
+        f"{name}.{weight}": tensor.shape
+        for name, part in parts.items()
+        if part is not None
+        for weight, tensor in part.state_dict().items()
+    }
 
 
 @dataclass
@@ -403,9 +392,8 @@ class DenoisingBlock(NoPropPreTrainedModel):
         self.block_index = block_index
         assert config.noise_levels is not None  # resolved by the configuration
         self.level = config.noise_levels[block_index]
-        num_layers, reads_embeddings = config.num_layers_per_block, config.context_source == "embeddings"
-        first_layer_idx = config.num_trunk_layers + block_index * num_layers
-        self.encoder = ContextEncoder(config, num_layers, first_layer_idx, reads_embeddings)
+        num_layers = config.num_layers_per_block
+        self.encoder = ContextEncoder(config, num_layers, config.num_router_layers + block_index * num_layers)
         self.head = DenoisingHead(config, self.level)
         self.gradient_checkpointing = False
         self.post_init()
@@ -426,7 +414,6 @@ class DenoisingBlock(NoPropPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         generator: torch.Generator | None = None,
-        trunk: ContextEncoder | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         kept: slice | torch.Tensor = slice(None),
         **attention_inputs,
@@ -445,7 +432,6 @@ class DenoisingBlock(NoPropPreTrainedModel):
             num_items_in_batch: divisor of the summed losses (gradient accumulation); the number of predicted tokens of
                 this batch when not given.
             generator: source of randomness; torch's global one when not given.
-            trunk (*optional*): the frozen trunk, if `config.context_source` is `"trunk"`.
             inputs_embeds (`(batch, sequence, hidden_size)`), kept, attention_inputs: instead of tokens and labels,
                 rows of the table, the positions to answer, and the result of [`ContextEncoder.attention_inputs`].
 
@@ -460,9 +446,6 @@ class DenoisingBlock(NoPropPreTrainedModel):
         assert table is not None
         inputs_embeds = table(input_ids)
         attention_inputs = self.encoder.attention_inputs(inputs_embeds, attention_mask, position_ids)
-        if trunk is not None:
-            with torch.no_grad():
-                inputs_embeds = trunk(inputs_embeds, **attention_inputs)
         context = self.encoder(inputs_embeds, **attention_inputs)[:, :-1]
         targets = labels[:, 1:]
         predicted = places(targets != -100)
@@ -531,28 +514,101 @@ class DenoisingBlock(NoPropPreTrainedModel):
             return (probabilities @ embeddings - embeddings[targets]).pow(2).mean(-1).sum()
 
 
+class Router(NoPropPreTrainedModel):
+    """Weigh the blocks of a model with `block_data="clusters"` by the text so far.
+
+    A window of text belongs to the cluster that maximises `feature . centroid - price`, where the feature is the mean
+    of its tokens' rows of the table, weighted against frequent tokens. Block b is trained on the windows of cluster b.
+    The router has an encoder of its own and predicts from a prefix alone the cluster of the whole window. (After
+    Gururangan et al. 2023, "Scaling expert language models with unsupervised domain discovery", arXiv 2303.14177, where
+    the weights follow from the distances of the prefix to the centroids.)
+
+    `centroids` (`(num_blocks, hidden_size)`) have norm 1, and `prices` (`(num_blocks,)`) keep clusters of similar size.
+    """
+
+    accepts_loss_kwargs = False  # for `Trainer`: the loss is a mean
+
+    def __init__(self, config: NoPropConfig):
+        super().__init__(config)
+        self.encoder = ContextEncoder(config, config.num_layers_per_block)
+        self.classifier = nn.Linear(config.hidden_size, config.num_blocks)
+        self.register_buffer("centroids", torch.zeros(config.num_blocks, config.hidden_size))
+        self.register_buffer("prices", torch.zeros(config.num_blocks))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @classmethod
+    def _weight_shapes(cls, config: NoPropConfig) -> dict[str, torch.Size]:
+        with torch.device("meta"):
+            return {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        table: TokenTable | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        kept: slice | torch.Tensor = slice(None),
+        **attention_inputs,
+    ) -> SequenceClassifierOutput | torch.Tensor:
+        """Compute a logit for each block at each position, or the training loss.
+
+        Args:
+            input_ids (`(batch, sequence)`): tokens.
+            labels (`(batch,)`): clusters of the windows.
+            table: the frozen table.
+            inputs_embeds (`(batch, sequence, hidden_size)`), kept, attention_inputs: as in [`DenoisingBlock.forward`].
+
+        Returns:
+            With labels, the cross-entropy at all positions. Without, the logits at the positions `kept`, `(batch,
+            positions, num_blocks)`.
+        """
+        if labels is None:
+            positions = {"attention_mask": attention_mask, "position_ids": position_ids}
+            return self.classifier(self.encoder(inputs_embeds, **positions, **attention_inputs)[:, kept])
+        assert table is not None
+        inputs_embeds = table(input_ids)
+        attention_inputs = self.encoder.attention_inputs(inputs_embeds, attention_mask, position_ids)
+        logits = self.classifier(self.encoder(inputs_embeds, **attention_inputs)).float()
+        targets = labels[:, None].expand(logits.shape[:-1])
+        if attention_mask is not None:
+            targets = targets.masked_fill(attention_mask == 0, -100)
+        return SequenceClassifierOutput(loss=F.cross_entropy(logits.flatten(0, 1), targets.flatten()), logits=logits)
+
+
+def new_router(config: NoPropConfig) -> Router | None:
+    """Create the router of a model, with random weights; None unless blocks are trained on clusters."""
+    return Router(config) if config.block_data == "clusters" else None
+
+
 @dataclass
 class NoPropModelOutput(BaseModelOutputWithPast):
     """Output of [`NoPropModel`].
 
     Args:
         last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): the blocks' answers on
-            pure noise, averaged: a prediction of the embedding of the next token.
+            pure noise, averaged with the weights of the blocks: a prediction of the embedding of the next token.
         context_states (`tuple[torch.Tensor]`): the context states of each block, `(batch_size, sequence_length,
             hidden_size)` each.
         bias (`torch.Tensor` of shape `(vocab_size,)`): the mean of the blocks' biases.
+        block_logits (`torch.Tensor` of shape `(batch_size, sequence_length, num_blocks)`, *optional*): logits of the
+            blocks' weights, from the router; None if all blocks weigh the same.
 
-    `hidden_states` and `attentions`, when requested, list the layers of block 0, then block 1, and so on.
+    `hidden_states` and `attentions`, when requested, list the layers of the router, if there is one, then those of block
+    0, block 1, and so on.
     """
 
     context_states: tuple[torch.Tensor, ...] | None = None
     bias: torch.Tensor | None = None
+    block_logits: torch.Tensor | None = None
 
 
 class NoPropModel(NoPropPreTrainedModel):
-    """The frozen table, the frozen trunk if there is one, and all blocks.
+    """The frozen table, all blocks and, if blocks are trained on clusters, the router that weighs them.
 
-    The blocks read the same clean context, embeddings or states of the trunk, and do not depend on one another.
+    The blocks read the same clean context and do not depend on one another.
     """
 
     _is_sharded = True
@@ -560,14 +616,15 @@ class NoPropModel(NoPropPreTrainedModel):
     _forwards: Mapping[type, Callable] = {
         **LLAMA_FORWARDS,
         DenoisingBlock: DenoisingBlock.forward,
+        Router: Router.forward,
         ContextEncoder: ContextEncoder.forward,
     }
 
     def __init__(self, config: NoPropConfig):
         super().__init__(config)
         self.embed_tokens = TokenTable(config)
-        self.trunk = new_trunk(config)
         self.blocks = nn.ModuleList(DenoisingBlock(config, index) for index in range(config.num_blocks))
+        self.router = new_router(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -586,7 +643,7 @@ class NoPropModel(NoPropPreTrainedModel):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> NoPropModelOutput:
-        """Encode the context with every block and average the blocks' answers on pure noise.
+        """Encode the context with every block and average the answers on pure noise, with the router's weights.
 
         Args:
             input_ids (`(batch_size, sequence_length)`): token ids; or `inputs_embeds`, their rows of the table.
@@ -613,17 +670,16 @@ class NoPropModel(NoPropPreTrainedModel):
             cache = (DynamicCache if is_compiling else BlockCache)(config=self.config)
 
         blocks = self.blocks[:num_inference_blocks]
-        self._check_cache(cache, blocks)
+        parts = [*blocks] if self.router is None else [self.router, *blocks]
+        self._check_cache(cache, parts)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         attention_inputs = blocks[0].encoder.attention_inputs(inputs_embeds, attention_mask, position_ids, cache)
-        module_inputs = attention_inputs | kwargs | layer_arguments(inputs_embeds, cache) | {"use_cache": use_cache}
-        if self.trunk is not None:
-            inputs_embeds = self.trunk(inputs_embeds, **module_inputs)
         recorded = {f"output_{name}": getattr(self.config, f"output_{name}", None) for name in self._can_record_outputs}
-        layers = None if self.training else find_layers(blocks, self._forwards, cache, recorded | kwargs)
+        layers = None if self.training else find_layers(parts, self._forwards, cache, recorded | kwargs)
+        block_logits = None
         if layers is not None:
             states = encode_side_by_side(
-                [block.encoder for block in blocks],
+                [part.encoder for part in parts],
                 layers,
                 inputs_embeds,
                 attention_inputs["attention_mask"],
@@ -631,35 +687,54 @@ class NoPropModel(NoPropPreTrainedModel):
                 cache,
                 last_only=isinstance(logits_to_keep, int) and logits_to_keep == 1,
             )[:, :, kept]
+            if self.router is not None:
+                block_logits = self.router.classifier(states[0])
+                states = states[1:]
             answers = [(context, *block.head(context)) for block, context in zip(blocks, states, strict=True)]
         else:
-            answers = [block(inputs_embeds=inputs_embeds, kept=kept, **module_inputs) for block in blocks]
+            inputs = attention_inputs | kwargs | layer_arguments(inputs_embeds, cache)
+            inputs |= {"inputs_embeds": inputs_embeds, "kept": kept, "use_cache": use_cache}
+            if self.router is not None:
+                block_logits = self.router(**inputs)
+            answers = [block(**inputs) for block in blocks]
             answers = [(context[:, kept], *answer) for context, *answer in answers]
         context_states, predictions, biases = zip(*answers, strict=True)
         device = inputs_embeds.device  # blocks may lie on several devices
+        predictions = torch.stack([prediction.to(device) for prediction in predictions])
+        if block_logits is None:
+            prediction = predictions.mean(0)
+        else:
+            block_logits = block_logits[..., :num_inference_blocks].to(device)
+            weights = block_logits.float().softmax(-1).to(predictions.dtype)
+            prediction = torch.einsum("...b,b...d->...d", weights, predictions)
         return NoPropModelOutput(
-            last_hidden_state=torch.stack([prediction.to(device) for prediction in predictions]).mean(0),
+            last_hidden_state=prediction,
             context_states=context_states,
             bias=torch.stack([bias.to(device) for bias in biases]).mean(0),
+            block_logits=block_logits,
             **{CACHE: cache},
         )
 
     @staticmethod
-    def _check_cache(cache: Cache | None, blocks: nn.ModuleList) -> None:
-        """Check that a cache holds the same tokens for all blocks that will read it.
+    def _check_cache(cache: Cache | None, parts: Sequence[nn.Module]) -> None:
+        """Check that a cache holds the same tokens for all blocks, and the router, that will read it.
 
         Raises:
             ValueError: if the cache was filled by fewer blocks.
         """
         if not isinstance(cache, Cache) or torch.compiler.is_compiling():  # paged caches track their own lengths
             return
-        layers = [block.encoder.layers[0] for block in blocks if len(block.encoder.layers) > 0]
-        lengths = [cache.get_seq_length(layer.self_attn.layer_idx) for layer in layers if hasattr(layer, "self_attn")]
-        if any(length != lengths[0] for length in lengths):
-            count = sum(length == lengths[0] for length in lengths)
+        layers = {part: part.encoder.layers[0] for part in parts if len(part.encoder.layers) > 0}
+        lengths = {
+            part: cache.get_seq_length(layer.self_attn.layer_idx)
+            for part, layer in layers.items()
+            if hasattr(layer, "self_attn")
+        }
+        if len({*lengths.values()}) > 1:
+            blocks = [length for part, length in lengths.items() if not isinstance(part, Router)]
             raise ValueError(
-                f"The cache was filled with `num_inference_blocks={count}`, and {len(blocks)} blocks cannot continue "
-                "from it: use as many blocks, or a new cache."
+                f"The cache was filled with `num_inference_blocks={blocks.count(blocks[0])}`, and {len(blocks)} blocks "
+                "cannot continue from it: use as many blocks, or a new cache."
             )
 
 
@@ -824,7 +899,7 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
             )
             logits = torch.log_softmax(logits, -1, out=None if is_shared else logits)
         elif decoding_mode == "denoising":
-            logits = self.denoise(outputs.context_states, num_trajectories, generator)
+            logits = self.denoise(outputs.context_states, num_trajectories, generator, outputs.block_logits)
         else:
             raise ValueError(f"`decoding_mode` must be 'predictive' or 'denoising', got {decoding_mode!r}.")
 
@@ -877,7 +952,9 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
 
         evidence = torch.zeros_like(clean, dtype=torch.float32)
         level, token_nats, context_nats = 0.0, [], []
-        beliefs, previous = Beliefs(), None
+        block_logits = outputs.block_logits
+        beliefs = Beliefs(None if block_logits is None else block_logits[:, :-1][predicted])
+        previous = None
         for block, states in zip(blocks, outputs.context_states, strict=True):
             context = states[:, :-1][predicted]
             if block.level > level:

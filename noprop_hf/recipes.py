@@ -173,10 +173,6 @@ def validate_arguments(values: Namespace, given: set[str], recipe: Recipe) -> No
         raise ValueError(
             "--loss_type mse has no softmax: leave --sampled_softmax out, or use --loss_type cross_entropy."
         )
-    if from_model and values.context_source == "trunk":
-        raise ValueError(
-            "With --embeddings_from there is no phase 1 whose layers could be a trunk: leave --context_source out."
-        )
     if from_model and values.block_initialization == "pretraining":
         raise ValueError(
             "With --embeddings_from there is no phase 1 for blocks to start from: leave --block_initialization out."

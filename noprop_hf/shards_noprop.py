@@ -110,6 +110,10 @@ def fingerprint(config: NoPropConfig, table: torch.Tensor) -> str:
     # All declared fields of the configuration, except token ids and switches that do not affect weights.
     ignored = {"use_cache", "max_position_embeddings"} | {f"{name}_token_id" for name in ("pad", "bos", "eos", "mask")}
     fields = {name: getattr(config, name) for name in NoPropConfig.__annotations__ if name not in ignored}
+    # As in version 0.1, so that the fingerprints of its models stay valid.
+    fields["context_source"] = "embeddings"
+    if config.block_data == "shared":
+        del fields["block_data"]
     if config.num_running_blocks != config.num_blocks:  # early exit: another function
         fields["num_hidden_layers"] = config.num_hidden_layers
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
@@ -227,7 +231,7 @@ def placement_fault(
     if "block" in provenance and metadata.get("block", provenance["block"]) != provenance["block"]:
         return f"was trained as block {metadata['block']}"
     if any(metadata.get(name, value) != value for name, value in provenance.items()):
-        return "was trained with another table, another trunk, another configuration or other data"
+        return "was trained with another table, another configuration or other data"
     if "steps" in metadata and not _number(metadata["steps"]) > 0:
         return "was trained for 0 steps"
     for name, figure in metadata.items():
@@ -326,8 +330,7 @@ def model_fault(folder: Path, config: NoPropConfig, shapes: Mapping[str, tuple[i
         kind = weight_type(table)
         if any("fingerprint" in shard.metadata for shard in shards.values()):
             provenance["fingerprint"] = fingerprint(config, table.table)
-        if "data" in table.metadata:
-            provenance["data"] = table.metadata["data"]
+        provenance |= {note: table.metadata[note] for note in ("data", "clusters") if note in table.metadata}
         if table.metadata.get("fingerprint", provenance.get("fingerprint")) != provenance.get("fingerprint"):
             return CHANGED_CONFIG
     if weight_map and (fault := index_fault(folder, shapes)):
@@ -343,8 +346,6 @@ def model_fault(folder: Path, config: NoPropConfig, shapes: Mapping[str, tuple[i
         metadata = dict(provenance)
         if name in blocks:
             metadata["block"] = str(blocks[name])
-            if config.context_source == "trunk" and table is not None:
-                metadata["trunk"] = table.content_hash
         fault = shard_fault(shard, expected, metadata, kind)
         if fault:
             remedy = "Restore that file, or remove it and train it again" if weight_map else NO_MODEL
@@ -365,8 +366,8 @@ def read_index(folder: Path) -> dict[str, str] | None:
 
 
 def is_part(name: str) -> bool:
-    """Check whether a weight of this plain name belongs to the table, the trunk or a block."""
-    return name.startswith(("embed_tokens.", "trunk.", "blocks."))
+    """Check whether a weight of this plain name belongs to the table, the router or a block."""
+    return name.startswith(("embed_tokens.", "router.", "blocks."))
 
 
 def listed(names: Sequence[str]) -> str:

@@ -266,11 +266,8 @@ def _encode(
     is_spread = batch * length <= FEW_ROWS and width * encoders[0].config.intermediate_size >= LARGE_WEIGHT
     call = _call_plain if is_spread else _call
     # Scaled again for each block, since a module may change its input in place.
-    count = len(encoders[group])
-    if encoders[0].input_projection is None:  # on a trunk
-        states = inputs_embeds.expand(count, -1, -1, -1)
-    else:
-        states = _stack([call(encoder.input_projection, inputs_embeds / width**0.5) for encoder in encoders[group]])
+    states = _stack([call(encoder.input_projection, inputs_embeds / width**0.5) for encoder in encoders[group]])
+    count = len(states)
     if attention_mask is not None and attention_mask.shape[1] > 1:  # one mask per head
         attention_mask = attention_mask.repeat(1, count, 1, 1)
     for all_layers in layers:

@@ -22,6 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .arguments import BlockArguments, ModelArguments, check_training_arguments, parse_blocks
 from .checkpoints import DurableTrainer, newest_checkpoint, run_identity, trainer_arguments, training_note
+from .clusters import assign_clusters, check_clustered_data, select_cluster
 from .configuration_noprop import NoPropConfig
 from .data import (
     CausalCollator,
@@ -40,12 +41,12 @@ from .model_directory import (
     block_provenance,
     check_data,
     check_whole,
+    load_router,
     load_table,
-    load_trunk,
     read_metadata,
     save_block,
 )
-from .modeling_noprop import ContextEncoder, DenoisingBlock, NoPropForCausalLM, NoPropForPreTraining, TokenTable
+from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForPreTraining, Router, TokenTable
 from .parallel import broadcast_from_first, hold_lock, holder_of, run_once
 from .pretraining import check_block_data, load_config
 from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, block_shard, fingerprint, pretraining_folder
@@ -67,14 +68,12 @@ class BlockTrainer(DurableTrainer):
     Args:
         model ([`DenoisingBlock`]): the block.
         table ([`TokenTable`]): the frozen table.
-        trunk ([`ContextEncoder`], *optional*): the frozen trunk, if the block reads its states.
         kwargs: arguments of [`DurableTrainer`].
     """
 
-    def __init__(self, model: DenoisingBlock, table: TokenTable, trunk: ContextEncoder | None = None, **kwargs):
+    def __init__(self, model: DenoisingBlock, table: TokenTable, **kwargs):
         super().__init__(model=model, **kwargs)
         self.table = table.to(self.args.device)
-        self.trunk = None if trunk is None else trunk.to(self.args.device)
         self._terms: dict[str, list[torch.Tensor]] = {}  # the loss by term, of every batch since the last log
         self._eval_terms: list[torch.Tensor] = []
         self._eval_generator: torch.Generator | None = None
@@ -82,7 +81,7 @@ class BlockTrainer(DurableTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None
     ):
-        inputs = {**inputs, "table": self.table, "trunk": self.trunk}
+        inputs = {**inputs, "table": self.table}
         if not model.training:
             inputs["generator"] = self._eval_generator
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -118,7 +117,6 @@ class BlockTrainer(DurableTrainer):
 def block_trainer(
     block: DenoisingBlock,
     table: TokenTable,
-    trunk: ContextEncoder | None,
     tokenizer: PreTrainedTokenizerBase,
     dataset: dict[str, Dataset | IterableDataset],
     args: TrainingArguments,
@@ -127,13 +125,11 @@ def block_trainer(
     """Create the trainer of a block.
 
     Args:
-        trunk: see [`BlockTrainer`].
         args, identity: see [`BlockRun.arguments`].
     """
     return BlockTrainer(
         block,
         table,
-        trunk,
         identity=identity,
         args=args,
         train_dataset=dataset["train"],
@@ -148,16 +144,16 @@ def block_seed(seed: int, block_index: int) -> int:
 
 
 def new_block(directory: Path, config: NoPropConfig, table: TokenTable, block_index: int) -> DenoisingBlock:
-    """Create an untrained block: random, or initialised from the model of phase 1.
+    """Create an untrained block: random, or initialised from the model of phase 1 (`config.block_initialization`).
 
-    A block on a trunk starts as the model of phase 1, which the trunk is a part of: its own layers add nothing yet.
-    Other blocks start as `config.block_initialization` says.
+    With `config.block_data="clusters"` the bias is frozen: all blocks have the same, whatever their weights.
 
     Raises:
         FileNotFoundError: if the model of phase 1 is needed and missing.
     """
     block = DenoisingBlock(copy.deepcopy(config), block_index)
-    if config.context_source == "embeddings" and config.block_initialization == "random":
+    block.head.bias.requires_grad_(config.block_data == "shared")
+    if config.block_initialization == "random":
         block.head.bias.data.copy_(table.log_prior)
         return block
     if not pretraining_folder(directory).is_dir():
@@ -166,14 +162,7 @@ def new_block(directory: Path, config: NoPropConfig, table: TokenTable, block_in
             "the table, or create both with `noprop pretrain`."
         )
     start = NoPropForPreTraining.from_pretrained(directory)
-    if config.context_source == "trunk":
-        for layer in block.encoder.layers:
-            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
-                nn.init.zeros_(projection.weight)
-        assert block.encoder.norm is not None and start.encoder.norm is not None
-        block.encoder.norm.load_state_dict(start.encoder.norm.state_dict())
-    else:
-        block.encoder.load_state_dict(start.encoder.state_dict())
+    block.encoder.load_state_dict(start.encoder.state_dict())
     block.head.readout.load_state_dict(start.readout.state_dict())
     block.head.bias.data.copy_(start.bias)
     return block
@@ -194,7 +183,7 @@ class BlockRun:
     directory: Path
     config: NoPropConfig
     table: TokenTable
-    trunk: ContextEncoder | None
+    router: Router | None
     tokenizer: PreTrainedTokenizerBase
     dataset: dict[str, Dataset | IterableDataset]
     data: str
@@ -213,8 +202,20 @@ class BlockRun:
     def start_identity(self) -> dict[str, str]:
         """Identify the model of phase 1, if blocks are initialised from it."""
         start = pretraining_folder(self.directory) / SAFE_WEIGHTS_NAME
-        is_random = self.config.context_source == "embeddings" and self.config.block_initialization == "random"
-        return {} if is_random or not start.is_file() else {"start": check_whole(start).content_hash}
+        if self.config.block_initialization != "pretraining" or not start.is_file():
+            return {}
+        return {"start": check_whole(start).content_hash}
+
+    def block_dataset(self, block_index: int) -> dict[str, Dataset | IterableDataset]:
+        """Return the splits that a block is trained and evaluated on: all text, or that of its cluster."""
+        return self.dataset if self.router is None else select_cluster(self.dataset, self.clusters, block_index)
+
+    @cached_property
+    def clusters(self) -> dict[str, np.ndarray]:
+        """The cluster of each window, by split."""
+        assert self.router is not None
+        centroids, prices = self.router.centroids, self.router.prices
+        return {name: assign_clusters(rows, self.table, centroids, prices) for name, rows in self.dataset.items()}
 
     def checkpoint(self, block_index: int, **fields: Any) -> str | None:
         """Find the checkpoint that the training of a block would resume from, if any.
@@ -242,7 +243,7 @@ def train_block(run: BlockRun, block_index: int) -> dict[str, float]:
     args, identity = run.arguments(block_index)
     set_seed(args.seed)
     block = new_block(run.directory, run.config, run.table, block_index)
-    trainer = block_trainer(block, run.table, run.trunk, run.tokenizer, run.dataset, args, identity)
+    trainer = block_trainer(block, run.table, run.tokenizer, run.block_dataset(block_index), args, identity)
     if args.should_save:
         trainer.add_callback(ReportCallback(run.place, block_index))
     title = f"block {block_index} ({block_index + 1} of {run.config.num_blocks})"
@@ -332,9 +333,10 @@ def train_blocks(
         dataset = tokenize(load_corpus(data_args), tokenizer, data_args)
         data = training_fingerprint(dataset["train"], data_args)
         check_data(directory, data)
+        check_clustered_data(config, dataset["train"])
         check_block_data(block_args, tokenizer, dataset["train"], training_args)
-        trunk = load_trunk(directory, config)
-        run = BlockRun(directory, config, table, trunk, tokenizer, dataset, data, training_args, block_args, meeting)
+        router = load_router(directory, config)
+        run = BlockRun(directory, config, table, router, tokenizer, dataset, data, training_args, block_args, meeting)
         _train_waiting(run, waiting)
     foreign = [block_shard(index) for index, fault in faults.items() if fault is not None]
     if foreign:
@@ -395,17 +397,16 @@ class ReportCallback(TrainerCallback):
         self.place.report(self.block_index, state.global_step)
 
 
-def model_of_block(block: DenoisingBlock, table: TokenTable, trunk: ContextEncoder | None) -> NoPropForCausalLM:
+def model_of_block(block: DenoisingBlock, table: TokenTable) -> NoPropForCausalLM:
     """Build the language model of one block, which shares the memory of its parts.
 
     The layers keep their indices in the cache of the full model, so use it with `use_cache=False`.
     """
     config = copy.deepcopy(block.config)
-    config.num_blocks, config.noise_levels = 1, [0.0]
+    config.num_blocks, config.noise_levels, config.block_data = 1, [0.0], "shared"
     with torch.device("meta"):
         model = NoPropForCausalLM(config)
     model.model.embed_tokens = table
-    model.model.trunk = trunk
     model.model.blocks = nn.ModuleList([block])
     return model
 
@@ -428,7 +429,7 @@ class SampleCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         was_training = model.training
-        alone = model_of_block(model, self.run.table, self.run.trunk).eval()
+        alone = model_of_block(model, self.run.table).eval()
         texts = sample_texts(
             alone,
             self.run.tokenizer,
