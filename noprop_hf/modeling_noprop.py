@@ -596,8 +596,8 @@ class NoPropModelOutput(BaseModelOutputWithPast):
         block_logits (`torch.Tensor` of shape `(batch_size, sequence_length, num_blocks)`, *optional*): logits of the
             blocks' weights, from the router; None if all blocks weigh the same.
 
-    `hidden_states` and `attentions`, when requested, list the layers of the router, if there is one, then those of block
-    0, block 1, and so on.
+    `hidden_states` and `attentions`, when requested, list the layers of the router, if there is one, then those of
+    block 0, block 1, and so on.
     """
 
     context_states: tuple[torch.Tensor, ...] | None = None

@@ -111,7 +111,7 @@ def _make_table(
         model, origin["training"] = pretrain_language_model(
             config, tokenizer, dataset, data, pretraining_args, training_args
         )
-        table.weight.copy_(model.token_table())
+        table.weight.copy_(model.token_table().detach())
         start = model.encoder
         if training_args.should_save:
             shutil.rmtree(directory / PRETRAINING_FOLDER, ignore_errors=True)  # left by a run that was killed
