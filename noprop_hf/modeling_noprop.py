@@ -724,14 +724,14 @@ class NoPropModel(NoPropPreTrainedModel):
         """
         if not isinstance(cache, Cache) or torch.compiler.is_compiling():  # paged caches track their own lengths
             return
-        layers = {part: part.encoder.layers[0] for part in parts if len(part.encoder.layers) > 0}
-        lengths = {
-            part: cache.get_seq_length(layer.self_attn.layer_idx)
-            for part, layer in layers.items()
+        lengths = [
+            (part, cache.get_seq_length(layer.self_attn.layer_idx))
+            for part in parts
+            for layer in part.encoder.layers[:1]
             if hasattr(layer, "self_attn")
-        }
-        if len({*lengths.values()}) > 1:
-            blocks = [length for part, length in lengths.items() if not isinstance(part, Router)]
+        ]
+        if any(length != lengths[0][1] for _, length in lengths):
+            blocks = [length for part, length in lengths if not isinstance(part, Router)]
             raise ValueError(
                 f"The cache was filled with `num_inference_blocks={blocks.count(blocks[0])}`, and {len(blocks)} blocks "
                 "cannot continue from it: use as many blocks, or a new cache."

@@ -231,7 +231,7 @@ def placement_fault(
     if "block" in provenance and metadata.get("block", provenance["block"]) != provenance["block"]:
         return f"was trained as block {metadata['block']}"
     if any(metadata.get(name, value) != value for name, value in provenance.items()):
-        return "was trained with another table, another configuration or other data"
+        return "was trained with another table, another configuration, other data or other clusters"
     if "steps" in metadata and not _number(metadata["steps"]) > 0:
         return "was trained for 0 steps"
     for name, figure in metadata.items():

@@ -131,7 +131,7 @@ REFUSED = [
     ("loss_type: mse\nsampled_softmax: true", "leave --sampled_softmax out"),
     ("embeddings_from: x\nblock_initialization: pretraining", "leave --block_initialization out"),
     ("mlm_probability: 0.3", "leave --mlm_probability out"),
-    ("embeddings_from: x\ncontext_source: trunk", "leave --context_source out"),
+    ("block_data: cluster", "`block_data` must be 'shared' or 'clusters'"),
     ("hidden_size: 15", "multiple of `num_attention_heads`"),
     ("noise_schedule: cosin", "`noise_schedule` must be"),
     ("use_cpu: true\nfp16: true\nbf16: true", "At most one of fp16 and bf16"),
@@ -145,7 +145,8 @@ ACCEPTED = [
     "loss_type: mse\nsampled_softmax: false",
     "embeddings_from: x\nnum_attention_heads: 5\npretraining_max_steps: 5",
     "mlm_probability: 0.3\npretraining_objective: mlm",
-    "context_source: trunk\nnum_pretraining_layers: 4\nnum_layers_per_block: 2",
+    "block_data: clusters\nnum_pretraining_layers: 4\nnum_layers_per_block: 2",
+    "block_data: clusters\nembeddings_from: x",
 ]
 
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from conftest import run_python
 from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForPreTraining, NoPropModel
+from noprop_hf.clusters import clusters_hash
 from noprop_hf.hub import files_to_push
 from noprop_hf.model_directory import (
     block_is_trained,
@@ -374,18 +375,24 @@ def test_only_the_configuration_of_the_files_is_checked(model, directory):
     assert same(loaded, model) and not info["missing_keys"]
 
 
-def test_blocks_read_the_trunk_that_they_were_trained_on(model, tokenizer, tmp_path):
-    config = NoPropConfig(**model.config.to_dict() | {"context_source": "trunk"})
-    on_trunk = NoPropForCausalLM(config)
-    create_model_directory(tmp_path, config, tokenizer, on_trunk.model.embed_tokens, trunk=on_trunk.model.trunk)
-    for block in on_trunk.model.blocks:
-        save_block(tmp_path, block, on_trunk.model.embed_tokens, {})
+def test_a_model_with_a_router(model, tokenizer, tmp_path):
+    config = NoPropConfig(**model.config.to_dict() | {"block_data": "clusters"})
+    routed = NoPropForCausalLM(config)
+    table, router = routed.model.embed_tokens, routed.model.router
+    router.centroids.normal_()
+    create_model_directory(tmp_path, config, tokenizer, table, {"clusters": clusters_hash(router)}, router)
+    for block in routed.model.blocks:
+        save_block(tmp_path, block, table, {})
     assert [block.state for block in local_status(tmp_path)] == ["done"] * 3
-    assert same(AutoModelForCausalLM.from_pretrained(tmp_path), on_trunk)
-    reshard(tmp_path / EMBEDDINGS_SHARD, lambda t, m: t["model.trunk.layers.0.mlp.up_proj.weight"].add_(1))
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path), routed)
+    reshard(tmp_path / EMBEDDINGS_SHARD, lambda t, m: m.update(clusters="those of another table"))
     assert [block.state for block in local_status(tmp_path)] == ["unusable"] * 3
     for use in uses(tmp_path).values():
-        with pytest.raises((OSError, ValueError), match="another trunk"):
+        with pytest.raises((OSError, ValueError), match="other clusters"):
+            use()
+    reshard(tmp_path / EMBEDDINGS_SHARD, lambda t, m: (m.pop("clusters"), t.pop("model.router.classifier.bias")))
+    for use in uses(tmp_path).values():
+        with pytest.raises((OSError, ValueError), match="router.classifier.bias"):
             use()
 
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import BertConfig, BertModel, Trainer, TrainerCallback
 
@@ -20,7 +19,7 @@ from noprop_hf import training as training_module
 from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments
 from noprop_hf.checkpoints import checkpoints_of
 from noprop_hf.data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize, train_tokenizer
-from noprop_hf.model_directory import load_table, load_trunk, read_metadata
+from noprop_hf.model_directory import load_table, read_metadata
 from noprop_hf.noise_noprop import information_levels, standardize
 from noprop_hf.pretraining import pretrain_embeddings
 from noprop_hf.shards_noprop import EMBEDDINGS_SHARD, block_shard
@@ -28,7 +27,6 @@ from noprop_hf.status import local_status
 from noprop_hf.training import (
     BlockTrainer,
     block_seed,
-    model_of_block,
     new_block,
     train_blocks,
 )
@@ -398,79 +396,6 @@ def test_blocks_start_as_the_model_of_phase_1(directory, data):
     assert torch.allclose(states @ table.weight.T + block.head.bias, phase_1(input_ids).logits, atol=1e-4)
     shutil.rmtree(directory / "pretraining")
     with pytest.raises(FileNotFoundError, match="Copy it together with the table"):
-        train_blocks(data, BLOCKS, arguments(directory))
-
-
-@pytest.fixture(scope="module")
-def on_trunk(data, tmp_path_factory) -> Path:
-    """Phase 1 of a model whose blocks read a trunk of two layers."""
-    model = dataclasses.replace(MODEL, context_source="trunk", num_pretraining_layers=2)
-    directory = tmp_path_factory.mktemp("trunk") / "model"
-    return pretrain_embeddings(model, data, PretrainingArguments(pretraining_max_steps=8), arguments(directory))
-
-
-def windows(directory: Path, data: DataArguments, count: int = 8) -> torch.Tensor:
-    rows = tokenize(load_corpus(data), load_tokenizer(str(directory)), data)["validation"]
-    return torch.tensor(rows.select(range(count))["input_ids"])
-
-
-def test_a_block_on_a_trunk_starts_as_the_model_of_phase_1(on_trunk, data):
-    config = NoPropConfig.from_pretrained(on_trunk)
-    table, trunk = load_table(on_trunk, config), load_trunk(on_trunk, config)
-    block = new_block(on_trunk, config, table, 2)
-    alone = model_of_block(block, table, trunk).eval()
-    phase_1 = NoPropForPreTraining.from_pretrained(on_trunk).eval()
-    input_ids = windows(on_trunk, data)
-    expected = phase_1(input_ids).logits.log_softmax(-1)
-    assert torch.allclose(alone(input_ids, use_cache=False).logits, expected, atol=1e-5)
-
-
-def test_blocks_train_on_the_frozen_trunk_of_phase_1(on_trunk, data, tmp_path):
-    directory = Path(shutil.copytree(on_trunk, tmp_path / "model"))
-    published = digest(directory / EMBEDDINGS_SHARD)
-    train_blocks(data, BLOCKS, arguments(directory))
-    assert digest(directory / EMBEDDINGS_SHARD) == published
-    model = NoPropForCausalLM.from_pretrained(directory).eval()
-    phase_1 = NoPropForPreTraining.from_pretrained(directory).eval()
-    assert model.config.num_hidden_layers == 2 + 4 * model.config.num_layers_per_block
-
-    # By hand: the layers of phase 1, then those of each block, and the mean of the answers.
-    input_ids = windows(directory, data)
-    embeds = torch.nn.functional.embedding(input_ids, phase_1.token_table())
-    hidden = phase_1.encoder.input_projection(embeds / embeds.shape[-1] ** 0.5)
-    position = phase_1.encoder.rotary_emb(embeds, torch.arange(input_ids.shape[1])[None])
-    for layer in phase_1.encoder.layers:
-        hidden = layer(hidden, position_embeddings=position)
-    points, biases = [], []
-    for block in model.model.blocks:
-        states = hidden
-        for layer in block.encoder.layers:
-            states = layer(states, position_embeddings=position)
-        point, bias = block.head(block.encoder.norm(states))
-        points.append(point)
-        biases.append(bias)
-    expected = sum(points) / 4 @ phase_1.token_table().T + sum(biases) / 4
-    assert torch.allclose(model(input_ids).logits, expected.log_softmax(-1), atol=1e-4)
-    nats = model.variational_bound(input_ids).context_nats
-    kept = read_metadata(directory / block_shard(2))["context_nats"]
-    assert nats[2].item() == pytest.approx(float(kept), abs=0.3)  # of other rows
-
-    alone = Path(shutil.copytree(on_trunk, tmp_path / "alone"))
-    train_blocks(data, BlockArguments(blocks="2", sample_prompts=[]), arguments(alone))
-    first, second = (load_file(folder / block_shard(2)) for folder in (directory, alone))
-    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())  # blocks are independent
-
-
-def test_a_block_of_another_trunk_is_refused(on_trunk, data, tmp_path):
-    directory = Path(shutil.copytree(on_trunk, tmp_path / "model"))
-    train_blocks(data, BlockArguments(blocks="0", sample_prompts=[]), arguments(directory))
-    with safe_open(directory / EMBEDDINGS_SHARD, "pt") as file:
-        metadata = file.metadata()
-    del metadata["content_sha256"]
-    tensors = load_file(directory / EMBEDDINGS_SHARD)
-    tensors["model.trunk.layers.1.mlp.down_proj.weight"] += 1
-    save_file(tensors, directory / EMBEDDINGS_SHARD, metadata)
-    with pytest.raises(ValueError, match="another trunk"):
         train_blocks(data, BLOCKS, arguments(directory))
 
 
