@@ -378,11 +378,17 @@ def recorded_waits(depth: int = 4) -> Iterator[list[tuple[str, ...]]]:
             frames = [
                 frame for frame in traceback.extract_stack() if frame.filename not in (warnings.__file__, __file__)
             ]
-            stacks.append(tuple(f"{f.filename}:{f.lineno}: {f.line}" for f in reversed(frames[-depth:])))
+            stacks.append(tuple(f"{importable(f.filename)}:{f.lineno}: {f.line}" for f in reversed(frames[-depth:])))
 
     with warnings.catch_warnings(), patch.object(warnings, "showwarning", note):
         warnings.simplefilter("always")
         yield stacks
+
+
+def importable(filename: str) -> str:
+    """Shorten the path of a module to the part below its folder of `sys.path`, which is the same on all machines."""
+    folders = [folder for folder in sys.path if folder and Path(folder) in Path(filename).parents]
+    return Path(filename).relative_to(max(folders, key=len)).as_posix() if folders else filename
 
 
 # --- a T4 -------------------------------------------------------------------------------------------------------------

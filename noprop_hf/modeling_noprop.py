@@ -400,6 +400,14 @@ class DenoisingBlock(NoPropPreTrainedModel):
         # `Trainer` counts predicted tokens as for any causal model, without position 0, which is not predicted.
         self.loss_type = "ForCausalLM"
 
+    def enable_input_require_grads(self) -> None:
+        """Do nothing if `input_projection` is trained: its output, the input of the layers, requires gradients already.
+
+        If it is frozen, as with adapters, transformers warns that a block has no embeddings whose output could.
+        """
+        if not any(parameter.requires_grad for parameter in self.encoder.input_projection.parameters()):
+            super().enable_input_require_grads()
+
     @classmethod
     def _weight_shapes(cls, config: NoPropConfig) -> dict[str, torch.Size]:
         with torch.device("meta"):

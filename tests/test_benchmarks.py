@@ -193,6 +193,8 @@ def test_waits_for_the_gpu_are_recorded_with_their_place():
         copies()
     assert len(stacks) == 2 and stacks[0] != stacks[1]  # called from two lines
     assert all("warnings.warn(" in stack[0] and "copies()" in stack[1] for stack in stacks)
+    assert all(stack[0].startswith("test_benchmarks.py:") for stack in stacks)  # no folder of this machine
+    assert gpu.importable(torch.functional.__file__) == "torch/functional.py"
 
 
 def test_without_pytest_the_section_of_tests_says_so(monkeypatch):
