@@ -101,12 +101,6 @@ GROUPS: dict[str, dict[str, Variation]] = {
             config={"sampled_softmax": True}, information_share=1 / 3
         ),
     },
-    "context": {
-        "hierarchical context": Variation(blocks={"context_source": "previous_block"}),
-        "hierarchical context, start from phase 1": Variation(
-            blocks={"context_source": "previous_block", "block_initialization": "pretraining"}
-        ),
-    },
     "schedule": {
         "cosine levels": Variation(blocks={"noise_schedule": "cosine"}),
         "levels a quarter as high": Variation(level_scale=0.25),
@@ -172,7 +166,7 @@ def train(bench: Bench, name: str, variation: Variation) -> dict[str, Any]:
     else:
         levels = information_levels(table.weight, table.log_prior, config.num_blocks, variation.information_share)
         changes["noise_levels"] = [level * variation.level_scale for level in levels]
-    tokens = bench.budgets()["hierarchical_block" if "context_source" in changes else "block"]
+    tokens = bench.budgets()["block"]
     draw = partial(evidence_in_range, changes["noise_levels"]) if variation.level_range else sample_evidence
     start = copy_of_first_block if variation.from_first_block else new_block
     with (
