@@ -27,6 +27,7 @@ from noprop_hf.training import train_blocks
 
 KINDS = ("cat dog bird fish cow", "red blue green pink white", "run walk jump swim climb")
 CLUSTERED = dataclasses.replace(MODEL, num_blocks=3, block_data="clusters", block_initialization="pretraining")
+RARELY = {"eval_strategy": "no", "save_steps": 6}
 STEPS = PretrainingArguments(pretraining_max_steps=120)
 
 
@@ -42,13 +43,13 @@ def data(tmp_path_factory) -> DataArguments:
 @pytest.fixture(scope="module")
 def phase1(data, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("clusters") / "model"
-    return pretrain_embeddings(CLUSTERED, data, STEPS, arguments(directory))
+    return pretrain_embeddings(CLUSTERED, data, STEPS, arguments(directory, **RARELY))
 
 
 @pytest.fixture(scope="module")
 def trained(phase1, data, tmp_path_factory) -> Path:
     directory = Path(shutil.copytree(phase1, tmp_path_factory.mktemp("trained") / "model"))
-    return train_blocks(data, BlockArguments(sample_prompts=["cat"]), arguments(directory, max_steps=12))
+    return train_blocks(data, BlockArguments(sample_prompts=["cat"]), arguments(directory, max_steps=12, **RARELY))
 
 
 def rows_of(directory: Path, data: DataArguments) -> dict[str, Dataset]:
@@ -126,7 +127,7 @@ def test_a_block_is_trained_on_the_windows_of_its_cluster(trained, phase1, data,
 
     directory = Path(shutil.copytree(phase1, tmp_path / "model"))
     monkeypatch.setattr(DenoisingBlock, "forward", watch)
-    train_blocks(data, BlockArguments(blocks="1", sample_prompts=[]), arguments(directory, max_steps=12))
+    train_blocks(data, BlockArguments(blocks="1", sample_prompts=[]), arguments(directory, max_steps=12, **RARELY))
     assert len(seen) == 12 * 4
     rows = Dataset.from_dict({"input_ids": seen})
     assert {*assign_clusters(rows, table, router.centroids, router.prices).tolist()} == {1}
@@ -179,7 +180,7 @@ def test_a_sure_router_leaves_one_block(trained, sure_of):
 
 
 def test_an_interrupted_router_ends_with_the_same_bits(phase1, data, tmp_path, monkeypatch):
-    directory, compute_loss, steps = tmp_path / "model", RouterTrainer.compute_loss, iter(range(4))
+    directory, compute_loss, steps = tmp_path / "model", RouterTrainer.compute_loss, iter(range(8))
 
     def stop(self, model, *args, **kwargs):
         if model.training and next(steps, None) is None:
@@ -188,9 +189,9 @@ def test_an_interrupted_router_ends_with_the_same_bits(phase1, data, tmp_path, m
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(RouterTrainer, "compute_loss", stop)
-        pretrain_embeddings(CLUSTERED, data, STEPS, arguments(directory))
+        pretrain_embeddings(CLUSTERED, data, STEPS, arguments(directory, **RARELY))
     assert not (directory / EMBEDDINGS_SHARD).exists()
-    pretrain_embeddings(CLUSTERED, data, STEPS, arguments(directory))
+    pretrain_embeddings(CLUSTERED, data, STEPS, arguments(directory, **RARELY))
     resumed, straight = (load_file(path / EMBEDDINGS_SHARD) for path in (directory, phase1))
     assert any("router" in name for name in straight)
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
@@ -206,5 +207,5 @@ def test_data_that_cannot_be_clustered_are_refused(data, tmp_path):
     }.items():
         directory = tmp_path / "model"
         with pytest.raises(ValueError, match=message):
-            pretrain_embeddings(CLUSTERED, dataclasses.replace(data, **options), STEPS, arguments(directory))
+            pretrain_embeddings(CLUSTERED, dataclasses.replace(data, **options), STEPS, arguments(directory, **RARELY))
         assert not (directory / "checkpoints" / "pretraining").exists()
