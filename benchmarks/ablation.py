@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Compare variations of independent blocks with a reference, one change at a time.
 
-python benchmarks/ablation.py --data_dir DIR                     # everything; DIR as for quality.py
+python benchmarks/ablation.py --data_dir DIR                     # everything; DIR holds shakespeare.txt
 python benchmarks/ablation.py --data_dir DIR --groups table      # one group
 
 Corpus: tiny Shakespeare; one seed; sizes as in quality.py. Phase 1 and all blocks together have the arithmetic of
@@ -133,7 +133,8 @@ class AblationArguments:
 def bench_of(args: AblationArguments, variation: Variation) -> Bench:
     """Create the bench of a variation. Variations of phase 2 only share the folder and phase 1 of the reference."""
     folder = Path(args.output_dir, slug(json.dumps(variation.phase1())))
-    settings = QualityArguments(data_dir=args.data_dir, output_dir=str(folder), tokens=args.tokens)
+    corpus = f"shakespeare={args.data_dir}/shakespeare.txt"
+    settings = QualityArguments([corpus], output_dir=str(folder), tokens=args.tokens)
     changes = {"sampled_softmax": False} | variation.config
     return Bench(replace(settings, **variation.args), "shakespeare", 0, changes)
 

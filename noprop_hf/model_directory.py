@@ -290,6 +290,13 @@ def save_block(directory: Path, block: DenoisingBlock, table: TokenTable, metada
     save_shard(directory / block_shard(block.block_index), tensors, {**index, **provenance, **metadata})
 
 
+def load_block(directory: Path, config: NoPropConfig, block_index: int) -> DenoisingBlock:
+    """Read one trained block of a model directory."""
+    block = DenoisingBlock(config, block_index)
+    block.load_state_dict(read_tensors(directory / block_shard(block_index), block_prefix(block_index)))
+    return block
+
+
 def block_provenance(directory: Path, config: NoPropConfig, table: TokenTable) -> dict[str, str]:
     """Return the provenance of any block: the fingerprint of the model and, if the table records them, the clusters."""
     clusters = read_metadata(directory / EMBEDDINGS_SHARD).get("clusters") if config.block_data == "clusters" else None

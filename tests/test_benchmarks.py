@@ -1,8 +1,10 @@
 """The benchmarks in a setting small enough for a test: that they run, keep what they measure, and cannot flatter."""
 
+import gzip
 import json
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from ablation import GROUPS
 from common import OneBlock, Training, num_parameters
 from conftest import run_python, sentences
 from noprop_hf import NoPropConfig, NoPropForCausalLM
-from quality import MODELS, Bench, QualityArguments, plot
+from quality import MODELS, SETTINGS, Bench, QualityArguments, measure_rows, plot, report, tables
 
 
 SMALL = "--hidden_size 16 --intermediate_size 24 --num_attention_heads 2 --num_layers_per_block 1 --num_blocks 2"
@@ -23,19 +25,21 @@ SMALL += " --vocab_size 280 --max_length 16 --batch_size 4 --tokens 3000 --num_w
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("corpora")
-    (folder / "wikitext2").mkdir()
-    for name, seed in {"shakespeare": 0, "wikitext2/test": 1, "wikitext2/validation": 2}.items():
-        (folder / f"{name}.txt").write_text("\n".join(sentences(600, seed)))
+    (folder / "shakespeare.txt").write_text("\n".join(sentences(600)))
+    (folder / "documents").mkdir()
+    for split, count, seed in (("first", 800, 1), ("second", 60, 2)):
+        rows = [{"domain": "words", "text": text} for text in sentences(count, seed)]
+        with gzip.open(folder / "documents" / f"{split}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
     return folder
 
 
 def test_every_model_gets_the_same_arithmetic_parameters_and_depth():
-    bench = Bench(QualityArguments(data_dir="unused"), "shakespeare", 0, {"sampled_softmax": False})
+    bench = Bench(QualityArguments(["shakespeare=unused"]), "shakespeare", 0, {"sampled_softmax": False})
     flops, budgets, args = bench.flops, bench.budgets(), bench.args
     total = flops["end_to_end"] * args.tokens
-    for block in ("block", "hierarchical_block"):
-        spent = flops["phase1"] * budgets["phase1"] + args.num_blocks * flops[block] * budgets[block]
-        assert spent == pytest.approx(total)
+    spent = flops["phase1"] * budgets["phase1"] + args.num_blocks * flops["block"] * budgets["block"]
+    assert spent == pytest.approx(total)
     baseline = bench.baseline()
     assert baseline.config.num_hidden_layers == args.num_blocks * args.num_layers_per_block
     assert num_parameters(baseline) == pytest.approx(num_parameters(NoPropForCausalLM(bench.config())), rel=0.01)
@@ -50,13 +54,16 @@ def test_every_model_gets_the_same_arithmetic_parameters_and_depth():
     head = 6 * last * (width**2 + 3 * width**2) + 4 * last * args.vocab_size * width
     block = args.num_layers_per_block * layer + 4 * width**2 + head  # the embeddings get no gradient
     assert flops["block"] == pytest.approx(block, rel=0.03)
+    clustered = Bench(bench.args, "shakespeare", 0, {"sampled_softmax": False, "block_data": "clusters"})
+    router = args.num_layers_per_block * layer + 4 * width**2 + 6 * args.num_blocks * width
+    assert clustered.flops["phase1"] - flops["phase1"] == pytest.approx(router / 10, rel=0.03)
 
 
 @pytest.mark.parametrize("far", [True, False])
 def test_a_model_far_behind_does_not_hide_how_the_others_differ(far, tmp_path, monkeypatch):
     pictures = []
     monkeypatch.setattr("quality.Figure.savefig", lambda figure, *args, **options: pictures.append(figure))
-    nats = dict(zip(MODELS, [3.9, 4.0, 3.95, 4.7 if far else 4.05, 3.85, 3.97, 3.98], strict=True))
+    nats = dict(zip(MODELS, [3.9, 4.0, 3.95, 4.7 if far else 4.05, 3.85, 3.97, 3.98], strict=False))
     plot({"text": {name: {"nats_per_token": [one], "bound": [one + 0.01]} for name, one in nats.items()}}, tmp_path)
     (axes,) = pictures[0].axes
     low, high = axes.get_xlim()
@@ -66,24 +73,63 @@ def test_a_model_far_behind_does_not_hide_how_the_others_differ(far, tmp_path, m
 
 @pytest.mark.slow
 def test_quality_measures_every_model_and_goes_on_where_it_stopped(corpora, tmp_path):
-    command = ["benchmarks/quality.py", "--data_dir", str(corpora), "--output_dir", str(tmp_path / "runs")]
-    command += ["--results", str(tmp_path / "quality.json"), "--num_seeds", "1", *SMALL.split()]
-    command += ["--corpora", "shakespeare"]
+    command = ["benchmarks/quality.py", "--output_dir", str(tmp_path / "runs")]
+    command += [
+        "--corpora",
+        f"shakespeare={corpora / 'shakespeare.txt'}",
+        "--results",
+        str(tmp_path / "quality.json"),
+        "--num_seeds",
+        "1",
+        *SMALL.split(),
+    ]
     run_python(*command)
     results = json.loads((tmp_path / "quality.json").read_text())
-    figures = results["shakespeare"]
-    assert all(0 < nats < 20 for name in MODELS for nats in figures[name]["nats_per_token"])
+    figures, rows = results["shakespeare"], QualityArguments(["unused=unused"]).models
+    assert all(0 < nats < 20 for name in rows for nats in figures[name]["nats_per_token"])
     assert [sum(nats) for nats in figures["noprop"]["block_nats"]] == pytest.approx(figures["noprop"]["bound"])
     assert len(figures["samples"]) == 1
     assert (tmp_path / "quality.png").stat().st_size > 10_000
     assert MODELS["end_to_end"] in (tmp_path / "quality.md").read_text()
 
-    kept = tmp_path / "runs" / "shakespeare" / "0" / "end_to_end.json"
+    kept = tmp_path / "runs" / "shakespeare" / "0" / "0.001" / "end_to_end.json"
     kept.write_text(json.dumps(json.loads(kept.read_text()) | {"nats_per_token": 1.5}))
     run_python(*command)  # nothing is trained again
     again = json.loads((tmp_path / "quality.json").read_text())
     assert again["shakespeare"]["end_to_end"]["nats_per_token"] == [1.5]
     assert again["shakespeare"]["noprop"] == results["shakespeare"]["noprop"]
+
+
+@pytest.fixture(scope="module")
+def plentiful(corpora, tmp_path_factory) -> QualityArguments:
+    sizes = dict(zip(SMALL.replace("--", "").split()[::2], map(int, SMALL.split()[1::2]), strict=True))
+    return SETTINGS["plentiful_64"](
+        [f"words={corpora / 'documents'}"],
+        train_split="first",
+        validation_split="second",
+        output_dir=str(tmp_path_factory.mktemp("runs")),
+        models=["end_to_end", "end_to_end_1", "pretraining_all", "noprop_random_splits"],
+        learning_rates=[1e-2, 1e-6],
+        **sizes,
+    )
+
+
+def test_where_text_is_plentiful_rows_spend_the_same_arithmetic_on_tokens_that_are_read_once(plentiful, tmp_path):
+    bench = Bench(plentiful, "words", 0)
+    bench.prepare()
+    for name in plentiful.models:
+        bench.check_text(name)
+    with ThreadPoolExecutor(1) as pool:
+        figures = measure_rows(plentiful, pool)
+    results = report(plentiful, figures)
+    assert list(results) == ["words_16"]
+    entries = results["words_16"]
+    for name in plentiful.models:
+        entry = entries[name]
+        assert entry["learning_rate"] == 1e-2 and set(entry["nats_by_learning_rate"]) == {1e-2, 1e-6}
+        assert entry["nats_per_token"] == [min(entry["nats_by_learning_rate"].values())]
+        assert entry["training_flops"] == pytest.approx(entries["end_to_end"]["training_flops"], rel=0.01)
+    assert entries["setting"]["kind"] == "plentiful" and "(plentiful)" in tables(results)
 
 
 @pytest.mark.slow
