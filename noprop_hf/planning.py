@@ -376,7 +376,7 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> int:
         """Upper bound on the bytes of all checkpoints; those of finished blocks stay."""
-        phase1 = 0 if self.phase1 is None else self.phase1.checkpoints
+        phase1 = 0 if self.phase1 is None else self.phase1.checkpoints * (1 if self.router_steps == 0 else 2)
         return phase1 + (0 if self.block is None else self.block.checkpoints * len(self.remaining))
 
     @property
@@ -415,11 +415,12 @@ class Plan:
         config, sizes = self.config, self.sizes
         levels = ", ".join(f"{level:.4g}" for level in config.noise_levels or [])
         is_guess = config.noise_schedule == "information" and not self.has_table
+        parts = f"{config.num_blocks} blocks" + (" and a router" if config.num_router_layers else "")
         return ("model",), [
             ("vocabulary", f"{config.vocab_size:,} tokens"),
             ("table", f"{config.vocab_size * config.hidden_size:,} parameters, frozen"),
             ("one block", f"{sizes.block // 4:,} parameters"),
-            ("all", f"{(sizes.model - sizes.table) // 4:,} parameters in {config.num_blocks} blocks, and the table"),
+            ("all", f"{(sizes.model - sizes.table) // 4:,} parameters in {parts}, and the table"),
             ("noise", f"{config.noise_schedule}, levels {levels}" + " (a guess: phase 1 sets them)" * is_guess),
         ]
 

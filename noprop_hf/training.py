@@ -208,7 +208,11 @@ class BlockRun:
 
     def block_dataset(self, block_index: int) -> dict[str, Dataset | IterableDataset]:
         """Return the splits that a block is trained and evaluated on: all text, or that of its cluster."""
-        return self.dataset if self.router is None else select_cluster(self.dataset, self.clusters, block_index)
+        if self.router is None:
+            return self.dataset
+        dataset = select_cluster(self.dataset, self.clusters, block_index)
+        check_block_data(self.block_args, self.tokenizer, dataset["train"], self.training_args)
+        return dataset
 
     @cached_property
     def clusters(self) -> dict[str, np.ndarray]:
