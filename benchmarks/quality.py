@@ -360,7 +360,8 @@ class Bench:
 
     def stock_flops(self, config: LlamaConfig) -> float:
         """Count the floating-point operations per training token of an end-to-end model."""
-        model, tokens = LlamaForCausalLM(config), self.random_tokens()
+        with torch.device("meta"):
+            model, tokens = LlamaForCausalLM(config), self.random_tokens()
         model.set_attn_implementation("eager")  # its products are known to the counter
         return count_flops(lambda: model(tokens, labels=tokens).loss) / tokens.numel()
 

@@ -117,7 +117,7 @@ def test_where_text_is_plentiful_every_depth_spends_the_same_arithmetic_and_read
     for depth in (8, *DEPTHS.values()):
         config = bench.baseline(depth).config  # by hand, as above
         layer = 6 * (4 * width**2 + 3 * width * config.intermediate_size) + 12 * width * args.max_length
-        tokens = bench.end_to_end_tokens(depth)
+        tokens = bench.total_flops / bench.stock_flops(config)
         spent[depth] = tokens * (depth * layer + 6 * args.vocab_size * width)
         assert config.num_hidden_layers == depth and tokens <= bench.num_tokens
         is_wider = config.intermediate_size > deep.config.intermediate_size
