@@ -150,6 +150,7 @@ def test_a_corpus_that_is_too_short_is_refused(plentiful, monkeypatch):
             main()
 
 
+@pytest.mark.slow
 def test_rows_where_text_is_plentiful(plentiful, tmp_path, monkeypatch):
     rows = ["end_to_end_1", "pretraining_all", "noprop_random_splits"]
     monkeypatch.setattr(sys, "argv", ["quality.py", *plentiful, "--tokens", "1500", "--models", *rows])
