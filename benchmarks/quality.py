@@ -317,18 +317,16 @@ class Bench:
         Raises:
             ValueError: if it does not.
         """
-        row, available = self.args.own_phase1.get(name), self.num_tokens
-        needed = [self.end_to_end_tokens(DEPTHS.get(name))] if name.startswith("end_to_end") else []
+        row, whole = self.args.own_phase1.get(name), self.num_tokens
+        needed = [(self.end_to_end_tokens(DEPTHS.get(name)), whole)] if name.startswith("end_to_end") else []
         if row is not None:
-            budgets = self.of_row(name).budgets()
-            needed = [budgets["phase1"], budgets["block"]]
-            if row.random_splits:
-                available = min(self.count_tokens(self.split(index)) for index in range(self.args.num_blocks))
-                needed = needed[1:]  # phase 1 reads the whole text
-        for tokens in needed:
+            budgets, parts = self.of_row(name).budgets(), range(self.args.num_blocks if row.random_splits else 0)
+            own = min((self.count_tokens(self.split(index)) for index in parts), default=whole)
+            needed = [(budgets["phase1"], whole), (budgets["block"], own)]
+        for tokens, available in needed:
             read = self.args.steps(tokens) * self.args.batch_size * self.args.max_length
             if read > available:
-                part = " in a random split" if row is not None and row.random_splits else ""
+                part = " in a random split" if available < whole else ""
                 raise ValueError(
                     f"The corpus {self.corpus!r} is too short for {name!r}: it has {available:,} training tokens"
                     f"{part}, of which a training reads {read:,} once each. Give more text, lower --tokens, or choose "
@@ -362,7 +360,8 @@ class Bench:
 
     def stock_flops(self, config: LlamaConfig) -> float:
         """Count the floating-point operations per training token of an end-to-end model."""
-        model, tokens = LlamaForCausalLM(config), self.random_tokens()
+        with torch.device("meta"):
+            model, tokens = LlamaForCausalLM(config), self.random_tokens()
         model.set_attn_implementation("eager")  # its products are known to the counter
         return count_flops(lambda: model(tokens, labels=tokens).loss) / tokens.numel()
 
