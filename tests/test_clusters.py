@@ -150,7 +150,7 @@ def test_the_prediction_is_the_weighted_mean_of_the_blocks(trained, data):
     embeds = table(input_ids)
     inputs = router.encoder.attention_inputs(embeds)
     with torch.no_grad():
-        weights = router.classifier(router.encoder(embeds, **inputs)).softmax(-1)
+        weights = router.readout(router.encoder(embeds, **inputs)).softmax(-1)
         answers = [block.head(block.encoder(embeds, **inputs)) for block in model.model.blocks]
         mixed = sum(weights[..., index, None] * point for index, (point, _) in enumerate(answers))
         expected = (mixed @ table.weight.T + answers[0][1]).log_softmax(-1)
@@ -166,8 +166,8 @@ def test_the_prediction_is_the_weighted_mean_of_the_blocks(trained, data):
 def test_a_sure_router_leaves_one_block(trained, sure_of):
     model = NoPropForCausalLM.from_pretrained(trained).eval()
     with torch.no_grad():
-        model.model.router.classifier.weight.zero_()
-        model.model.router.classifier.bias.copy_(200.0 * F.one_hot(torch.tensor(sure_of), 3))
+        model.model.router.readout.weight.zero_()
+        model.model.router.readout.bias.copy_(200.0 * F.one_hot(torch.tensor(sure_of), 3))
     input_ids = tokens(2, 12)
     outputs = model.variational_bound(input_ids, generator=torch.Generator().manual_seed(0))
     assert outputs.predictive_nats.item() == pytest.approx(outputs.context_nats[sure_of].item(), abs=1e-4)

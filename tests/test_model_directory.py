@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from conftest import run_python
 from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForPreTraining, NoPropModel
-from noprop_hf.clusters import clusters_hash
 from noprop_hf.hub import files_to_push
 from noprop_hf.model_directory import (
     block_is_trained,
@@ -380,19 +379,19 @@ def test_a_model_with_a_router(model, tokenizer, tmp_path):
     routed = NoPropForCausalLM(config)
     table, router = routed.model.embed_tokens, routed.model.router
     router.centroids.normal_()
-    create_model_directory(tmp_path, config, tokenizer, table, {"clusters": clusters_hash(router)}, router)
+    create_model_directory(tmp_path, config, tokenizer, table, {"clusters": clusters_hash(router.state_dict())}, router)
     for block in routed.model.blocks:
         save_block(tmp_path, block, table, {})
     assert [block.state for block in local_status(tmp_path)] == ["done"] * 3
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path), routed)
-    reshard(tmp_path / EMBEDDINGS_SHARD, lambda t, m: m.update(clusters="those of another table"))
+    reshard(tmp_path / EMBEDDINGS_SHARD, lambda t, m: (m.pop("clusters"), t["model.router.prices"].add_(1)))
     assert [block.state for block in local_status(tmp_path)] == ["unusable"] * 3
     for use in uses(tmp_path).values():
         with pytest.raises((OSError, ValueError), match="other clusters"):
             use()
-    reshard(tmp_path / EMBEDDINGS_SHARD, lambda t, m: (m.pop("clusters"), t.pop("model.router.classifier.bias")))
+    reshard(tmp_path / EMBEDDINGS_SHARD, lambda t, m: t.pop("model.router.readout.bias"))
     for use in uses(tmp_path).values():
-        with pytest.raises((OSError, ValueError), match="router.classifier.bias"):
+        with pytest.raises((OSError, ValueError), match="router.readout.bias"):
             use()
 
 
