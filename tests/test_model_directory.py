@@ -24,7 +24,7 @@ from noprop_hf.model_directory import (
     save_shard,
     write_atomically,
 )
-from noprop_hf.shards_noprop import EMBEDDINGS_SHARD, block_shard, fingerprint
+from noprop_hf.shards_noprop import EMBEDDINGS_SHARD, block_shard, clusters_hash, fingerprint
 from noprop_hf.status import local_status
 
 
