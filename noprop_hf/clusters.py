@@ -30,7 +30,7 @@ from .tracking import track
 COMMON = 1e-3  # the probability at which a token counts half in the features of a window
 SAMPLE_WINDOWS = 50_000  # windows that the centroids are fitted to
 ITERATIONS = 50
-SHARPNESS = 20.0  # the price of a cluster changes by the logarithm of its relative size, over this and halved
+PRICE_RATE = 1 / 6  # change of a price, for each unit of the logarithm of the relative size and spread of similarities
 ROUTER_SHARE = 0.1  # steps of the router, for each step of phase 1
 
 
@@ -67,11 +67,14 @@ def fit_clusters(features: torch.Tensor, num_clusters: int, seed: int) -> tuple[
     prices = torch.zeros(num_clusters)
     fitted = centroids, prices  # the last ones without an empty cluster
     for _ in range(ITERATIONS + 1):
-        nearest = (features @ centroids.T - prices).argmax(-1)
+        similarities = features @ centroids.T
+        nearest = (similarities - prices).argmax(-1)
         counts = nearest.bincount(minlength=num_clusters)
         if counts.all():
             fitted = centroids, prices
-        prices = prices + (num_clusters * counts / len(features)).clamp(min=0.05).log() / (2 * SHARPNESS)
+        # Where windows are much alike, small changes of a price already move many of them.
+        spread = (similarities - similarities.mean(-1, keepdim=True)).square().mean().sqrt()
+        prices = prices + PRICE_RATE * spread * (num_clusters * counts / len(features)).clamp(min=0.05).log()
         sums = torch.zeros_like(centroids).index_add_(0, nearest, features)
         centroids = torch.where((counts > 0)[:, None], F.normalize(sums, dim=-1), centroids)
     return fitted

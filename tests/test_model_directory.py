@@ -384,7 +384,9 @@ def test_a_model_with_a_router(model, tokenizer, tmp_path):
         save_block(tmp_path, block, table, {})
     assert [block.state for block in local_status(tmp_path)] == ["done"] * 3
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path), routed)
-    reshard(tmp_path / EMBEDDINGS_SHARD, lambda t, m: (m.pop("clusters"), t["model.router.prices"].add_(1)))
+    reshard(tmp_path / EMBEDDINGS_SHARD, lambda t, m: m.pop("clusters"))  # as other savers do
+    assert [block.state for block in local_status(tmp_path)] == ["done"] * 3
+    reshard(tmp_path / EMBEDDINGS_SHARD, lambda t, m: t["model.router.prices"].add_(1))
     assert [block.state for block in local_status(tmp_path)] == ["unusable"] * 3
     for use in uses(tmp_path).values():
         with pytest.raises((OSError, ValueError), match="other clusters"):
@@ -393,6 +395,17 @@ def test_a_model_with_a_router(model, tokenizer, tmp_path):
     for use in uses(tmp_path).values():
         with pytest.raises((OSError, ValueError), match="router.readout.bias"):
             use()
+
+
+def test_weights_of_another_model_in_other_formats(config, tmp_path):
+    config.block_data = "clusters"
+    torch.save(NoPropForCausalLM(config).state_dict(), tmp_path / "pytorch_model.bin")
+    config.save_pretrained(tmp_path)
+    NoPropForCausalLM.from_pretrained(tmp_path)
+    config.block_data = "shared"
+    config.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=r"holds weights of another model: model\.router\."):
+        NoPropForCausalLM.from_pretrained(tmp_path)
 
 
 def test_weights_that_are_not_finite_are_not_written(directory, tmp_path):
