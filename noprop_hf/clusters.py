@@ -30,7 +30,7 @@ from .tracking import track
 COMMON = 1e-3  # the probability at which a token counts half in the features of a window
 SAMPLE_WINDOWS = 50_000  # windows that the centroids are fitted to
 ITERATIONS = 50
-PRICE_RATE = 1 / 6  # change of a price, for each unit of the logarithm of the relative size and spread of similarities
+PRICE_RATE = 1 / 6  # change of a price, per spread of the similarities and logarithm of the cluster's relative size
 ROUTER_SHARE = 0.1  # steps of the router, for each step of phase 1
 
 
@@ -65,13 +65,13 @@ def fit_clusters(features: torch.Tensor, num_clusters: int, seed: int) -> tuple[
     generator = torch.Generator().manual_seed(seed)
     centroids = features[torch.randperm(len(features), generator=generator)[:num_clusters]].clone()
     prices = torch.zeros(num_clusters)
-    fitted = centroids, prices  # the last ones without an empty cluster
+    fitted, smallest = (centroids, prices), torch.tensor(0)
     for _ in range(ITERATIONS + 1):
         similarities = features @ centroids.T
         nearest = (similarities - prices).argmax(-1)
         counts = nearest.bincount(minlength=num_clusters)
-        if counts.all():
-            fitted = centroids, prices
+        if counts.min() >= smallest:  # sizes may swing to the end, so keep the most even ones
+            fitted, smallest = (centroids, prices), counts.min()
         # Where windows are much alike, small changes of a price already move many of them.
         spread = (similarities - similarities.mean(-1, keepdim=True)).square().mean().sqrt()
         prices = prices + PRICE_RATE * spread * (num_clusters * counts / len(features)).clamp(min=0.05).log()

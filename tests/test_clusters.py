@@ -98,11 +98,12 @@ def test_clusters_are_of_similar_size_whatever_the_kinds():
     generator = torch.Generator().manual_seed(0)
     kinds = torch.tensor([0] * 900 + [1] * 100)
     points = F.normalize(torch.eye(6)[kinds] + 0.3 * torch.randn(1000, 6, generator=generator), dim=-1)
-    centroids, prices = fit_clusters(points, 3, seed=0)
-    assert torch.allclose(centroids.norm(dim=-1), torch.ones(3))
-    clusters = (points @ centroids.T - prices).argmax(-1)
-    assert (clusters.bincount(minlength=3) > 230).all()
-    again = fit_clusters(points, 3, seed=0)
+    for seed in range(5):
+        centroids, prices = fit_clusters(points, 3, seed)
+        assert torch.allclose(centroids.norm(dim=-1), torch.ones(3))
+        clusters = (points @ centroids.T - prices).argmax(-1)
+        assert (clusters.bincount(minlength=3) > 270).all()
+    again = fit_clusters(points, 3, seed)
     assert torch.equal(again[0], centroids) and torch.equal(again[1], prices)
 
 

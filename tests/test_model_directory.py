@@ -391,6 +391,7 @@ def test_a_model_with_a_router(model, tokenizer, tmp_path):
     for use in uses(tmp_path).values():
         with pytest.raises((OSError, ValueError), match="other clusters"):
             use()
+    reshard(tmp_path / EMBEDDINGS_SHARD, lambda t, m: t["model.router.prices"].sub_(1))
     reshard(tmp_path / EMBEDDINGS_SHARD, lambda t, m: t.pop("model.router.readout.bias"))
     for use in uses(tmp_path).values():
         with pytest.raises((OSError, ValueError), match="router.readout.bias"):
