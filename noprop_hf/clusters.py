@@ -23,14 +23,14 @@ from .checkpoints import DurableTrainer, trainer_arguments
 from .configuration_noprop import NoPropConfig
 from .data import data_identity
 from .modeling_noprop import ContextEncoder, Router, TokenTable
-from .shards_noprop import content_hash
+from .shards_noprop import clusters_hash, fingerprint
 from .tracking import track
 
 
 COMMON = 1e-3  # the probability at which a token counts half in the features of a window
 SAMPLE_WINDOWS = 50_000  # windows that the centroids are fitted to
 ITERATIONS = 50
-SHARPNESS = 20.0  # the price of a cluster changes by the logarithm of its relative size, over this and halved
+PRICE_RATE = 1 / 6  # change of a price, per spread of the similarities and logarithm of the cluster's relative size
 ROUTER_SHARE = 0.1  # steps of the router, for each step of phase 1
 
 
@@ -65,13 +65,19 @@ def fit_clusters(features: torch.Tensor, num_clusters: int, seed: int) -> tuple[
     generator = torch.Generator().manual_seed(seed)
     centroids = features[torch.randperm(len(features), generator=generator)[:num_clusters]].clone()
     prices = torch.zeros(num_clusters)
-    for _ in range(ITERATIONS):
-        nearest = (features @ centroids.T - prices).argmax(-1)
+    fitted, smallest = (centroids, prices), torch.tensor(0)
+    for _ in range(ITERATIONS + 1):
+        similarities = features @ centroids.T
+        nearest = (similarities - prices).argmax(-1)
         counts = nearest.bincount(minlength=num_clusters)
-        prices += (num_clusters * counts / len(features)).clamp(min=0.05).log() / (2 * SHARPNESS)
+        if counts.min() >= smallest:  # sizes may swing to the end, so keep the most even ones
+            fitted, smallest = (centroids, prices), counts.min()
+        # Where windows are much alike, small changes of a price already move many of them.
+        spread = (similarities - similarities.mean(-1, keepdim=True)).square().mean().sqrt()
+        prices = prices + PRICE_RATE * spread * (num_clusters * counts / len(features)).clamp(min=0.05).log()
         sums = torch.zeros_like(centroids).index_add_(0, nearest, features)
         centroids = torch.where((counts > 0)[:, None], F.normalize(sums, dim=-1), centroids)
-    return centroids, prices
+    return fitted
 
 
 def assign_clusters(rows: Dataset, table: TokenTable, centroids: torch.Tensor, prices: torch.Tensor) -> np.ndarray:
@@ -126,11 +132,6 @@ def check_clustered_data(config: NoPropConfig, rows: Dataset | IterableDataset) 
         )
 
 
-def clusters_hash(router: Router) -> str:
-    """Hash what decides the cluster of a window, besides the table."""
-    return content_hash((name, getattr(router, name).numpy().tobytes()) for name in ("centroids", "prices"))
-
-
 class RouterTrainer(DurableTrainer):
     """Train a [`Router`] to predict the cluster of a window from each of its prefixes.
 
@@ -151,6 +152,8 @@ class RouterTrainer(DurableTrainer):
 def router_fields(pretraining_args: PretrainingArguments, training_args: TrainingArguments) -> dict[str, Any]:
     """Return the training arguments that the router replaces: a tenth of the steps of phase 1, and its other fields."""
     fields = pretraining_args.training_fields()
+    if training_args.warmup_steps >= 1:  # a number of steps, not a share of them
+        fields["warmup_steps"] = math.ceil(ROUTER_SHARE * training_args.warmup_steps)
     for name in ("max_steps", "num_train_epochs"):
         value = ROUTER_SHARE * fields.get(name, getattr(training_args, name))
         fields[name] = value if name == "num_train_epochs" else math.ceil(value) if value > 0 else -1
@@ -178,6 +181,8 @@ def train_router(
     features = torch.cat([window_features(batch["input_ids"], table) for batch in sample.iter(batch_size=4096)])
     centroids, prices = fit_clusters(features, config.num_blocks, training_args.seed)
     clusters = {name: assign_clusters(rows, table, centroids, prices) for name, rows in dataset.items()}
+    for block_index in range(config.num_blocks):
+        select_cluster(dataset, clusters, block_index)  # raises before any training if a cluster is empty
     labelled = {name: rows.add_column("label", clusters[name]) for name, rows in dataset.items()}
 
     args = trainer_arguments(training_args, "router", **router_fields(pretraining_args, training_args))
@@ -190,7 +195,11 @@ def train_router(
     trainer = RouterTrainer(
         router,
         table,
-        identity={"clusters": clusters_hash(router), **data_identity(data, dataset, args)},
+        identity={
+            "fingerprint": fingerprint(config, table.weight),
+            "clusters": clusters_hash(router.state_dict()),
+            **data_identity(data, dataset, args),
+        },
         args=args,
         train_dataset=labelled["train"],
         eval_dataset=labelled["validation"],

@@ -33,6 +33,7 @@ from .shards_noprop import (
     TABLE_WEIGHT,
     Shard,
     block_shard,
+    clusters_hash,
     content_hash,
     fingerprint,
     index_fault,
@@ -236,7 +237,7 @@ def read_config(name_or_path: str | Path, token: str | None = None) -> NoPropCon
     try:
         return NoPropConfig.from_dict(fields)
     except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
-        raise ValueError(f"{CONFIG_NAME} of {name_or_path} is damaged: {one_line(error)}") from error
+        raise ValueError(f"{CONFIG_NAME} of {name_or_path} cannot be used: {one_line(error)}") from error
 
 
 def missing_table(directory: Path) -> str:
@@ -298,10 +299,11 @@ def load_block(directory: Path, config: NoPropConfig, block_index: int) -> Denoi
 
 
 def block_provenance(directory: Path, config: NoPropConfig, table: TokenTable) -> dict[str, str]:
-    """Return the provenance of any block: the fingerprint of the model and, if the table records them, the clusters."""
-    clusters = read_metadata(directory / EMBEDDINGS_SHARD).get("clusters") if config.block_data == "clusters" else None
+    """Return the provenance of any block: the fingerprint of the model and a hash of the clusters, if it has them."""
     provenance = {"fingerprint": fingerprint(config, table.weight)}
-    return provenance if clusters is None else {**provenance, "clusters": clusters}
+    if config.block_data == "clusters":
+        provenance["clusters"] = clusters_hash(read_tensors(directory / EMBEDDINGS_SHARD, ROUTER_PREFIX))
+    return provenance
 
 
 def block_fault(

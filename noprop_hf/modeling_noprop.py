@@ -539,7 +539,7 @@ class Router(NoPropPreTrainedModel):
     def __init__(self, config: NoPropConfig):
         super().__init__(config)
         self.encoder = ContextEncoder(config, config.num_layers_per_block)
-        self.classifier = nn.Linear(config.hidden_size, config.num_blocks)
+        self.readout = nn.Linear(config.hidden_size, config.num_blocks)
         self.register_buffer("centroids", torch.zeros(config.num_blocks, config.hidden_size))
         self.register_buffer("prices", torch.zeros(config.num_blocks))
         self.gradient_checkpointing = False
@@ -575,11 +575,11 @@ class Router(NoPropPreTrainedModel):
         """
         if labels is None:
             positions = {"attention_mask": attention_mask, "position_ids": position_ids}
-            return self.classifier(self.encoder(inputs_embeds, **positions, **attention_inputs)[:, kept])
+            return self.readout(self.encoder(inputs_embeds, **positions, **attention_inputs)[:, kept])
         assert table is not None
         inputs_embeds = table(input_ids)
         attention_inputs = self.encoder.attention_inputs(inputs_embeds, attention_mask, position_ids)
-        logits = self.classifier(self.encoder(inputs_embeds, **attention_inputs)).float()
+        logits = self.readout(self.encoder(inputs_embeds, **attention_inputs)).float()
         targets = labels[:, None].expand(logits.shape[:-1])
         if attention_mask is not None:
             targets = targets.masked_fill(attention_mask == 0, -100)
@@ -696,7 +696,7 @@ class NoPropModel(NoPropPreTrainedModel):
                 last_only=isinstance(logits_to_keep, int) and logits_to_keep == 1,
             )[:, :, kept]
             if self.router is not None:
-                block_logits = self.router.classifier(states[0])
+                block_logits = self.router.readout(states[0])
                 states = states[1:]
             answers = [(context, *block.head(context)) for block, context in zip(blocks, states, strict=True)]
         else:
@@ -728,7 +728,7 @@ class NoPropModel(NoPropPreTrainedModel):
         """Check that a cache holds the same tokens for all blocks, and the router, that will read it.
 
         Raises:
-            ValueError: if the cache was filled by fewer blocks.
+            ValueError: if the cache was filled by fewer blocks, or without the first layer, which counts the tokens.
         """
         if not isinstance(cache, Cache) or torch.compiler.is_compiling():  # paged caches track their own lengths
             return
@@ -738,6 +738,13 @@ class NoPropModel(NoPropPreTrainedModel):
             for layer in part.encoder.layers[:1]
             if hasattr(layer, "self_attn")
         ]
+        if not lengths:
+            return
+        if lengths[0][1] != cache.get_seq_length():
+            raise ValueError(
+                "The first layer of a cache counts its tokens, and this model has lost that layer, of its router or of "
+                "block 0: use `use_cache=False`, or give every `self_attn.layer_idx` a new number from 0 on."
+            )
         if any(length != lengths[0][1] for _, length in lengths):
             blocks = [length for part, length in lengths if not isinstance(part, Router)]
             raise ValueError(

@@ -547,6 +547,8 @@ def plan(recipe: Recipe) -> Plan:
             checkpoint = run.checkpoint(index, **together) if has_table else None
             remaining[index] = rehearsal.block_steps(args) - _step_of(checkpoint)
     waiting = [index for index in selected if remaining[index] > 0]
+    for index in waiting:
+        run.block_dataset(index)  # raises if the cluster is too small
     block = rehearsal.block(table, waiting[-1]) if waiting else None
 
     sizes = Sizes.of(config)

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .arguments import BlockArguments, ModelArguments, PretrainingArguments, check_training_arguments
 from .checkpoints import DurableTrainer, trainer_arguments, training_note
-from .clusters import check_clustered_data, clusters_hash, train_router
+from .clusters import check_clustered_data, train_router
 from .configuration_noprop import NoPropConfig
 from .data import (
     DataArguments,
@@ -40,7 +40,7 @@ from .model_directory import check_data, create_model_directory, load_table, rea
 from .modeling_noprop import NoPropForPreTraining, TokenTable
 from .noise_noprop import information_levels, standardize
 from .parallel import run_once
-from .shards_noprop import EMBEDDINGS_SHARD, PRETRAINING_FOLDER, without_progress_bar
+from .shards_noprop import EMBEDDINGS_SHARD, PRETRAINING_FOLDER, clusters_hash, without_progress_bar
 from .tracking import track
 
 
@@ -122,7 +122,7 @@ def _make_table(
         config.noise_levels = information_levels(table.weight, table.log_prior, config.num_blocks)
     if config.block_data == "clusters":
         router = train_router(config, start, table, tokenizer, dataset, data, pretraining_args, training_args)
-        origin["clusters"] = clusters_hash(router)
+        origin["clusters"] = clusters_hash(router.state_dict())
     if not training_args.should_save:
         return
     directory.mkdir(parents=True, exist_ok=True)

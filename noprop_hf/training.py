@@ -49,7 +49,7 @@ from .model_directory import (
 from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForPreTraining, Router, TokenTable
 from .parallel import broadcast_from_first, hold_lock, holder_of, run_once
 from .pretraining import check_block_data, load_config
-from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, block_shard, fingerprint, pretraining_folder
+from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, block_shard, pretraining_folder
 from .tracking import TrackingCallback, track
 
 
@@ -313,7 +313,8 @@ def train_blocks(
     origin = meeting.check_table()
     config = load_config(directory, model_args or ModelArguments())
     table = load_table(directory, config)
-    origin.metadata.setdefault("fingerprint", fingerprint(config, table.weight))  # missing from other savers' files
+    for note, value in block_provenance(directory, config, table).items():
+        origin.metadata.setdefault(note, value)  # missing from other savers' files
     selected = parse_blocks(block_args.blocks, config.num_blocks)
     trained = {index for index in selected if block_is_trained(directory, config, table, index)}
 
@@ -356,7 +357,8 @@ def _train_waiting(run: BlockRun, waiting: Sequence[int]) -> None:
     locks = {index: lock_file(run.directory, block_name(index)) for index in waiting}
     for index, path in locks.items():
         if holder_of(path) is None:
-            run.checkpoint(index)  # raises before any work if the checkpoint is of another run
+            run.checkpoint(index)  # raises before any work if the checkpoint is of another run,
+            run.block_dataset(index)  # or if the cluster is too small
     for index, path in locks.items():
         with hold_lock(path, run.training_args, partial(_is_taken, run, index)) as is_ours:
             if is_ours:

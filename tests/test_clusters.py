@@ -1,11 +1,13 @@
 """Blocks on clusters of text, and the router that weighs them."""
 
+import copy
 import dataclasses
 import functools
 import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -13,16 +15,29 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from conftest import MODEL, arguments, tokens
-from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForPreTraining
+from noprop_hf import (
+    DenoisingBlock,
+    NoPropConfig,
+    NoPropForCausalLM,
+    NoPropForPreTraining,
+    NoPropForSequenceClassification,
+)
 from noprop_hf.arguments import BlockArguments, PretrainingArguments
-from noprop_hf.clusters import RouterTrainer, assign_clusters, fit_clusters, window_features
+from noprop_hf.clusters import (
+    RouterTrainer,
+    assign_clusters,
+    fit_clusters,
+    router_fields,
+    train_router,
+    window_features,
+)
 from noprop_hf.data import DataArguments, load_corpus, load_tokenizer, tokenize
 from noprop_hf.model_directory import load_router, load_table, read_metadata
 from noprop_hf.modeling_noprop import TokenTable
 from noprop_hf.noise_noprop import standardize
 from noprop_hf.pretraining import pretrain_embeddings
 from noprop_hf.shards_noprop import EMBEDDINGS_SHARD, block_shard
-from noprop_hf.training import train_blocks
+from noprop_hf.training import BlockRun, train_blocks
 
 
 KINDS = ("cat dog bird fish cow", "red blue green pink white", "run walk jump swim climb")
@@ -60,6 +75,13 @@ def kind_of(text: str) -> int:
     return next(kind for kind, words in enumerate(KINDS) if text.split()[1] in words)
 
 
+def routed_config(**fields) -> NoPropConfig:
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_blocks": 3, "num_layers_per_block": 1}
+    return NoPropConfig(
+        **sizes | {"num_attention_heads": 2, "intermediate_size": 24, "block_data": "clusters"} | fields
+    )
+
+
 def test_features_are_weighted_means_of_norm_1():
     config = NoPropConfig(vocab_size=30, hidden_size=8, num_blocks=2, num_attention_heads=2)
     table = TokenTable(config)
@@ -76,12 +98,24 @@ def test_clusters_are_of_similar_size_whatever_the_kinds():
     generator = torch.Generator().manual_seed(0)
     kinds = torch.tensor([0] * 900 + [1] * 100)
     points = F.normalize(torch.eye(6)[kinds] + 0.3 * torch.randn(1000, 6, generator=generator), dim=-1)
-    centroids, prices = fit_clusters(points, 3, seed=0)
-    assert torch.allclose(centroids.norm(dim=-1), torch.ones(3))
-    clusters = (points @ centroids.T - prices).argmax(-1)
-    assert (clusters.bincount(minlength=3) > 230).all()
-    again = fit_clusters(points, 3, seed=0)
+    for seed in range(5):
+        centroids, prices = fit_clusters(points, 3, seed)
+        assert torch.allclose(centroids.norm(dim=-1), torch.ones(3))
+        clusters = (points @ centroids.T - prices).argmax(-1)
+        assert (clusters.bincount(minlength=3) > 270).all()
+    again = fit_clusters(points, 3, seed)
     assert torch.equal(again[0], centroids) and torch.equal(again[1], prices)
+
+
+@pytest.mark.parametrize("common", [0.0, 1.0, 6.0])
+@pytest.mark.parametrize("num_clusters", [2, 10])
+def test_clusters_are_of_similar_size_however_much_alike(common, num_clusters):
+    """A common part of the features makes similarities differ less, by up to a hundred times."""
+    points = torch.randn(2000, 32, generator=torch.Generator().manual_seed(0))
+    points = F.normalize(points + common, dim=-1)
+    centroids, prices = fit_clusters(points, num_clusters, seed=0)
+    counts = (points @ centroids.T - prices).argmax(-1).bincount(minlength=num_clusters)
+    assert counts.min() > 0.8 * 2000 / num_clusters and counts.max() < 1.2 * 2000 / num_clusters
 
 
 def test_clusters_are_the_kinds_of_text(phase1, data):
@@ -150,7 +184,7 @@ def test_the_prediction_is_the_weighted_mean_of_the_blocks(trained, data):
     embeds = table(input_ids)
     inputs = router.encoder.attention_inputs(embeds)
     with torch.no_grad():
-        weights = router.classifier(router.encoder(embeds, **inputs)).softmax(-1)
+        weights = router.readout(router.encoder(embeds, **inputs)).softmax(-1)
         answers = [block.head(block.encoder(embeds, **inputs)) for block in model.model.blocks]
         mixed = sum(weights[..., index, None] * point for index, (point, _) in enumerate(answers))
         expected = (mixed @ table.weight.T + answers[0][1]).log_softmax(-1)
@@ -166,8 +200,8 @@ def test_the_prediction_is_the_weighted_mean_of_the_blocks(trained, data):
 def test_a_sure_router_leaves_one_block(trained, sure_of):
     model = NoPropForCausalLM.from_pretrained(trained).eval()
     with torch.no_grad():
-        model.model.router.classifier.weight.zero_()
-        model.model.router.classifier.bias.copy_(200.0 * F.one_hot(torch.tensor(sure_of), 3))
+        model.model.router.readout.weight.zero_()
+        model.model.router.readout.bias.copy_(200.0 * F.one_hot(torch.tensor(sure_of), 3))
     input_ids = tokens(2, 12)
     outputs = model.variational_bound(input_ids, generator=torch.Generator().manual_seed(0))
     assert outputs.predictive_nats.item() == pytest.approx(outputs.context_nats[sure_of].item(), abs=1e-4)
@@ -198,6 +232,64 @@ def test_an_interrupted_router_ends_with_the_same_bits(phase1, data, tmp_path, m
     assert (
         read_metadata(directory / EMBEDDINGS_SHARD)["clusters"] == read_metadata(phase1 / EMBEDDINGS_SHARD)["clusters"]
     )
+
+
+def test_the_router_resumes_only_the_run_of_its_configuration(phase1, data, tmp_path):
+    """With --embeddings_from, another configuration can have the same table and clusters."""
+    config = NoPropConfig.from_pretrained(phase1)
+    table, tokenizer, rows = load_table(phase1, config), load_tokenizer(str(phase1)), rows_of(phase1, data)
+    args = arguments(tmp_path, **RARELY)
+    steps = PretrainingArguments(pretraining_max_steps=20)
+    train_router(config, None, table, tokenizer, rows, "data", steps, args)
+    config.rms_norm_eps = 1e-4
+    with pytest.raises(ValueError, match="the embedding table or the configuration changed"):
+        train_router(config, None, table, tokenizer, rows, "data", steps, args)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(0, 0), (0.3, 0.3), (1, 1), (25, 3)])
+def test_the_router_warms_up_in_a_tenth_of_the_steps(tmp_path, given, expected):
+    args = arguments(tmp_path, warmup_steps=given)
+    fields = router_fields(PretrainingArguments(pretraining_max_steps=100), args)
+    assert fields["max_steps"] == 10 and fields.get("warmup_steps", given) == expected
+
+
+def test_an_empty_cluster_is_an_error_before_any_block_is_trained(phase1, data, tmp_path, monkeypatch):
+    directory = Path(shutil.copytree(phase1, tmp_path / "model"))
+    two = property(lambda run: {name: np.arange(len(rows)) % 2 for name, rows in run.dataset.items()})
+    monkeypatch.setattr(BlockRun, "clusters", two)
+    with pytest.raises(ValueError, match="cluster of block 2"):
+        train_blocks(data, BlockArguments(sample_prompts=[]), arguments(directory, max_steps=2, **RARELY))
+    assert not (directory / block_shard(0)).exists()
+
+
+def test_a_classifier_with_adapters_leaves_the_router_frozen():
+    """peft trains every module that has a name of the usual classifiers."""
+    peft = pytest.importorskip("peft")
+    model = NoPropForSequenceClassification(routed_config())
+    for target in ("all-linear", ["q_proj"]):
+        adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(task_type="SEQ_CLS", target_modules=target))
+        trained = [name for name, weight in adapted.named_parameters() if weight.requires_grad and "lora" not in name]
+        assert trained and all("score" in name for name in trained)
+
+
+@pytest.mark.parametrize("lost", ["router", "layers of the router", "block 0"])
+def test_a_cache_without_its_first_layer_is_refused(lost):
+    """It has no token in that layer, where the next position is counted."""
+    torch.manual_seed(0)
+    model = NoPropForCausalLM(routed_config(block_data="shared" if lost == "block 0" else "clusters")).eval()
+    if lost == "router":
+        model.model.router = None
+    elif lost == "block 0":
+        model.model.blocks = model.model.blocks[1:]
+    else:
+        model.model.router.encoder.layers = model.model.router.encoder.layers[:0]
+    input_ids = tokens(2, 6)
+    for context in (torch.no_grad, torch.enable_grad):
+        with context():
+            model(input_ids, use_cache=False)
+            cache = model(input_ids[:, :4], use_cache=True).past_key_values
+            with pytest.raises(ValueError, match="lost that layer"):
+                model(input_ids[:, 4:], past_key_values=cache)
 
 
 def test_data_that_cannot_be_clustered_are_refused(data, tmp_path):

@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from conftest import run_python
 from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForPreTraining, NoPropModel
-from noprop_hf.clusters import clusters_hash
 from noprop_hf.hub import files_to_push
 from noprop_hf.model_directory import (
     block_is_trained,
@@ -25,7 +24,7 @@ from noprop_hf.model_directory import (
     save_shard,
     write_atomically,
 )
-from noprop_hf.shards_noprop import EMBEDDINGS_SHARD, block_shard, fingerprint
+from noprop_hf.shards_noprop import EMBEDDINGS_SHARD, block_shard, clusters_hash, fingerprint
 from noprop_hf.status import local_status
 
 
@@ -380,20 +379,34 @@ def test_a_model_with_a_router(model, tokenizer, tmp_path):
     routed = NoPropForCausalLM(config)
     table, router = routed.model.embed_tokens, routed.model.router
     router.centroids.normal_()
-    create_model_directory(tmp_path, config, tokenizer, table, {"clusters": clusters_hash(router)}, router)
+    create_model_directory(tmp_path, config, tokenizer, table, {"clusters": clusters_hash(router.state_dict())}, router)
     for block in routed.model.blocks:
         save_block(tmp_path, block, table, {})
     assert [block.state for block in local_status(tmp_path)] == ["done"] * 3
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path), routed)
-    reshard(tmp_path / EMBEDDINGS_SHARD, lambda t, m: m.update(clusters="those of another table"))
+    reshard(tmp_path / EMBEDDINGS_SHARD, lambda t, m: m.pop("clusters"))  # as other savers do
+    assert [block.state for block in local_status(tmp_path)] == ["done"] * 3
+    reshard(tmp_path / EMBEDDINGS_SHARD, lambda t, m: t["model.router.prices"].add_(1))
     assert [block.state for block in local_status(tmp_path)] == ["unusable"] * 3
     for use in uses(tmp_path).values():
         with pytest.raises((OSError, ValueError), match="other clusters"):
             use()
-    reshard(tmp_path / EMBEDDINGS_SHARD, lambda t, m: (m.pop("clusters"), t.pop("model.router.classifier.bias")))
+    reshard(tmp_path / EMBEDDINGS_SHARD, lambda t, m: t["model.router.prices"].sub_(1))
+    reshard(tmp_path / EMBEDDINGS_SHARD, lambda t, m: t.pop("model.router.readout.bias"))
     for use in uses(tmp_path).values():
-        with pytest.raises((OSError, ValueError), match="router.classifier.bias"):
+        with pytest.raises((OSError, ValueError), match="router.readout.bias"):
             use()
+
+
+def test_weights_of_another_model_in_other_formats(config, tmp_path):
+    config.block_data = "clusters"
+    torch.save(NoPropForCausalLM(config).state_dict(), tmp_path / "pytorch_model.bin")
+    config.save_pretrained(tmp_path)
+    NoPropForCausalLM.from_pretrained(tmp_path)
+    config.block_data = "shared"
+    config.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=r"holds weights of another model: model\.router\."):
+        NoPropForCausalLM.from_pretrained(tmp_path)
 
 
 def test_weights_that_are_not_finite_are_not_written(directory, tmp_path):
