@@ -65,13 +65,15 @@ def fit_clusters(features: torch.Tensor, num_clusters: int, seed: int) -> tuple[
     generator = torch.Generator().manual_seed(seed)
     centroids = features[torch.randperm(len(features), generator=generator)[:num_clusters]].clone()
     prices = torch.zeros(num_clusters)
-    fitted, smallest = (centroids, prices), torch.tensor(0)
-    for _ in range(ITERATIONS + 1):
+    fitted, best = (centroids, prices), (False, False, 0)
+    for iteration in range(ITERATIONS + 1):
         similarities = features @ centroids.T
         nearest = (similarities - prices).argmax(-1)
         counts = nearest.bincount(minlength=num_clusters)
-        if counts.min() >= smallest:  # sizes may swing to the end, so keep the most even ones
-            fitted, smallest = (centroids, prices), counts.min()
+        smallest = int(counts.min())
+        rank = (smallest > 0, iteration >= ITERATIONS // 2, smallest)
+        if rank >= best:  # sizes may swing to the end, so the most even late clusters are kept
+            fitted, best = (centroids, prices), rank
         # Where windows are much alike, small changes of a price already move many of them.
         spread = (similarities - similarities.mean(-1, keepdim=True)).square().mean().sqrt()
         prices = prices + PRICE_RATE * spread * (num_clusters * counts / len(features)).clamp(min=0.05).log()
