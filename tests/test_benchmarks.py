@@ -212,10 +212,10 @@ def test_the_best_learning_rate_of_seed_0_is_used_with_further_seeds(monkeypatch
 @pytest.mark.slow
 def test_ablation_measures_variations(corpora, tmp_path):
     command = ["benchmarks/ablation.py", "--data_dir", str(corpora), "--output_dir", str(tmp_path / "runs")]
-    command += ["--results", str(tmp_path / "ablation.json"), "--tokens", "6000", "--groups", "context"]
+    command += ["--results", str(tmp_path / "ablation.json"), "--tokens", "6000", "--groups", "head"]
     run_python(*command)
     results = json.loads((tmp_path / "ablation.json").read_text())
-    assert set(results) == {"reference", *GROUPS["context"]}
+    assert set(results) == {"reference", *GROUPS["head"]}
     for figures in results.values():
         assert figures["mixture"] <= max(figures["first block"], figures["geometric mean"]) + 0.1
         assert len(figures["block_nats"]) == 4
