@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Compare variations of independent blocks with a reference, one change at a time.
 
-python benchmarks/ablation.py --data_dir DIR                     # everything; DIR as for quality.py
+python benchmarks/ablation.py --data_dir DIR                     # everything; DIR holds shakespeare.txt
 python benchmarks/ablation.py --data_dir DIR --groups table      # one group
 
 Corpus: tiny Shakespeare; one seed; sizes as in quality.py. Phase 1 and all blocks together have the arithmetic of
@@ -101,12 +101,6 @@ GROUPS: dict[str, dict[str, Variation]] = {
             config={"sampled_softmax": True}, information_share=1 / 3
         ),
     },
-    "context": {
-        "hierarchical context": Variation(blocks={"context_source": "previous_block"}),
-        "hierarchical context, start from phase 1": Variation(
-            blocks={"context_source": "previous_block", "block_initialization": "pretraining"}
-        ),
-    },
     "schedule": {
         "cosine levels": Variation(blocks={"noise_schedule": "cosine"}),
         "levels a quarter as high": Variation(level_scale=0.25),
@@ -139,7 +133,8 @@ class AblationArguments:
 def bench_of(args: AblationArguments, variation: Variation) -> Bench:
     """Create the bench of a variation. Variations of phase 2 only share the folder and phase 1 of the reference."""
     folder = Path(args.output_dir, slug(json.dumps(variation.phase1())))
-    settings = QualityArguments(data_dir=args.data_dir, output_dir=str(folder), tokens=args.tokens)
+    corpus = f"shakespeare={args.data_dir}/shakespeare.txt"
+    settings = QualityArguments([corpus], output_dir=str(folder), tokens=args.tokens)
     changes = {"sampled_softmax": False} | variation.config
     return Bench(replace(settings, **variation.args), "shakespeare", 0, changes)
 
@@ -172,7 +167,7 @@ def train(bench: Bench, name: str, variation: Variation) -> dict[str, Any]:
     else:
         levels = information_levels(table.weight, table.log_prior, config.num_blocks, variation.information_share)
         changes["noise_levels"] = [level * variation.level_scale for level in levels]
-    tokens = bench.budgets()["hierarchical_block" if "context_source" in changes else "block"]
+    tokens = bench.budgets()["block"]
     draw = partial(evidence_in_range, changes["noise_levels"]) if variation.level_range else sample_evidence
     start = copy_of_first_block if variation.from_first_block else new_block
     with (

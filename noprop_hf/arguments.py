@@ -81,9 +81,12 @@ class ModelArguments:
         default=None,
         metadata={"help": "Initial weights of blocks: 'pretraining' (from phase 1) or 'random'."},
     )
-    context_source: str | None = field(
+    block_data: str | None = field(
         default=None,
-        metadata={"help": "Input of a block: 'embeddings' (independent blocks) or 'previous_block' (in order)."},
+        metadata={
+            "help": "Text of a block: 'shared' (all of it), or 'clusters' (one of num_blocks clusters of similar text; "
+            "a router weighs the blocks)."
+        },
     )
 
     def config_fields(self) -> dict[str, Any]:
@@ -107,7 +110,8 @@ class DataArguments:
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": "Local training data instead of a dataset: text, JSON lines (.json, .jsonl), CSV or parquet."
+            "help": "Local training data instead of a dataset: text, JSON lines (.json, .jsonl), CSV or parquet; "
+            "all but parquet also compressed with gzip (.jsonl.gz)."
         },
     )
     validation_file: str | None = field(
@@ -283,11 +287,20 @@ def parse_blocks(blocks: str, num_blocks: int) -> list[int]:
 
 
 def file_format(file: str) -> str:
-    suffix = Path(file).suffix.lstrip(".").lower()
+    """Return the builder of `datasets` for a file, by its ending; text formats may be compressed (`.jsonl.gz`)."""
+    name = file.lower().removesuffix(".gz")
+    suffix = Path(name).suffix.lstrip(".")
     builders = {"txt": "text", "text": "text", "jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}
-    if suffix not in builders:
-        raise ValueError(f"Cannot infer the format of {file!r}: use one of the endings {', '.join(builders)}.")
+    if suffix not in builders or (suffix == "parquet" and is_compressed(file)):
+        raise ValueError(
+            f"Cannot infer the format of {file!r}: use one of the endings {', '.join(builders)}, or, except for "
+            "parquet, one of them with .gz."
+        )
     return builders[suffix]
+
+
+def is_compressed(file: str) -> bool:
+    return file.lower().endswith(".gz")
 
 
 # --- training arguments ----------------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ def write(
 
 
 class BlockCache(DynamicCache):
-    """A [`DynamicCache`] of [`GrowingLayer`]s: layer `l` of block `b` is layer `b * num_layers_per_block + l`."""
+    """A [`DynamicCache`] of [`GrowingLayer`]s: those of the router, if there is one, then of block 0, block 1, ..."""
 
     layers: list[Any]
 

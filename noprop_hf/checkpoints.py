@@ -447,7 +447,7 @@ def _change(name: str, was: Any, now: Any) -> str:
         "data": "the training data (--train_file, --dataset_name, and how they are cut)",
         "validation_data": "the validation data",
         "fingerprint": "the embedding table or the configuration",
-        "previous_block": "the block before it",
+        "clusters": "the clusters of text",
         "start": "the model of phase 1",
     }
     return f"{names[name]} changed" if name in names and was and now else f"{name} was {was!r} and is {now!r}"

@@ -29,10 +29,10 @@ class NoPropConfig(PreTrainedConfig):
             (next tokens).
         block_initialization (`str`, defaults to `"random"`): initial weights of blocks: `"random"`, or `"pretraining"`
             (the layers of the model of phase 1), which is better for one or two epochs.
-        context_source (`str`, defaults to `"embeddings"`): input of a block's encoder: `"embeddings"` (the clean
-            embeddings alone, so that blocks are independent), or `"previous_block"` (also the context states of the
-            frozen block before it: still a local loss and the memory of one block's training, but blocks must be
-            trained in order, and encoded in order at inference).
+        block_data (`str`, defaults to `"shared"`): text that a block is trained on: `"shared"` (all of it), or
+            `"clusters"` (the windows of one of `num_blocks` clusters of similar text, so that blocks know different
+            things; a router, a small encoder of its own, weighs the blocks by the prefix). Clusters are better where
+            text is plentiful and of several kinds.
         max_position_embeddings (`int`, defaults to 512): longest sequence that the model is trained for. Positions are
             rotary, so this is not a hard limit.
         noise_schedule (`str`, defaults to `"information"`): `"information"` or `"cosine"`.
@@ -68,7 +68,7 @@ class NoPropConfig(PreTrainedConfig):
     num_pretraining_layers: int | None = None
     pretraining_objective: str = "clm"
     block_initialization: str = "random"
-    context_source: str = "embeddings"
+    block_data: str = "shared"
     max_position_embeddings: int = 512
     noise_schedule: str = "information"
     noise_levels: list[float] | None = None
@@ -107,6 +107,11 @@ class NoPropConfig(PreTrainedConfig):
         num_labels = kwargs.get("num_labels")
         if num_labels is not None and (not isinstance(num_labels, int) or not 0 <= num_labels <= 2**20):
             raise ValueError(f"`num_labels` must be an integer of at most {2**20}, got {str(num_labels)[:40]}.")
+        if kwargs.pop("context_source", "embeddings") != "embeddings":
+            raise ValueError(
+                "`context_source` was removed, with blocks that read other blocks: such a model needs an earlier "
+                "version of noprop_hf. Leave it out to train independent blocks."
+            )
         try:
             super().__post_init__(**kwargs)  # which checks rotary positions in some versions of transformers
             self._check_positions()
@@ -116,18 +121,30 @@ class NoPropConfig(PreTrainedConfig):
             ) from error
 
     @property
+    def num_router_layers(self) -> int:
+        """Layers of the router, which are as many as those of a block; 0 without clusters."""
+        return self.num_layers_per_block if self.block_data == "clusters" else 0
+
+    @property
+    def num_running_blocks(self) -> int:
+        """Blocks that run: all, unless `num_hidden_layers` is set to fewer layers."""
+        return (self.num_hidden_layers - self.num_router_layers) // self.num_layers_per_block
+
+    @property
     def num_hidden_layers(self) -> int:
-        """Number of layers that run: those of all blocks, or fewer whole blocks if set for early exit."""
-        return self.__dict__.get("_num_hidden_layers", self.num_blocks * self.num_layers_per_block)
+        """Layers that run: those of blocks and router unless set. Early exit sets fewer, in whole blocks."""
+        every_layer = self.num_blocks * self.num_layers_per_block + self.num_router_layers
+        return self.__dict__.get("_num_hidden_layers", every_layer)
 
     @num_hidden_layers.setter
     def num_hidden_layers(self, value: int) -> None:
-        blocks, rest = divmod(value, self.num_layers_per_block)
+        step, router = self.num_layers_per_block, self.num_router_layers
+        blocks, rest = divmod(value - router, step)
         if rest or not 1 <= blocks <= self.num_blocks:
             raise ValueError(
                 f"`num_hidden_layers` follows from `num_blocks` ({self.num_blocks}) and `num_layers_per_block` "
-                f"({self.num_layers_per_block}). For early exit after some blocks, give a multiple of "
-                f"{self.num_layers_per_block} up to {self.num_blocks * self.num_layers_per_block}, got {value}."
+                f"({step}). For early exit after some blocks, give a multiple of {step} from {step + router} to "
+                f"{self.num_blocks * step + router}, got {value}."
             )
         self.__dict__.pop("_num_hidden_layers", None)
         if blocks < self.num_blocks:
@@ -139,7 +156,7 @@ class NoPropConfig(PreTrainedConfig):
             "loss_type": ("cross_entropy", "mse"),
             "pretraining_objective": ("mlm", "clm"),
             "block_initialization": ("pretraining", "random"),
-            "context_source": ("embeddings", "previous_block"),
+            "block_data": ("shared", "clusters"),
             "hidden_act": tuple(ACT2FN),
         }.items():
             value = getattr(self, name)

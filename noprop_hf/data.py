@@ -3,6 +3,7 @@
 import ast
 import codecs
 import copy
+import gzip
 import hashlib
 import json
 import sysconfig
@@ -42,7 +43,7 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import logging
 
-from .arguments import CPYTHON_DOCS, DataArguments, file_format
+from .arguments import CPYTHON_DOCS, DataArguments, file_format, is_compressed
 
 
 logger = logging.get_logger(__name__)
@@ -148,7 +149,7 @@ def _readable(what: str, file: str | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except (DatasetsError, OSError, ValueError, ImportError, RuntimeError) as error:
+    except (DatasetsError, OSError, ValueError, ImportError, RuntimeError, EOFError, zlib.error) as error:
         if isinstance(error, RuntimeError) and "Dataset scripts" not in str(error):
             raise
         cause: BaseException = error
@@ -157,6 +158,8 @@ def _readable(what: str, file: str | None = None) -> Iterator[None]:
         reason = (file and _broken_json(file)) or " ".join(str(cause).split())[:300] or type(cause).__name__
         if "corresponds to no data" in reason:
             reason = "it holds no rows"
+        if isinstance(cause, EOFError | zlib.error):  # of gzip
+            reason = f"{reason.rstrip('.')}; it may have been cut off"
         raise ValueError(f"Cannot read {what}: {reason.rstrip('.!')}.") from error
 
 
@@ -164,7 +167,7 @@ def _broken_json(file: str) -> str | None:
     """Describe the first line of a JSON lines file that is not JSON, if any."""
     if file_format(file) != "json":
         return None
-    with open(file, encoding="utf-8-sig") as lines:
+    with _open(file, "rt", encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if number == 1 and line.lstrip().startswith("["):
                 return None  # one array, of any number of lines
@@ -174,6 +177,10 @@ def _broken_json(file: str) -> str | None:
                 if line.strip():
                     return f"line {number} is not JSON ({error}); it may have been cut off"
     return None
+
+
+def _open(file: str, mode: str, encoding: str | None = None) -> Any:
+    return (gzip.open if is_compressed(file) else open)(file, mode, encoding=encoding)
 
 
 def _check_texts(rows: Dataset | IterableDataset, column: str, what: str) -> None:
@@ -228,15 +235,18 @@ def _check_encoding(file: str) -> None:
     """Check that a file is text in UTF-8.
 
     Raises:
-        ValueError: if the file is not UTF-8; the message names the first such line.
+        ValueError: if the file is not UTF-8; the message names the first such line. If it is compressed: if it cannot
+            be unpacked, or is empty then.
     """
     advice = (
         "Unpack it if it is compressed, or convert it to UTF-8, such as with "
         f"`iconv -f latin1 -t utf-8 {file}` (or -f utf-16)."
     )
     decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
-    with open(file, "rb") as stream:
-        for piece in chain(iter(lambda: stream.read(2**20), b""), [b""]):
+    with _open(file, "rb") as stream:
+        while True:
+            with _readable(f"the file {file!r}"):
+                piece = stream.read(2**20)
             try:
                 decoder.decode(piece, final=not piece)
             except UnicodeDecodeError as error:
@@ -245,6 +255,10 @@ def _check_encoding(file: str) -> None:
             if piece.count(0) * 10 > len(piece):
                 raise ValueError(f"The file {file!r} is not UTF-8 text: it is full of zero bytes. {advice}")
             line += piece.count(b"\n")
+            if not piece:
+                break
+        if stream.tell() == 0:
+            raise ValueError(f"The file {file!r} is empty.")
 
 
 def _hold_out(splits: DatasetDict | IterableDatasetDict, args: DataArguments) -> DatasetDict:

@@ -21,13 +21,18 @@ class Beliefs:
     replacing it: the belief at block b is the normalised geometric mean of the distributions of blocks 0 to b, each
     updated by Bayes' rule to the evidence `s_b` (block b itself through its head, which was trained at that level). In
     logits, `l_b = (mean_{j<=b} a_j + s_b) E^T + mean_{j<=b} bias_j`, where `a_j` is a block's answer without evidence.
-    On pure noise this is the predictive distribution of the first blocks.
+    With a router, the mean of the answers has the router's weights. On pure noise this is the predictive distribution
+    of the first blocks.
+
+    Args:
+        block_logits (`(..., num_blocks)`, *optional*): logits of the blocks' weights; equal weights when not given.
     """
 
-    def __init__(self):
+    def __init__(self, block_logits: torch.Tensor | None = None):
+        self.block_logits = block_logits
         self.count = 0
-        self.answers: torch.Tensor | float = 0.0
-        self.biases: torch.Tensor | float = 0.0
+        self.answer: torch.Tensor | float = 0.0  # the mean of the blocks so far
+        self.bias: torch.Tensor | float = 0.0
 
     def refine(
         self, head: nn.Module, context: torch.Tensor, evidence: torch.Tensor
@@ -48,10 +53,13 @@ class Beliefs:
         alone, bias = (tensor.float().to(device) for tensor in head(context))
         informed, _ = head(context.expand_as(evidence), evidence)
         answer = informed.float().to(device) - evidence
-        belief = (self.answers + answer) / self.count
-        self.answers = self.answers + alone
-        self.biases = self.biases + bias
-        return belief, self.biases / self.count, (alone, bias)
+        share: torch.Tensor | float = 1 / self.count  # of this block among the blocks so far
+        if self.block_logits is not None:
+            share = self.block_logits[..., : self.count].to(device).float().softmax(-1)[..., -1:]
+        belief = self.answer + share * (answer - self.answer)
+        self.answer = self.answer + share * (alone - self.answer)
+        self.bias = self.bias + (bias - self.bias) / self.count
+        return belief, self.bias, (alone, bias)
 
 
 class NoPropGenerationMixin(GenerationMixin):
@@ -132,17 +140,19 @@ class NoPropGenerationMixin(GenerationMixin):
         context_states: Sequence[torch.Tensor],
         num_trajectories: int = 1,
         generator: torch.Generator | None = None,
+        block_logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the chain from pure noise, and average the last block's distributions over the trajectories.
 
         Args:
             context_states: the context states of the blocks to run, `(..., hidden_size)` each.
             num_trajectories: number of independent chains.
+            block_logits (`(..., num_blocks)`, *optional*): see [`Beliefs`].
 
         Returns:
             `torch.Tensor` of shape `(..., vocab_size)`: log-probabilities of the next token.
         """
-        *_, (log_probs, _) = self.chain(context_states, num_trajectories, generator)
+        *_, (log_probs, _) = self.chain(context_states, num_trajectories, generator, block_logits)
         return log_probs.logsumexp(0) - math.log(num_trajectories)
 
     @torch.no_grad()
@@ -151,6 +161,7 @@ class NoPropGenerationMixin(GenerationMixin):
         context_states: Sequence[torch.Tensor],
         num_trajectories: int = 1,
         generator: torch.Generator | None = None,
+        block_logits: torch.Tensor | None = None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Run the chain: `s_{b+1} = s_b + D e_y + sqrt(D) eps`, with `y` drawn from the belief at block b.
 
@@ -167,7 +178,7 @@ class NoPropGenerationMixin(GenerationMixin):
         shape = (num_trajectories, *context_states[0].shape)
         evidence, level = torch.zeros(shape, device=context_states[0].device), 0.0
         log_probs = tokens = None
-        beliefs = Beliefs()
+        beliefs = Beliefs(block_logits)
         for block, context in zip(blocks, context_states, strict=True):
             if block.level > level:
                 tokens = sample_categorical(log_probs, generator)

@@ -49,7 +49,6 @@ from .model_directory import (
     missing_table,
     read_metadata,
     shapes_in,
-    trained_shard,
     write_atomically,
 )
 from .shards_noprop import (
@@ -256,21 +255,6 @@ class MeetingPlace(Repository):
 
         return self.insist(look)
 
-    def fetch_block(self, block_index: int) -> bool:
-        """Download a block into the directory, if it is published.
-
-        Returns:
-            Whether the block is published.
-
-        Raises:
-            ValueError: if the published shard is damaged.
-        """
-        head = self.insist(self.head)
-        is_published = block_shard(block_index) in file_names(head)
-        if is_published:
-            self._fetch(block_shard(block_index), head)
-        return is_published
-
     def claims(self) -> dict[int, BlockClaim]:
         """Return the claims, by block index."""
 
@@ -449,15 +433,6 @@ class NoMeetingPlace:
         """Return an empty dictionary, as no block is published."""
         return {}
 
-    def fetch_block(self, block_index: int) -> bool:
-        """Raise an error, since no block is published.
-
-        Raises:
-            FileNotFoundError: always.
-        """
-        trained_shard(self.directory, block_index)
-        return True
-
     def claim_block(self, block_index: int, take_over: bool = False) -> str | None:
         """Return None: processes of one machine exclude one another by locks."""
         return None
@@ -488,9 +463,8 @@ def published_fault(
     shard = published[name]
     if shard is None:
         return "is damaged"
-    provenance = {note: value for note, value in table.metadata.items() if note in ("fingerprint", "data")}
-    if config.context_source == "previous_block" and block_index > 0:
-        provenance["previous_block"] = noted_hash(published.get(block_shard(block_index - 1))) or ""
+    notes = ("fingerprint", "data", "clusters")
+    provenance = {note: value for note, value in table.metadata.items() if note in notes}
     lacking = sorted({CONTENT_HASH, *provenance} - shard.metadata.keys()) if provenance else []
     if lacking:
         return f"has no complete provenance: its metadata lack {', '.join(lacking)}"

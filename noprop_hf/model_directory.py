@@ -4,6 +4,7 @@ Phase 1 writes everything but the blocks. A worker that trains block 3 then read
 and touches no other file. Once all files exist, the directory is a model like any other, without a merge step.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from .arguments import one_line
 from .checkpoints import flush, raise_if_disk_is_full
 from .configuration_noprop import NoPropConfig
 from .layout import CORPUS_FILE
-from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, TokenTable, weight_shapes
+from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, Router, TokenTable, weight_shapes
 from .shards_noprop import (
     AUTO_MAP,
     CHANGED_CONFIG,
@@ -32,6 +33,7 @@ from .shards_noprop import (
     TABLE_WEIGHT,
     Shard,
     block_shard,
+    clusters_hash,
     content_hash,
     fingerprint,
     index_fault,
@@ -45,6 +47,7 @@ from .shards_noprop import (
 
 
 TABLE_PREFIX = "model.embed_tokens."
+ROUTER_PREFIX = "model.router."
 
 
 def block_prefix(block_index: int) -> str:
@@ -115,10 +118,11 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
-    """Read the tensors of a safetensors file, by their plain names without the prefix."""
+    """Read the tensors of a safetensors file whose names begin with a prefix, under the rest of their names."""
+    prefix = plain_name(prefix)
     with safe_open(path, framework="pt") as file:
-        names = {plain_name(name).removeprefix(plain_name(prefix)): name for name in file.keys()}  # noqa: SIM118
-        return {short: file.get_tensor(name) for short, name in names.items()}
+        names = [name for name in file.keys() if plain_name(name).startswith(prefix)]  # noqa: SIM118
+        return {plain_name(name).removeprefix(prefix): file.get_tensor(name) for name in names}
 
 
 def stored_type(directory: Path) -> str | None:
@@ -134,6 +138,7 @@ def create_model_directory(
     tokenizer: PreTrainedTokenizerBase,
     table: TokenTable,
     metadata: Mapping[str, str] | None = None,
+    router: Router | None = None,
 ) -> None:
     """Write a model without its blocks: code, configurations, tokenizer, index and, last, the shard of the table.
 
@@ -141,6 +146,7 @@ def create_model_directory(
 
     Args:
         metadata: further metadata of the shard of the table.
+        router: the router, which is written into the same shard.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
@@ -156,6 +162,8 @@ def create_model_directory(
     remove_unfinished(directory / SAFE_WEIGHTS_INDEX_NAME)
     _write_text(directory / SAFE_WEIGHTS_INDEX_NAME, json.dumps(shard_index(model.state_dict()), indent=2) + "\n")
     tensors = {TABLE_PREFIX + name: tensor for name, tensor in table.state_dict().items()}
+    if router is not None:
+        tensors |= {ROUTER_PREFIX + name: tensor for name, tensor in router.state_dict().items()}
     provenance = {"fingerprint": fingerprint(config, table.weight)}
     flush_files(directory)
     save_shard(directory / EMBEDDINGS_SHARD, tensors, {**provenance, **(metadata or {})})
@@ -229,7 +237,7 @@ def read_config(name_or_path: str | Path, token: str | None = None) -> NoPropCon
     try:
         return NoPropConfig.from_dict(fields)
     except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
-        raise ValueError(f"{CONFIG_NAME} of {name_or_path} is damaged: {one_line(error)}") from error
+        raise ValueError(f"{CONFIG_NAME} of {name_or_path} cannot be used: {one_line(error)}") from error
 
 
 def missing_table(directory: Path) -> str:
@@ -265,11 +273,20 @@ def load_table(directory: Path, config: NoPropConfig) -> TokenTable:
     return table
 
 
+def load_router(directory: Path, config: NoPropConfig) -> Router | None:
+    """Read the router of a model directory; None if all blocks are trained on the same text."""
+    if config.block_data != "clusters":
+        return None
+    router = Router(copy.deepcopy(config))
+    router.load_state_dict(read_tensors(directory / EMBEDDINGS_SHARD, ROUTER_PREFIX))
+    return router.eval()
+
+
 def save_block(directory: Path, block: DenoisingBlock, table: TokenTable, metadata: Mapping[str, str]) -> None:
     """Write the shard of one trained block."""
     prefix = block_prefix(block.block_index)
     tensors = {prefix + name: tensor for name, tensor in block.state_dict().items()}
-    provenance = block_provenance(directory, block.config, table, block.block_index)
+    provenance = block_provenance(directory, block.config, table)
     index = {"block": str(block.block_index)}
     save_shard(directory / block_shard(block.block_index), tensors, {**index, **provenance, **metadata})
 
@@ -277,35 +294,15 @@ def save_block(directory: Path, block: DenoisingBlock, table: TokenTable, metada
 def load_block(directory: Path, config: NoPropConfig, block_index: int) -> DenoisingBlock:
     """Read one trained block of a model directory."""
     block = DenoisingBlock(config, block_index)
-    block.load_state_dict(read_tensors(trained_shard(directory, block_index), block_prefix(block_index)))
+    block.load_state_dict(read_tensors(directory / block_shard(block_index), block_prefix(block_index)))
     return block
 
 
-def trained_shard(directory: Path, block_index: int) -> Path:
-    """Return the path of the shard of a block that another block reads.
-
-    Raises:
-        FileNotFoundError: if the shard does not exist.
-    """
-    path = directory / block_shard(block_index)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"Block {block_index + 1} reads block {block_index}, which is not in {directory}: with "
-            "`context_source='previous_block'`, train the blocks in order."
-        )
-    return path
-
-
-def block_provenance(directory: Path, config: NoPropConfig, table: TokenTable, block_index: int) -> dict[str, str]:
-    """Return the provenance of a block: the fingerprint of the model, and the hash of the block that it reads, if any.
-
-    Raises:
-        FileNotFoundError: if the block reads the block before it, which does not exist.
-        ValueError: if the block before it is damaged.
-    """
+def block_provenance(directory: Path, config: NoPropConfig, table: TokenTable) -> dict[str, str]:
+    """Return the provenance of any block: the fingerprint of the model and a hash of the clusters, if it has them."""
     provenance = {"fingerprint": fingerprint(config, table.weight)}
-    if config.context_source == "previous_block" and block_index > 0:
-        provenance["previous_block"] = check_whole(trained_shard(directory, block_index - 1)).content_hash
+    if config.block_data == "clusters":
+        provenance["clusters"] = clusters_hash(read_tensors(directory / EMBEDDINGS_SHARD, ROUTER_PREFIX))
     return provenance
 
 
@@ -318,7 +315,7 @@ def block_fault(
         Damage, other tensors, weights that are not finite, another provenance or missing training, as the predicate of
         a sentence about the shard; or None.
     """
-    provenance = {"block": str(block_index), **block_provenance(directory, config, table, block_index)}
+    provenance = {"block": str(block_index), **block_provenance(directory, config, table)}
     data = read_metadata(directory / EMBEDDINGS_SHARD).get("data")
     if data is not None:
         provenance["data"] = data

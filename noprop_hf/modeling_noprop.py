@@ -12,7 +12,7 @@ Method: NoProp (Li, Teh, Pascanu 2025, arXiv 2503.24322), with the noise enterin
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    SequenceClassifierOutput,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -168,16 +173,12 @@ class ContextEncoder(nn.Module):
 
     Args:
         first_layer_idx: index of the first layer in a key-value cache shared by all blocks.
-        reads_states: whether the encoder also reads the context states of another encoder.
     """
 
-    def __init__(self, config: NoPropConfig, num_layers: int, first_layer_idx: int = 0, reads_states: bool = False):
+    def __init__(self, config: NoPropConfig, num_layers: int, first_layer_idx: int = 0):
         super().__init__()
         self.config = config
         self.input_projection = linear(config.hidden_size, config.hidden_size, init.eye_)
-        self.state_projection = None
-        if reads_states:  # zeros: start as an encoder without the other one
-            self.state_projection = linear(config.hidden_size, config.hidden_size, init.zeros_)
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, first_layer_idx + i) for i in range(num_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
@@ -209,16 +210,10 @@ class ContextEncoder(nn.Module):
         }
         return inputs if is_causal else inputs | {"is_causal": False}  # the layers are causal by default
 
-    def forward(
-        self, inputs_embeds: torch.Tensor, previous_states: torch.Tensor | None = None, **attention_inputs
-    ) -> torch.Tensor:
+    def forward(self, inputs_embeds: torch.Tensor, **attention_inputs) -> torch.Tensor:
         """Map clean embeddings `(batch, sequence, hidden_size)` to context states of the same shape."""
         # Scale rows of norm sqrt(d) to norm 1: at full scale the embeddings dominate the layers' contributions.
-        scale = math.sqrt(inputs_embeds.shape[-1])
-        hidden_states = self.input_projection(inputs_embeds / scale)
-        if self.state_projection is not None:
-            assert previous_states is not None
-            hidden_states = hidden_states + self.state_projection(previous_states / scale)
+        hidden_states = self.input_projection(inputs_embeds / math.sqrt(inputs_embeds.shape[-1]))
         for layer in self.layers:
             hidden_states = layer(hidden_states, **attention_inputs)
         return self.norm(hidden_states)
@@ -286,7 +281,7 @@ class NoPropPreTrainedModel(ShardedFilesMixin, PreTrainedModel):
     config: NoPropConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DenoisingBlock"]
+    _no_split_modules = ["DenoisingBlock", "Router"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -299,6 +294,9 @@ class NoPropPreTrainedModel(ShardedFilesMixin, PreTrainedModel):
         if isinstance(module, TokenTable):
             init.copy_(module.weight, standardize(torch.randn_like(module.weight)))
             init.zeros_(module.log_prior)
+        elif isinstance(module, Router):
+            init.zeros_(module.centroids)
+            init.zeros_(module.prices)
         elif isinstance(module, DenoisingHead):
             init.zeros_(module.bias)
         elif hasattr(module, "initialize"):
@@ -341,16 +339,17 @@ class NoPropPreTrainedModel(ShardedFilesMixin, PreTrainedModel):
 
 
 def weight_shapes(config: NoPropConfig) -> dict[str, torch.Size]:
-    """Return the shapes of the weights of table and blocks, by their names in [`NoPropModel`]."""
+    """Return the shapes of the weights of table, router and blocks, by their names in [`NoPropModel`]."""
     with torch.device("meta"):
-        table = TokenTable(config)
-        # All blocks after the first have the same shapes.
-        blocks = [DenoisingBlock(config, index) for index in range(min(2, config.num_blocks))]
-    shapes = {f"embed_tokens.{name}": tensor.shape for name, tensor in table.state_dict().items()}
-    for index in range(config.num_blocks):
-        weights = blocks[min(index, 1)].state_dict()
-        shapes |= {f"blocks.{index}.{name}": tensor.shape for name, tensor in weights.items()}
-    return shapes
+        parts = {"embed_tokens": TokenTable(config), "router": new_router(config)}
+        block = DenoisingBlock(config)  # all blocks have the same shapes
+    parts |= {f"blocks.{index}": block for index in range(config.num_blocks)}
+    return {
+        f"{name}.{weight}": tensor.shape
+        for name, part in parts.items()
+        if part is not None
+        for weight, tensor in part.state_dict().items()
+    }
 
 
 @dataclass
@@ -394,8 +393,7 @@ class DenoisingBlock(NoPropPreTrainedModel):
         assert config.noise_levels is not None  # resolved by the configuration
         self.level = config.noise_levels[block_index]
         num_layers = config.num_layers_per_block
-        reads_states = config.context_source == "previous_block" and block_index > 0
-        self.encoder = ContextEncoder(config, num_layers, block_index * num_layers, reads_states)
+        self.encoder = ContextEncoder(config, num_layers, config.num_router_layers + block_index * num_layers)
         self.head = DenoisingHead(config, self.level)
         self.gradient_checkpointing = False
         self.post_init()
@@ -424,7 +422,6 @@ class DenoisingBlock(NoPropPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         generator: torch.Generator | None = None,
-        previous_states: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         kept: slice | torch.Tensor = slice(None),
         **attention_inputs,
@@ -443,8 +440,6 @@ class DenoisingBlock(NoPropPreTrainedModel):
             num_items_in_batch: divisor of the summed losses (gradient accumulation); the number of predicted tokens of
                 this batch when not given.
             generator: source of randomness; torch's global one when not given.
-            previous_states (`(batch, sequence, hidden_size)`, *optional*): context states of the block before, which a
-                block reads with `context_source="previous_block"`.
             inputs_embeds (`(batch, sequence, hidden_size)`), kept, attention_inputs: instead of tokens and labels,
                 rows of the table, the positions to answer, and the result of [`ContextEncoder.attention_inputs`].
 
@@ -454,12 +449,12 @@ class DenoisingBlock(NoPropPreTrainedModel):
         """
         if labels is None:
             positions = {"attention_mask": attention_mask, "position_ids": position_ids}
-            context = self.encoder(inputs_embeds, previous_states, **positions, **attention_inputs)
+            context = self.encoder(inputs_embeds, **positions, **attention_inputs)
             return context, *self.head(context[:, kept])
         assert table is not None
         inputs_embeds = table(input_ids)
         attention_inputs = self.encoder.attention_inputs(inputs_embeds, attention_mask, position_ids)
-        context = self.encoder(inputs_embeds, previous_states, **attention_inputs)[:, :-1]
+        context = self.encoder(inputs_embeds, **attention_inputs)[:, :-1]
         targets = labels[:, 1:]
         predicted = places(targets != -100)
         context, targets = context[predicted], targets[predicted]
@@ -527,29 +522,101 @@ class DenoisingBlock(NoPropPreTrainedModel):
             return (probabilities @ embeddings - embeddings[targets]).pow(2).mean(-1).sum()
 
 
+class Router(NoPropPreTrainedModel):
+    """Weigh the blocks of a model with `block_data="clusters"` by the text so far.
+
+    A window of text belongs to the cluster that maximises `feature . centroid - price`, where the feature is the mean
+    of its tokens' rows of the table, weighted against frequent tokens. Block b is trained on the windows of cluster b.
+    The router has an encoder of its own and predicts from a prefix alone the cluster of the whole window. (After
+    Gururangan et al. 2023, "Scaling expert language models with unsupervised domain discovery", arXiv 2303.14177, where
+    the weights follow from the distances of the prefix to the centroids.)
+
+    `centroids` (`(num_blocks, hidden_size)`) have norm 1, and `prices` (`(num_blocks,)`) keep clusters of similar size.
+    """
+
+    accepts_loss_kwargs = False  # for `Trainer`: the loss is a mean
+
+    def __init__(self, config: NoPropConfig):
+        super().__init__(config)
+        self.encoder = ContextEncoder(config, config.num_layers_per_block)
+        self.readout = nn.Linear(config.hidden_size, config.num_blocks)
+        self.register_buffer("centroids", torch.zeros(config.num_blocks, config.hidden_size))
+        self.register_buffer("prices", torch.zeros(config.num_blocks))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @classmethod
+    def _weight_shapes(cls, config: NoPropConfig) -> dict[str, torch.Size]:
+        with torch.device("meta"):
+            return {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        table: TokenTable | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        kept: slice | torch.Tensor = slice(None),
+        **attention_inputs,
+    ) -> SequenceClassifierOutput | torch.Tensor:
+        """Compute a logit for each block at each position, or the training loss.
+
+        Args:
+            input_ids (`(batch, sequence)`): tokens.
+            labels (`(batch,)`): clusters of the windows.
+            table: the frozen table.
+            inputs_embeds (`(batch, sequence, hidden_size)`), kept, attention_inputs: as in [`DenoisingBlock.forward`].
+
+        Returns:
+            With labels, the cross-entropy at all positions. Without, the logits at the positions `kept`, `(batch,
+            positions, num_blocks)`.
+        """
+        if labels is None:
+            positions = {"attention_mask": attention_mask, "position_ids": position_ids}
+            return self.readout(self.encoder(inputs_embeds, **positions, **attention_inputs)[:, kept])
+        assert table is not None
+        inputs_embeds = table(input_ids)
+        attention_inputs = self.encoder.attention_inputs(inputs_embeds, attention_mask, position_ids)
+        logits = self.readout(self.encoder(inputs_embeds, **attention_inputs)).float()
+        targets = labels[:, None].expand(logits.shape[:-1])
+        if attention_mask is not None:
+            targets = targets.masked_fill(attention_mask == 0, -100)
+        return SequenceClassifierOutput(loss=F.cross_entropy(logits.flatten(0, 1), targets.flatten()), logits=logits)
+
+
+def new_router(config: NoPropConfig) -> Router | None:
+    """Create the router of a model, with random weights; None unless blocks are trained on clusters."""
+    return Router(config) if config.block_data == "clusters" else None
+
+
 @dataclass
 class NoPropModelOutput(BaseModelOutputWithPast):
     """Output of [`NoPropModel`].
 
     Args:
         last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): the blocks' answers on
-            pure noise, averaged: a prediction of the embedding of the next token.
+            pure noise, averaged with the weights of the blocks: a prediction of the embedding of the next token.
         context_states (`tuple[torch.Tensor]`): the context states of each block, `(batch_size, sequence_length,
             hidden_size)` each.
         bias (`torch.Tensor` of shape `(vocab_size,)`): the mean of the blocks' biases.
+        block_logits (`torch.Tensor` of shape `(batch_size, sequence_length, num_blocks)`, *optional*): logits of the
+            blocks' weights, from the router; None if all blocks weigh the same.
 
-    `hidden_states` and `attentions`, when requested, list the layers of block 0, then block 1, and so on.
+    `hidden_states` and `attentions`, when requested, list the layers of the router, if there is one, then those of
+    block 0, block 1, and so on.
     """
 
     context_states: tuple[torch.Tensor, ...] | None = None
     bias: torch.Tensor | None = None
+    block_logits: torch.Tensor | None = None
 
 
 class NoPropModel(NoPropPreTrainedModel):
-    """The frozen table and all blocks.
+    """The frozen table, all blocks and, if blocks are trained on clusters, the router that weighs them.
 
-    The blocks read the same clean context and do not depend on one another. (With `context_source="previous_block"`,
-    each block also reads the states of the block before it.)
+    The blocks read the same clean context and do not depend on one another.
     """
 
     _is_sharded = True
@@ -557,6 +624,7 @@ class NoPropModel(NoPropPreTrainedModel):
     _forwards: Mapping[type, Callable] = {
         **LLAMA_FORWARDS,
         DenoisingBlock: DenoisingBlock.forward,
+        Router: Router.forward,
         ContextEncoder: ContextEncoder.forward,
     }
 
@@ -564,6 +632,7 @@ class NoPropModel(NoPropPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = TokenTable(config)
         self.blocks = nn.ModuleList(DenoisingBlock(config, index) for index in range(config.num_blocks))
+        self.router = new_router(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -582,7 +651,7 @@ class NoPropModel(NoPropPreTrainedModel):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> NoPropModelOutput:
-        """Encode the context with every block and average the blocks' answers on pure noise.
+        """Encode the context with every block and average the answers on pure noise, with the router's weights.
 
         Args:
             input_ids (`(batch_size, sequence_length)`): token ids; or `inputs_embeds`, their rows of the table.
@@ -601,8 +670,7 @@ class NoPropModel(NoPropPreTrainedModel):
             raise ValueError(
                 f"`num_inference_blocks` must be an integer from 1 to {len(self.blocks)}, got {num_inference_blocks}."
             )
-        early_exit = self.config.num_hidden_layers // self.config.num_layers_per_block
-        num_inference_blocks = min(num_inference_blocks, early_exit)
+        num_inference_blocks = min(num_inference_blocks, self.config.num_running_blocks)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and cache is None:
@@ -610,14 +678,16 @@ class NoPropModel(NoPropPreTrainedModel):
             cache = (DynamicCache if is_compiling else BlockCache)(config=self.config)
 
         blocks = self.blocks[:num_inference_blocks]
-        self._check_cache(cache, blocks)
+        parts = [*blocks] if self.router is None else [self.router, *blocks]
+        self._check_cache(cache, parts)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         attention_inputs = blocks[0].encoder.attention_inputs(inputs_embeds, attention_mask, position_ids, cache)
         recorded = {f"output_{name}": getattr(self.config, f"output_{name}", None) for name in self._can_record_outputs}
-        layers = None if self.training else find_layers(blocks, self._forwards, cache, recorded | kwargs)
+        layers = None if self.training else find_layers(parts, self._forwards, cache, recorded | kwargs)
+        block_logits = None
         if layers is not None:
             states = encode_side_by_side(
-                [block.encoder for block in blocks],
+                [part.encoder for part in parts],
                 layers,
                 inputs_embeds,
                 attention_inputs["attention_mask"],
@@ -625,40 +695,61 @@ class NoPropModel(NoPropPreTrainedModel):
                 cache,
                 last_only=isinstance(logits_to_keep, int) and logits_to_keep == 1,
             )[:, :, kept]
+            if self.router is not None:
+                block_logits = self.router.readout(states[0])
+                states = states[1:]
             answers = [(context, *block.head(context)) for block, context in zip(blocks, states, strict=True)]
         else:
-            answers = []
-            inputs = attention_inputs | kwargs | {"inputs_embeds": inputs_embeds, "kept": kept}
-            inputs |= layer_arguments(inputs_embeds, cache)
-            for block in blocks:
-                previous = answers[-1][0] if answers else None  # read with `context_source="previous_block"` only
-                answers.append(block(previous_states=previous, use_cache=use_cache, **inputs))
+            inputs = attention_inputs | kwargs | layer_arguments(inputs_embeds, cache)
+            inputs |= {"inputs_embeds": inputs_embeds, "kept": kept, "use_cache": use_cache}
+            if self.router is not None:
+                block_logits = self.router(**inputs)
+            answers = [block(**inputs) for block in blocks]
             answers = [(context[:, kept], *answer) for context, *answer in answers]
         context_states, predictions, biases = zip(*answers, strict=True)
         device = inputs_embeds.device  # blocks may lie on several devices
+        predictions = torch.stack([prediction.to(device) for prediction in predictions])
+        if block_logits is None:
+            prediction = predictions.mean(0)
+        else:
+            block_logits = block_logits[..., :num_inference_blocks].to(device)
+            weights = block_logits.float().softmax(-1).to(predictions.dtype)
+            prediction = torch.einsum("...b,b...d->...d", weights, predictions)
         return NoPropModelOutput(
-            last_hidden_state=torch.stack([prediction.to(device) for prediction in predictions]).mean(0),
+            last_hidden_state=prediction,
             context_states=context_states,
             bias=torch.stack([bias.to(device) for bias in biases]).mean(0),
+            block_logits=block_logits,
             **{CACHE: cache},
         )
 
     @staticmethod
-    def _check_cache(cache: Cache | None, blocks: nn.ModuleList) -> None:
-        """Check that a cache holds the same tokens for all blocks that will read it.
+    def _check_cache(cache: Cache | None, parts: Sequence[nn.Module]) -> None:
+        """Check that a cache holds the same tokens for all blocks, and the router, that will read it.
 
         Raises:
-            ValueError: if the cache was filled by fewer blocks.
+            ValueError: if the cache was filled by fewer blocks, or without the first layer, which counts the tokens.
         """
         if not isinstance(cache, Cache) or torch.compiler.is_compiling():  # paged caches track their own lengths
             return
-        layers = [block.encoder.layers[0] for block in blocks if len(block.encoder.layers) > 0]
-        lengths = [cache.get_seq_length(layer.self_attn.layer_idx) for layer in layers if hasattr(layer, "self_attn")]
-        if any(length != lengths[0] for length in lengths):
-            count = sum(length == lengths[0] for length in lengths)
+        lengths = [
+            (part, cache.get_seq_length(layer.self_attn.layer_idx))
+            for part in parts
+            for layer in part.encoder.layers[:1]
+            if hasattr(layer, "self_attn")
+        ]
+        if not lengths:
+            return
+        if lengths[0][1] != cache.get_seq_length():
             raise ValueError(
-                f"The cache was filled with `num_inference_blocks={count}`, and {len(blocks)} blocks cannot continue "
-                "from it: use as many blocks, or a new cache."
+                "The first layer of a cache counts its tokens, and this model has lost that layer, of its router or of "
+                "block 0: use `use_cache=False`, or give every `self_attn.layer_idx` a new number from 0 on."
+            )
+        if any(length != lengths[0][1] for _, length in lengths):
+            blocks = [length for part, length in lengths if not isinstance(part, Router)]
+            raise ValueError(
+                f"The cache was filled with `num_inference_blocks={blocks.count(blocks[0])}`, and {len(blocks)} blocks "
+                "cannot continue from it: use as many blocks, or a new cache."
             )
 
 
@@ -726,7 +817,7 @@ class OutputEmbeddings(nn.Module):
     @property
     def bias(self) -> torch.Tensor:
         config, device = self.model.config, self.weight.device  # blocks may lie on several devices
-        blocks = self.model.blocks[: config.num_hidden_layers // config.num_layers_per_block]
+        blocks = self.model.blocks[: config.num_running_blocks]
         return torch.stack([block.head.bias.to(device) for block in blocks]).mean(0)
 
     def forward(self, points: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -823,7 +914,7 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
             )
             logits = torch.log_softmax(logits, -1, out=None if is_shared else logits)
         elif decoding_mode == "denoising":
-            logits = self.denoise(outputs.context_states, num_trajectories, generator)
+            logits = self.denoise(outputs.context_states, num_trajectories, generator, outputs.block_logits)
         else:
             raise ValueError(f"`decoding_mode` must be 'predictive' or 'denoising', got {decoding_mode!r}.")
 
@@ -876,7 +967,9 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
 
         evidence = torch.zeros_like(clean, dtype=torch.float32)
         level, token_nats, context_nats = 0.0, [], []
-        beliefs, previous = Beliefs(), None
+        block_logits = outputs.block_logits
+        beliefs = Beliefs(None if block_logits is None else block_logits[:, :-1][predicted])
+        previous = None
         for block, states in zip(blocks, outputs.context_states, strict=True):
             context = states[:, :-1][predicted]
             if block.level > level:

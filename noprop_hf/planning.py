@@ -30,10 +30,11 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 
 from .arguments import check_training_arguments, parse_blocks
 from .checkpoints import DurableTrainer, newest_checkpoint, run_identity, use_one_device
+from .clusters import check_clustered_data, router_fields
 from .configuration_noprop import NoPropConfig
 from .data import load_corpus, load_tokenizer, tokenize, training_fingerprint
 from .meeting_place import NoMeetingPlace
-from .model_directory import block_is_trained, check_data, load_table
+from .model_directory import block_is_trained, check_data, load_router, load_table
 from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForPreTraining, TokenTable
 from .noise_noprop import standardize
 from .parallel import group_processes
@@ -283,20 +284,33 @@ class Rehearsal:
         pretraining = self.recipe.pretraining
         with self._arguments(**pretraining.training_fields()) as args:
             trainer = pretraining_trainer(self.config, self.tokenizer, self.dataset, pretraining, args)
-            return self._measure(trainer)
+            return self._measure(trainer, self.split)
 
     def block(self, table: TokenTable, index: int) -> TrainingCost:
-        """Measure a block, from a random start; blocks that it reads are random as well."""
-        reads = range(index) if self.config.context_source == "previous_block" else ()
-        previous = [DenoisingBlock(self.config, earlier) for earlier in reads]
+        """Measure a block, from a random start."""
         block = DenoisingBlock(copy.deepcopy(self.config), index)
         with self._arguments() as args:
-            trainer = block_trainer(block, table, previous, self.tokenizer, self.dataset, args)
-            return self._measure(trainer, [trainer.table, *trainer.previous])
+            trainer = block_trainer(block, table, self.tokenizer, self.dataset, args)
+            return self._measure(trainer, self.block_split, [trainer.table])
 
-    def steps(self, args: TrainingArguments) -> int:
-        """Count the optimizer steps of a whole training."""
-        return count_steps(args, self.split.windows, self.processes)
+    @property
+    def block_split(self) -> SplitSize:
+        """The size of the text of one block; clusters are about equal."""
+        if self.config.block_data == "shared" or self.split.windows is None:
+            return self.split
+        share = self.config.num_blocks
+        return SplitSize(self.split.rows, self.split.windows // share, (self.split.tokens or 0) // share)
+
+    def block_steps(self, args: TrainingArguments) -> int:
+        """Count the optimizer steps of a block."""
+        return count_steps(args, self.block_split.windows, self.processes)
+
+    def router_steps(self) -> int:
+        """Count the optimizer steps of the router, if there is one."""
+        if self.config.block_data == "shared":
+            return 0
+        with self._arguments(**router_fields(self.recipe.pretraining, self.recipe.training)) as args:
+            return count_steps(args, self.split.windows, self.processes)
 
     @contextmanager
     def _arguments(self, **fields: Any) -> Iterator[TrainingArguments]:
@@ -307,9 +321,9 @@ class Rehearsal:
             args.eval_strategy = args.save_strategy = args.logging_strategy = "no"
             yield args
 
-    def _measure(self, trainer: DurableTrainer, frozen: Sequence[nn.Module] = ()) -> TrainingCost:
-        args, split = trainer.args, self.split
-        steps = self.steps(args)
+    def _measure(self, trainer: DurableTrainer, split: SplitSize, frozen: Sequence[nn.Module] = ()) -> TrainingCost:
+        args = trainer.args
+        steps = count_steps(args, split.windows, self.processes)
         windows = steps * args.train_batch_size * args.gradient_accumulation_steps * self.processes
         length = self.recipe.data.max_length if not split.windows else (split.tokens or 0) / split.windows
         epochs = None if split.windows is None else windows / split.windows
@@ -339,6 +353,7 @@ class Plan:
         has_table: whether the table is in the directory.
         remaining: the remaining steps of each block; 0 if it is trained.
         phase1_remaining: the remaining steps of phase 1.
+        router_steps: steps of the router after phase 1; 0 without clusters.
         groups: number of blocks trained at a time, and of processes for each.
         model_bytes: upper bound on the size of the model directory without checkpoints.
         device: the device on which steps were timed.
@@ -353,6 +368,7 @@ class Plan:
     has_table: bool
     remaining: dict[int, int]
     phase1_remaining: int
+    router_steps: int
     groups: tuple[int, int]
     model_bytes: int
     device: torch.device
@@ -360,12 +376,13 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> int:
         """Upper bound on the bytes of all checkpoints; those of finished blocks stay."""
-        phase1 = 0 if self.phase1 is None else self.phase1.checkpoints
+        phase1 = 0 if self.phase1 is None else self.phase1.checkpoints * (1 if self.router_steps == 0 else 2)
         return phase1 + (0 if self.block is None else self.block.checkpoints * len(self.remaining))
 
     @property
     def phase1_seconds(self) -> float:
-        return 0.0 if self.phase1 is None else self.phase1.seconds * self.phase1_remaining
+        # A step of the router costs no more than one of phase 1, which has the same layers and a softmax.
+        return 0.0 if self.phase1 is None else self.phase1.seconds * (self.phase1_remaining + self.router_steps)
 
     @property
     def blocks_seconds(self) -> float:
@@ -398,11 +415,12 @@ class Plan:
         config, sizes = self.config, self.sizes
         levels = ", ".join(f"{level:.4g}" for level in config.noise_levels or [])
         is_guess = config.noise_schedule == "information" and not self.has_table
+        parts = f"{config.num_blocks} blocks" + (" and a router" if config.num_router_layers else "")
         return ("model",), [
             ("vocabulary", f"{config.vocab_size:,} tokens"),
             ("table", f"{config.vocab_size * config.hidden_size:,} parameters, frozen"),
             ("one block", f"{sizes.block // 4:,} parameters"),
-            ("all", f"{(sizes.model - sizes.table) // 4:,} parameters in {config.num_blocks} blocks, and the table"),
+            ("all", f"{(sizes.model - sizes.table) // 4:,} parameters in {parts}, and the table"),
             ("noise", f"{config.noise_schedule}, levels {levels}" + " (a guess: phase 1 sets them)" * is_guess),
         ]
 
@@ -499,13 +517,14 @@ def plan(recipe: Recipe) -> Plan:
     dataset = tokenize(corpus, tokenizer, recipe.data)
     data = training_fingerprint(dataset["train"], recipe.data)
     check_data(directory, data)
+    check_clustered_data(config, dataset["train"])
     check_block_data(recipe.blocks, tokenizer, dataset["train"], args)
+    router = load_router(directory, config) if has_table else None
     splits = {name: SplitSize.of(corpus[name], dataset[name]) for name in dataset}
     if not has_table:
         table.log_prior.copy_(log_prior(dataset["train"], config.vocab_size))
     selected = parse_blocks(recipe.blocks.blocks, config.num_blocks)
-    at_once = 1 if config.context_source == "previous_block" else len(selected)
-    groups = group_processes(recipe.blocks.parallelism, recipe.run.processes, at_once)
+    groups = group_processes(recipe.blocks.parallelism, recipe.run.processes, len(selected))
 
     rehearsal = Rehearsal(recipe, config, tokenizer, dataset, splits["train"], groups[1])
     together = {"world_size": groups[1]}
@@ -517,17 +536,20 @@ def plan(recipe: Recipe) -> Plan:
         phase1 = rehearsal.phase1()
         phase1_remaining = phase1.steps - _step_of(checkpoint)
 
-    run = BlockRun(directory, config, table, tokenizer, dataset, data, args, recipe.blocks, NoMeetingPlace(directory))
+    run = BlockRun(
+        directory, config, table, router, tokenizer, dataset, data, args, recipe.blocks, NoMeetingPlace(directory)
+    )
     remaining = {}
     for index in selected:
         if has_table and block_is_trained(directory, config, table, index):
             remaining[index] = 0
         else:
             checkpoint = run.checkpoint(index, **together) if has_table else None
-            remaining[index] = rehearsal.steps(args) - _step_of(checkpoint)
+            remaining[index] = rehearsal.block_steps(args) - _step_of(checkpoint)
     waiting = [index for index in selected if remaining[index] > 0]
-    # In order, each block costs a bit more than the one before: measure the one in the middle.
-    block = rehearsal.block(table, waiting[len(waiting) // 2]) if waiting else None
+    for index in waiting:
+        run.block_dataset(index)  # raises if the cluster is too small
+    block = rehearsal.block(table, waiting[-1]) if waiting else None
 
     sizes = Sizes.of(config)
     model_bytes = sizes.model + rehearsal.tokenizer_bytes + SMALL_FILES
@@ -540,6 +562,7 @@ def plan(recipe: Recipe) -> Plan:
         sizes=sizes,
         phase1=phase1,
         phase1_remaining=phase1_remaining,
+        router_steps=0 if has_table else rehearsal.router_steps(),
         block=block,
         remaining=remaining,
         has_table=has_table,

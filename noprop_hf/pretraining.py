@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from .arguments import BlockArguments, ModelArguments, PretrainingArguments, check_training_arguments
 from .checkpoints import DurableTrainer, trainer_arguments, training_note
+from .clusters import check_clustered_data, train_router
 from .configuration_noprop import NoPropConfig
 from .data import (
     DataArguments,
@@ -39,7 +40,7 @@ from .model_directory import check_data, create_model_directory, load_table, rea
 from .modeling_noprop import NoPropForPreTraining, TokenTable
 from .noise_noprop import information_levels, standardize
 from .parallel import run_once
-from .shards_noprop import EMBEDDINGS_SHARD, PRETRAINING_FOLDER, without_progress_bar
+from .shards_noprop import EMBEDDINGS_SHARD, PRETRAINING_FOLDER, clusters_hash, without_progress_bar
 from .tracking import track
 
 
@@ -98,10 +99,11 @@ def _make_table(
     dataset = tokenize(corpus, tokenizer, data_args)
     data = training_fingerprint(dataset["train"], data_args)
     check_data(directory, data)
+    check_clustered_data(config, dataset["train"])
     if block_args is not None:
         check_block_data(block_args, tokenizer, dataset["train"], training_args)
 
-    table = TokenTable(config)
+    table, start, router = TokenTable(config), None, None
     origin = {"data": data} | sources(model_args)
     if source is not None:
         table.weight.copy_(standardize(source))
@@ -109,7 +111,8 @@ def _make_table(
         model, origin["training"] = pretrain_language_model(
             config, tokenizer, dataset, data, pretraining_args, training_args
         )
-        table.weight.copy_(model.token_table())
+        table.weight.copy_(model.token_table().detach())
+        start = model.encoder
         if training_args.should_save:
             shutil.rmtree(directory / PRETRAINING_FOLDER, ignore_errors=True)  # left by a run that was killed
             with without_progress_bar():
@@ -117,13 +120,16 @@ def _make_table(
     table.log_prior.copy_(log_prior(dataset["train"], config.vocab_size))
     if config.noise_schedule == "information":
         config.noise_levels = information_levels(table.weight, table.log_prior, config.num_blocks)
+    if config.block_data == "clusters":
+        router = train_router(config, start, table, tokenizer, dataset, data, pretraining_args, training_args)
+        origin["clusters"] = clusters_hash(router.state_dict())
     if not training_args.should_save:
         return
     directory.mkdir(parents=True, exist_ok=True)
     corpus_fields = {name: value for name, value in vars(data_args).items() if value is not None}
     levels = [round(level, 4) for level in config.noise_levels or []]
     (directory / CORPUS_FILE).write_text(yaml.safe_dump(corpus_fields, sort_keys=False), encoding="utf-8")
-    create_model_directory(directory, config, tokenizer, table, origin)
+    create_model_directory(directory, config, tokenizer, table, origin, router)
     logger.info(f"The embedding table is in {directory}; noise levels {levels}.")
 
 

@@ -39,7 +39,6 @@ from .data import SMALLEST_VOCABULARY
 from .layout import CORPUS_FILE
 from .model_directory import read_config
 from .parallel import GROUP_VARIABLES, arrange_processes
-from .shards_noprop import block_shard
 
 
 NO_MATPLOTLIB = "plots need matplotlib, which is not installed: pip install matplotlib"
@@ -84,7 +83,7 @@ def parse_recipe(description: str, arguments: list[str] | None = None, paralleli
                 os.environ.pop(name, None)
         config = _known_config(values)
         selected = parse_blocks(values.blocks, values.num_blocks or config.num_blocks)
-        arrange_processes(values.parallelism, 1 if _in_order(values, config) else len(selected))
+        arrange_processes(values.parallelism, len(selected))
         if values.ddp_backend is not None and int(os.environ.get("WORLD_SIZE", 1)) == 1:
             raise ValueError(
                 "--ddp_backend needs processes that train together: launch several with --parallelism data, or leave "
@@ -190,14 +189,6 @@ def validate_arguments(values: Namespace, given: set[str], recipe: Recipe) -> No
             "Nothing is masked in causal language modelling: leave --mlm_probability out, or use "
             "--pretraining_objective mlm."
         )
-    if _in_order(values, config) and not values.push_to_hub:  # earlier blocks may be on the Hub
-        selected = parse_blocks(values.blocks, values.num_blocks or config.num_blocks)
-        for index in range(selected[-1]):
-            if index not in selected and not Path(values.output_dir or "", block_shard(index)).is_file():
-                raise ValueError(
-                    f"Block {index + 1} reads block {index}, which is neither trained nor among --blocks "
-                    f"{values.blocks}: add it."
-                )
 
 
 def _known_config(values: Namespace) -> NoPropConfig:
@@ -213,13 +204,6 @@ def _known_config(values: Namespace) -> NoPropConfig:
     if values.embeddings_from is not None:  # the width is that of the other model: any valid value does here
         fields.setdefault("hidden_size", 2 * fields.get("num_attention_heads", NoPropConfig.num_attention_heads))
     return NoPropConfig(**fields)
-
-
-def _in_order(values: Namespace, config: NoPropConfig) -> bool:
-    return (values.context_source or config.context_source) == "previous_block"
-
-
-# --- parsing ---------------------------------------------------------------------------------------------------------
 
 
 def command_line(description: str, types: Sequence[type] = (), usage: str | None = None) -> HfArgumentParser:

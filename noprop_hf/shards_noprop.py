@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
 
@@ -48,6 +48,7 @@ HIDDEN_SHARDS = (
     f"holds {SAFE_WEIGHTS_NAME}, which hides the files that {SAFE_WEIGHTS_INDEX_NAME} names: remove one of the two"
 )
 BAD_INDEX = f"holds no readable {SAFE_WEIGHTS_INDEX_NAME}: restore it"
+CLUSTER_WEIGHTS = ("centroids", "prices")  # of the router
 CHANGED_CONFIG = "holds a table and a config.json that do not belong together: restore those of its training"
 NO_MODEL = "Give the directory of a whole model, such as the --output_dir of its training"
 PRETRAINING_FOLDER = "pretraining"  # the model of phase 1, in the directory of the model made with it
@@ -99,6 +100,16 @@ def content_hash(tensors: Iterable[tuple[str, bytes | bytearray]]) -> str:
     return digest.hexdigest()
 
 
+def clusters_hash(router: Mapping[str, torch.Tensor]) -> str:
+    """Hash what decides the cluster of a window, besides the table.
+
+    Args:
+        router: the weights of the router, by their names in it.
+    """
+    tensors = {name: router[name].float().cpu().contiguous() for name in CLUSTER_WEIGHTS}
+    return content_hash((name, tensor.numpy().tobytes()) for name, tensor in tensors.items())
+
+
 def pretraining_folder(directory: Path) -> Path:
     """Return the folder of the model of phase 1 in a model directory."""
     folders = [directory / name for name in PRETRAINING_FOLDERS]
@@ -110,7 +121,11 @@ def fingerprint(config: NoPropConfig, table: torch.Tensor) -> str:
     # All declared fields of the configuration, except token ids and switches that do not affect weights.
     ignored = {"use_cache", "max_position_embeddings"} | {f"{name}_token_id" for name in ("pad", "bos", "eos", "mask")}
     fields = {name: getattr(config, name) for name in NoPropConfig.__annotations__ if name not in ignored}
-    if config.num_hidden_layers != config.num_blocks * config.num_layers_per_block:  # early exit: another function
+    # As in version 0.1, so that the fingerprints of its models stay valid.
+    fields["context_source"] = "embeddings"
+    if config.block_data == "shared":
+        del fields["block_data"]
+    if config.num_running_blocks != config.num_blocks:  # early exit: another function
         fields["num_hidden_layers"] = config.num_hidden_layers
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     digest.update(table.detach().float().cpu().contiguous().numpy().tobytes())
@@ -127,6 +142,7 @@ class Shard:
         content_hash: the hash of the tensors.
         is_finite: whether all floating-point numbers are finite.
         table (`(vocab_size, hidden_size)`): the embedding table, if the file holds one.
+        clusters: the weights of the router that decide the cluster of a window, by name, if the file holds them.
     """
 
     metadata: dict[str, str]
@@ -134,6 +150,7 @@ class Shard:
     content_hash: str = ""
     is_finite: bool = True
     table: torch.Tensor | None = None
+    clusters: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def read_shard(path: Path) -> Shard | None:
@@ -171,7 +188,7 @@ def read_shard(path: Path) -> Shard | None:
 
 
 def _read_tensor(file: BufferedReader, begin: int, length: int, name: str, shard: Shard) -> bytearray:
-    """Read the bytes of a tensor, and record in the shard whether it is finite and whether it is the table."""
+    """Read the bytes of a tensor, record in the shard whether it is finite, and keep the table and the clusters."""
     data = bytearray(length)
     file.seek(begin)
     file.readinto(data)
@@ -181,6 +198,8 @@ def _read_tensor(file: BufferedReader, begin: int, length: int, name: str, shard
         shard.is_finite &= bool((tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all())
         if plain_name(name) == TABLE_WEIGHT:
             shard.table = tensor
+        if plain_name(name) in (f"router.{weight}" for weight in CLUSTER_WEIGHTS):
+            shard.clusters[plain_name(name).removeprefix("router.")] = tensor
     return data
 
 
@@ -227,7 +246,7 @@ def placement_fault(
     if "block" in provenance and metadata.get("block", provenance["block"]) != provenance["block"]:
         return f"was trained as block {metadata['block']}"
     if any(metadata.get(name, value) != value for name, value in provenance.items()):
-        return "was trained with another table, another configuration, other data, or another block before it"
+        return "was trained with another table, another configuration, other data or other clusters"
     if "steps" in metadata and not _number(metadata["steps"]) > 0:
         return "was trained for 0 steps"
     for name, figure in metadata.items():
@@ -328,6 +347,8 @@ def model_fault(folder: Path, config: NoPropConfig, shapes: Mapping[str, tuple[i
             provenance["fingerprint"] = fingerprint(config, table.table)
         if "data" in table.metadata:
             provenance["data"] = table.metadata["data"]
+        if len(table.clusters) == len(CLUSTER_WEIGHTS):
+            provenance["clusters"] = clusters_hash(table.clusters)
         if table.metadata.get("fingerprint", provenance.get("fingerprint")) != provenance.get("fingerprint"):
             return CHANGED_CONFIG
     if weight_map and (fault := index_fault(folder, shapes)):
@@ -343,9 +364,6 @@ def model_fault(folder: Path, config: NoPropConfig, shapes: Mapping[str, tuple[i
         metadata = dict(provenance)
         if name in blocks:
             metadata["block"] = str(blocks[name])
-            previous = shards.get(block_shard(blocks[name] - 1))
-            if previous is not None:
-                metadata["previous_block"] = previous.content_hash
         fault = shard_fault(shard, expected, metadata, kind)
         if fault:
             remedy = "Restore that file, or remove it and train it again" if weight_map else NO_MODEL
@@ -366,8 +384,8 @@ def read_index(folder: Path) -> dict[str, str] | None:
 
 
 def is_part(name: str) -> bool:
-    """Check whether a weight of this plain name belongs to the table or to a block."""
-    return name.startswith(("embed_tokens.", "blocks."))
+    """Check whether a weight of this plain name belongs to the table, the router or a block."""
+    return name.startswith(("embed_tokens.", "router.", "blocks."))
 
 
 def listed(names: Sequence[str]) -> str:
@@ -458,8 +476,10 @@ class ShardedFilesMixin(PushToHubMixin):
         if not is_local:
             shapes = cls._check_download(name, kwargs)
         lacking = sorted(weight for weight in info["missing_keys"] if plain_name(weight) in shapes)
-        if lacking:  # in files of other formats
-            raise OSError(f"{name} is not a whole model: it lacks {listed(lacking)}.")
+        foreign = sorted(weight for weight in info["unexpected_keys"] if shapes and is_part(plain_name(weight)))
+        if lacking or foreign:  # in files of other formats
+            fault = f"lacks {listed(lacking)}" if lacking else f"holds weights of another model: {listed(foreign)}"
+            raise OSError(f"{name} is not a whole model: it {fault}.")
         return (model, info) if with_info else model
 
     @classmethod

@@ -125,7 +125,7 @@ def find_layers(
     ):
         return None
     config = blocks[0].encoder.config
-    if config.context_source != "embeddings" or config._attn_implementation not in ("sdpa", "eager"):
+    if config._attn_implementation not in ("sdpa", "eager"):
         return None
     if _attention_function(config) not in ATTENTION_FUNCTIONS:
         return None

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from huggingface_hub import is_offline_mode
 
-from .arguments import one_line
 from .checkpoints import checkpoints_of
 from .configuration_noprop import NoPropConfig
 from .layout import block_name, checkpoint_folder, lock_file
@@ -53,10 +52,7 @@ def _local_block(directory: Path, config: NoPropConfig, table: TokenTable, block
         shard = read_shard(path)
         if shard is None:
             return BlockStatus("damaged")
-        try:
-            fault = block_fault(directory, config, table, block_index, shard)
-        except (FileNotFoundError, ValueError) as error:  # the block before it, which it reads, is missing or damaged
-            fault = f"cannot be checked: {one_line(error)}"
+        fault = block_fault(directory, config, table, block_index, shard)
         return BlockStatus("done", _result(shard.metadata)) if fault is None else BlockStatus("unusable", fault)
     checkpoints = checkpoints_of(checkpoint_folder(directory, block_name(block_index)))
     step = f"step {checkpoints[0][0]}" if checkpoints else "step 0"

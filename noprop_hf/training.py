@@ -22,6 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .arguments import BlockArguments, ModelArguments, check_training_arguments, parse_blocks
 from .checkpoints import DurableTrainer, newest_checkpoint, run_identity, trainer_arguments, training_note
+from .clusters import assign_clusters, check_clustered_data, select_cluster
 from .configuration_noprop import NoPropConfig
 from .data import (
     CausalCollator,
@@ -40,15 +41,15 @@ from .model_directory import (
     block_provenance,
     check_data,
     check_whole,
-    load_block,
+    load_router,
     load_table,
     read_metadata,
     save_block,
 )
-from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForPreTraining, TokenTable
+from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForPreTraining, Router, TokenTable
 from .parallel import broadcast_from_first, hold_lock, holder_of, run_once
 from .pretraining import check_block_data, load_config
-from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, block_shard, fingerprint, pretraining_folder
+from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, block_shard, pretraining_folder
 from .tracking import TrackingCallback, track
 
 
@@ -67,14 +68,12 @@ class BlockTrainer(DurableTrainer):
     Args:
         model ([`DenoisingBlock`]): the block.
         table ([`TokenTable`]): the frozen table.
-        previous: with `context_source="previous_block"`, the trained blocks before it, which only run forward.
         kwargs: arguments of [`DurableTrainer`].
     """
 
-    def __init__(self, model: DenoisingBlock, table: TokenTable, previous: Sequence[DenoisingBlock] = (), **kwargs):
+    def __init__(self, model: DenoisingBlock, table: TokenTable, **kwargs):
         super().__init__(model=model, **kwargs)
         self.table = table.to(self.args.device)
-        self.previous = [block.to(self.args.device).eval().requires_grad_(False) for block in previous]
         self._terms: dict[str, list[torch.Tensor]] = {}  # the loss by term, of every batch since the last log
         self._eval_terms: list[torch.Tensor] = []
         self._eval_generator: torch.Generator | None = None
@@ -83,8 +82,6 @@ class BlockTrainer(DurableTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None
     ):
         inputs = {**inputs, "table": self.table}
-        if self.previous:
-            inputs["previous_states"] = self._previous_states(inputs["input_ids"], inputs.get("attention_mask"))
         if not model.training:
             inputs["generator"] = self._eval_generator
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -96,15 +93,6 @@ class BlockTrainer(DurableTrainer):
             nats = [outputs.context_nats, outputs.denoising_nats, outputs.bound_nats]
             self._eval_terms.append(torch.stack([*(term * count for term in nats), count]).detach())
         return (loss, outputs) if return_outputs else loss
-
-    @torch.no_grad()
-    def _previous_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        embeds, states = self.table(input_ids), None
-        with self.accelerator.autocast():
-            attention_inputs = self.previous[0].encoder.attention_inputs(embeds, attention_mask)
-            for block in self.previous:
-                states = block.encoder(embeds, states, **attention_inputs)
-        return states
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._terms:
@@ -129,7 +117,6 @@ class BlockTrainer(DurableTrainer):
 def block_trainer(
     block: DenoisingBlock,
     table: TokenTable,
-    previous: Sequence[DenoisingBlock],
     tokenizer: PreTrainedTokenizerBase,
     dataset: dict[str, Dataset | IterableDataset],
     args: TrainingArguments,
@@ -138,13 +125,11 @@ def block_trainer(
     """Create the trainer of a block.
 
     Args:
-        previous: see [`BlockTrainer`].
         args, identity: see [`BlockRun.arguments`].
     """
     return BlockTrainer(
         block,
         table,
-        previous,
         identity=identity,
         args=args,
         train_dataset=dataset["train"],
@@ -161,10 +146,13 @@ def block_seed(seed: int, block_index: int) -> int:
 def new_block(directory: Path, config: NoPropConfig, table: TokenTable, block_index: int) -> DenoisingBlock:
     """Create an untrained block: random, or initialised from the model of phase 1 (`config.block_initialization`).
 
+    With `config.block_data="clusters"` the bias is frozen: all blocks have the same, whatever their weights.
+
     Raises:
         FileNotFoundError: if the model of phase 1 is needed and missing.
     """
     block = DenoisingBlock(copy.deepcopy(config), block_index)
+    block.head.bias.requires_grad_(config.block_data == "shared")
     if config.block_initialization == "random":
         block.head.bias.data.copy_(table.log_prior)
         return block
@@ -174,7 +162,7 @@ def new_block(directory: Path, config: NoPropConfig, table: TokenTable, block_in
             "the table, or create both with `noprop pretrain`."
         )
     start = NoPropForPreTraining.from_pretrained(directory)
-    block.encoder.load_state_dict(start.encoder.state_dict(), strict=False)  # `state_projection` starts at zero
+    block.encoder.load_state_dict(start.encoder.state_dict())
     block.head.readout.load_state_dict(start.readout.state_dict())
     block.head.bias.data.copy_(start.bias)
     return block
@@ -195,6 +183,7 @@ class BlockRun:
     directory: Path
     config: NoPropConfig
     table: TokenTable
+    router: Router | None
     tokenizer: PreTrainedTokenizerBase
     dataset: dict[str, Dataset | IterableDataset]
     data: str
@@ -206,7 +195,7 @@ class BlockRun:
         """Derive the training arguments of a block, and everything else that its result depends on."""
         seed = block_seed(self.training_args.seed, block_index)
         args = trainer_arguments(self.training_args, block_name(block_index), seed=seed)
-        identity = block_provenance(self.directory, self.config, self.table, block_index)
+        identity = block_provenance(self.directory, self.config, self.table)
         return args, {**identity, **self.start_identity, **data_identity(self.data, self.dataset, args)}
 
     @cached_property
@@ -217,6 +206,21 @@ class BlockRun:
             return {}
         return {"start": check_whole(start).content_hash}
 
+    def block_dataset(self, block_index: int) -> dict[str, Dataset | IterableDataset]:
+        """Return the splits that a block is trained and evaluated on: all text, or that of its cluster."""
+        if self.router is None:
+            return self.dataset
+        dataset = select_cluster(self.dataset, self.clusters, block_index)
+        check_block_data(self.block_args, self.tokenizer, dataset["train"], self.training_args)
+        return dataset
+
+    @cached_property
+    def clusters(self) -> dict[str, np.ndarray]:
+        """The cluster of each window, by split."""
+        assert self.router is not None
+        centroids, prices = self.router.centroids, self.router.prices
+        return {name: assign_clusters(rows, self.table, centroids, prices) for name, rows in self.dataset.items()}
+
     def checkpoint(self, block_index: int, **fields: Any) -> str | None:
         """Find the checkpoint that the training of a block would resume from, if any.
 
@@ -226,22 +230,9 @@ class BlockRun:
         Raises:
             ValueError: as [`newest_checkpoint`].
         """
-        reads_another = self.config.context_source == "previous_block" and block_index > 0
-        if reads_another and not (self.directory / block_shard(block_index - 1)).is_file():
-            return None  # that block is trained first
         args, identity = self.arguments(block_index)
         streams = isinstance(self.dataset["train"], IterableDataset)
         return newest_checkpoint(Path(args.output_dir), run_identity(args, identity | fields, streams))
-
-    def previous_blocks(self, block_index: int) -> list[DenoisingBlock]:
-        """Load the trained blocks whose states a block reads: none, unless `context_source="previous_block"`."""
-        if self.config.context_source != "previous_block":
-            return []
-        previous = []
-        for index in range(block_index):
-            previous.append(load_block(self.directory, self.config, index))
-            block_is_trained(self.directory, self.config, self.table, index)  # raises if it is another model's
-        return previous
 
 
 def train_block(run: BlockRun, block_index: int) -> dict[str, float]:
@@ -254,17 +245,16 @@ def train_block(run: BlockRun, block_index: int) -> dict[str, float]:
         FloatingPointError: if the training diverged. Nothing is written.
     """
     args, identity = run.arguments(block_index)
-    previous = run.previous_blocks(block_index)
     set_seed(args.seed)
     block = new_block(run.directory, run.config, run.table, block_index)
-    trainer = block_trainer(block, run.table, previous, run.tokenizer, run.dataset, args, identity)
+    trainer = block_trainer(block, run.table, run.tokenizer, run.block_dataset(block_index), args, identity)
     if args.should_save:
         trainer.add_callback(ReportCallback(run.place, block_index))
     title = f"block {block_index} ({block_index + 1} of {run.config.num_blocks})"
     in_nats = run.config.loss_type == "cross_entropy"
     with track(trainer, run.directory, f"block_{block_index:02d}", title, in_nats) as tracking:
         if args.eval_strategy != "no" and run.block_args.sample_prompts:
-            trainer.add_callback(SampleCallback(run, previous, tracking))
+            trainer.add_callback(SampleCallback(run, tracking))
         summary = trainer.train_durably().metrics
         metrics = final_metrics(trainer)
     trainer.save_state()
@@ -323,7 +313,8 @@ def train_blocks(
     origin = meeting.check_table()
     config = load_config(directory, model_args or ModelArguments())
     table = load_table(directory, config)
-    origin.metadata.setdefault("fingerprint", fingerprint(config, table.weight))  # missing from other savers' files
+    for note, value in block_provenance(directory, config, table).items():
+        origin.metadata.setdefault(note, value)  # missing from other savers' files
     selected = parse_blocks(block_args.blocks, config.num_blocks)
     trained = {index for index in selected if block_is_trained(directory, config, table, index)}
 
@@ -347,8 +338,10 @@ def train_blocks(
         dataset = tokenize(load_corpus(data_args), tokenizer, data_args)
         data = training_fingerprint(dataset["train"], data_args)
         check_data(directory, data)
+        check_clustered_data(config, dataset["train"])
         check_block_data(block_args, tokenizer, dataset["train"], training_args)
-        run = BlockRun(directory, config, table, tokenizer, dataset, data, training_args, block_args, meeting)
+        router = load_router(directory, config)
+        run = BlockRun(directory, config, table, router, tokenizer, dataset, data, training_args, block_args, meeting)
         _train_waiting(run, waiting)
     foreign = [block_shard(index) for index, fault in faults.items() if fault is not None]
     if foreign:
@@ -364,7 +357,8 @@ def _train_waiting(run: BlockRun, waiting: Sequence[int]) -> None:
     locks = {index: lock_file(run.directory, block_name(index)) for index in waiting}
     for index, path in locks.items():
         if holder_of(path) is None:
-            run.checkpoint(index)  # raises before any work if the checkpoint is of another run
+            run.checkpoint(index)  # raises before any work if the checkpoint is of another run,
+            run.block_dataset(index)  # or if the cluster is too small
     for index, path in locks.items():
         with hold_lock(path, run.training_args, partial(_is_taken, run, index)) as is_ours:
             if is_ours:
@@ -386,17 +380,9 @@ def _train_or_release(run: BlockRun, block_index: int) -> None:
 
 
 def _is_taken(run: BlockRun, block_index: int) -> bool:
-    """Whether another process has trained a block or trains it, or a block that it reads is missing."""
+    """Check whether another process has trained a block or trains it."""
     if (run.directory / block_shard(block_index)).is_file():
         return True
-    if run.config.context_source == "previous_block":
-        for earlier in range(block_index):
-            if not (run.directory / block_shard(earlier)).is_file() and not run.place.fetch_block(earlier):
-                logger.warning(
-                    f"Block {block_index} is skipped: it reads block {earlier}, which is neither in {run.directory} "
-                    f"nor in {run.place.repo_id}. Run the same command again when that block is published."
-                )
-                return True
     reason = run.place.claim_block(block_index, run.block_args.take_over)
     if reason is not None:
         logger.warning(f"Block {block_index} {reason}")
@@ -417,41 +403,39 @@ class ReportCallback(TrainerCallback):
         self.place.report(self.block_index, state.global_step)
 
 
-def model_of_blocks(blocks: Sequence[DenoisingBlock], table: TokenTable) -> NoPropForCausalLM:
-    """Build the language model of some blocks, which shares the memory of the blocks and the table.
+def model_of_block(block: DenoisingBlock, table: TokenTable) -> NoPropForCausalLM:
+    """Build the language model of one block, which shares the memory of its parts.
 
     The layers keep their indices in the cache of the full model, so use it with `use_cache=False`.
     """
-    config = copy.deepcopy(blocks[0].config)
-    config.num_blocks, config.noise_levels = len(blocks), [0.0] * len(blocks)
+    config = copy.deepcopy(block.config)
+    config.num_blocks, config.noise_levels, config.block_data = 1, [0.0], "shared"
     with torch.device("meta"):
         model = NoPropForCausalLM(config)
     model.model.embed_tokens = table
-    model.model.blocks = nn.ModuleList(blocks)
+    model.model.blocks = nn.ModuleList([block])
     return model
 
 
 class SampleCallback(TrainerCallback):
-    """Log text that the block writes, alone or on top of those it reads, at every evaluation.
+    """Log text that the block writes on its own, at every evaluation.
 
     It does not draw from the random numbers of training.
 
     Args:
         run: the run that the block belongs to.
-        previous: the blocks that it reads.
         tracking: where the samples are logged as well.
     """
 
-    def __init__(self, run: BlockRun, previous: Sequence[DenoisingBlock], tracking: TrackingCallback):
+    def __init__(self, run: BlockRun, tracking: TrackingCallback):
         self.run = run
-        self.previous = previous
         self.tracking = tracking
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control, model: DenoisingBlock, **kwargs):
         if not state.is_world_process_zero:
             return
         was_training = model.training
-        alone = model_of_blocks([*self.previous, model], self.run.table).eval()
+        alone = model_of_block(model, self.run.table).eval()
         texts = sample_texts(
             alone,
             self.run.tokenizer,

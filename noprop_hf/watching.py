@@ -97,7 +97,7 @@ def watch(
             input_ids, cache=cache, use_cache=True, logits_to_keep=1, num_inference_blocks=num_inference_blocks
         )
         beliefs, moves = [], []
-        for log_probs, drawn in model.chain(outputs.context_states, num_trajectories, generator):
+        for log_probs, drawn in model.chain(outputs.context_states, num_trajectories, generator, outputs.block_logits):
             beliefs.append((log_probs.logsumexp(0) - math.log(num_trajectories)).flatten())
             moves.append(None if drawn is None else token_name(tokenizer, int(drawn.flatten()[0])))
         if temperature < 1e-5:

@@ -121,7 +121,6 @@ def test_recipes_of_the_package_have_names(tmp_path, monkeypatch, capsys):
         assert "no recipe" in (said := capsys.readouterr().err) and "demo, seed, t4_wikitext103" in said
 
 
-IN_ORDER = "context_source: previous_block\nnum_blocks: 4\n"
 REFUSED = [
     ("push_to_hub: true", "--hub_model_id user/name"),
     ("take_over: true", "add --push_to_hub true"),
@@ -132,7 +131,7 @@ REFUSED = [
     ("loss_type: mse\nsampled_softmax: true", "leave --sampled_softmax out"),
     ("embeddings_from: x\nblock_initialization: pretraining", "leave --block_initialization out"),
     ("mlm_probability: 0.3", "leave --mlm_probability out"),
-    (IN_ORDER + "blocks: 0,2", "Block 2 reads block 1"),
+    ("block_data: cluster", "`block_data` must be 'shared' or 'clusters'"),
     ("hidden_size: 15", "multiple of `num_attention_heads`"),
     ("noise_schedule: cosin", "`noise_schedule` must be"),
     ("use_cpu: true\nfp16: true\nbf16: true", "At most one of fp16 and bf16"),
@@ -146,8 +145,8 @@ ACCEPTED = [
     "loss_type: mse\nsampled_softmax: false",
     "embeddings_from: x\nnum_attention_heads: 5\npretraining_max_steps: 5",
     "mlm_probability: 0.3\npretraining_objective: mlm",
-    IN_ORDER + "blocks: 0-2",
-    IN_ORDER + "blocks: 0,2\npush_to_hub: true\nhub_model_id: user/name",
+    "block_data: clusters\nnum_pretraining_layers: 4\nnum_layers_per_block: 2",
+    "block_data: clusters\nembeddings_from: x",
 ]
 
 
@@ -161,11 +160,6 @@ def test_senseless_combinations(tmp_path, capsys, recipe, message):
 @pytest.mark.parametrize("recipe", ACCEPTED)
 def test_their_neighbours_are_accepted(tmp_path, recipe):
     parse(tmp_path, f"dataset_name: x\noutput_dir: {tmp_path}\n{recipe}")
-
-
-def test_a_block_before_that_is_trained_is_enough(tmp_path):
-    (tmp_path / "block-01.safetensors").touch()
-    parse(tmp_path, f"dataset_name: x\noutput_dir: {tmp_path}\n{IN_ORDER}blocks: 0,2")
 
 
 def test_what_the_command_line_gives_counts(tmp_path, capsys):

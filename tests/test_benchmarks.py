@@ -1,19 +1,26 @@
 """The benchmarks in a setting small enough for a test: that they run, keep what they measure, and cannot flatter."""
 
+import gzip
 import json
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import gpu
 from ablation import GROUPS
 from common import OneBlock, Training, num_parameters
 from conftest import run_python, sentences
-from noprop_hf import NoPropConfig, NoPropForCausalLM
-from quality import MODELS, Bench, QualityArguments, plot
+from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForPreTraining
+from noprop_hf.data import data_fingerprint, load_corpus
+from noprop_hf.model_directory import read_metadata
+from noprop_hf.shards_noprop import block_shard
+from quality import DEPTHS, MODELS, SETTINGS, Bench, QualityArguments, main, measure_rows, parse, plot
 
 
 SMALL = "--hidden_size 16 --intermediate_size 24 --num_attention_heads 2 --num_layers_per_block 1 --num_blocks 2"
@@ -23,19 +30,21 @@ SMALL += " --vocab_size 280 --max_length 16 --batch_size 4 --tokens 3000 --num_w
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("corpora")
-    (folder / "wikitext2").mkdir()
-    for name, seed in {"shakespeare": 0, "wikitext2/test": 1, "wikitext2/validation": 2}.items():
-        (folder / f"{name}.txt").write_text("\n".join(sentences(600, seed)))
+    (folder / "shakespeare.txt").write_text("\n".join(sentences(600)))
+    (folder / "documents").mkdir()
+    for split, count, seed in (("first", 800, 1), ("second", 60, 2)):
+        rows = [{"domain": "words", "text": text} for text in sentences(count, seed)]
+        with gzip.open(folder / "documents" / f"{split}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
     return folder
 
 
 def test_every_model_gets_the_same_arithmetic_parameters_and_depth():
-    bench = Bench(QualityArguments(data_dir="unused"), "shakespeare", 0, {"sampled_softmax": False})
+    bench = Bench(QualityArguments(["shakespeare=unused"]), "shakespeare", 0, {"sampled_softmax": False})
     flops, budgets, args = bench.flops, bench.budgets(), bench.args
     total = flops["end_to_end"] * args.tokens
-    for block in ("block", "hierarchical_block"):
-        spent = flops["phase1"] * budgets["phase1"] + args.num_blocks * flops[block] * budgets[block]
-        assert spent == pytest.approx(total)
+    spent = flops["phase1"] * budgets["phase1"] + args.num_blocks * flops["block"] * budgets["block"]
+    assert spent == pytest.approx(total)
     baseline = bench.baseline()
     assert baseline.config.num_hidden_layers == args.num_blocks * args.num_layers_per_block
     assert num_parameters(baseline) == pytest.approx(num_parameters(NoPropForCausalLM(bench.config())), rel=0.01)
@@ -50,13 +59,16 @@ def test_every_model_gets_the_same_arithmetic_parameters_and_depth():
     head = 6 * last * (width**2 + 3 * width**2) + 4 * last * args.vocab_size * width
     block = args.num_layers_per_block * layer + 4 * width**2 + head  # the embeddings get no gradient
     assert flops["block"] == pytest.approx(block, rel=0.03)
+    clustered = Bench(bench.args, "shakespeare", 0, {"sampled_softmax": False, "block_data": "clusters"})
+    router = args.num_layers_per_block * layer + 4 * width**2 + 6 * args.num_blocks * width
+    assert clustered.flops["phase1"] - flops["phase1"] == pytest.approx(router / 10, rel=0.03)
 
 
 @pytest.mark.parametrize("far", [True, False])
 def test_a_model_far_behind_does_not_hide_how_the_others_differ(far, tmp_path, monkeypatch):
     pictures = []
     monkeypatch.setattr("quality.Figure.savefig", lambda figure, *args, **options: pictures.append(figure))
-    nats = dict(zip(MODELS, [3.9, 4.0, 3.95, 4.7 if far else 4.05, 3.85, 3.97, 3.98], strict=True))
+    nats = dict(zip(MODELS, [3.9, 4.0, 3.95, 4.7 if far else 4.05, 3.85, 3.97, 3.98], strict=False))
     plot({"text": {name: {"nats_per_token": [one], "bound": [one + 0.01]} for name, one in nats.items()}}, tmp_path)
     (axes,) = pictures[0].axes
     low, high = axes.get_xlim()
@@ -66,24 +78,135 @@ def test_a_model_far_behind_does_not_hide_how_the_others_differ(far, tmp_path, m
 
 @pytest.mark.slow
 def test_quality_measures_every_model_and_goes_on_where_it_stopped(corpora, tmp_path):
-    command = ["benchmarks/quality.py", "--data_dir", str(corpora), "--output_dir", str(tmp_path / "runs")]
-    command += ["--results", str(tmp_path / "quality.json"), "--num_seeds", "1", *SMALL.split()]
-    command += ["--corpora", "shakespeare"]
+    command = ["benchmarks/quality.py", "--output_dir", str(tmp_path / "runs")]
+    command += [
+        "--corpora",
+        f"shakespeare={corpora / 'shakespeare.txt'}",
+        "--results",
+        str(tmp_path / "quality.json"),
+        "--num_seeds",
+        "1",
+        *SMALL.split(),
+    ]
     run_python(*command)
     results = json.loads((tmp_path / "quality.json").read_text())
-    figures = results["shakespeare"]
-    assert all(0 < nats < 20 for name in MODELS for nats in figures[name]["nats_per_token"])
+    figures, rows = results["shakespeare"], QualityArguments(["unused=unused"]).models
+    assert all(0 < nats < 20 for name in rows for nats in figures[name]["nats_per_token"])
     assert [sum(nats) for nats in figures["noprop"]["block_nats"]] == pytest.approx(figures["noprop"]["bound"])
     assert len(figures["samples"]) == 1
     assert (tmp_path / "quality.png").stat().st_size > 10_000
     assert MODELS["end_to_end"] in (tmp_path / "quality.md").read_text()
 
-    kept = tmp_path / "runs" / "shakespeare" / "0" / "end_to_end.json"
+    kept = tmp_path / "runs" / "shakespeare" / "0" / "0.001" / "end_to_end.json"
     kept.write_text(json.dumps(json.loads(kept.read_text()) | {"nats_per_token": 1.5}))
     run_python(*command)  # nothing is trained again
     again = json.loads((tmp_path / "quality.json").read_text())
     assert again["shakespeare"]["end_to_end"]["nats_per_token"] == [1.5]
     assert again["shakespeare"]["noprop"] == results["shakespeare"]["noprop"]
+
+
+@pytest.mark.parametrize("name", ["plentiful_64", "plentiful_96"])
+def test_where_text_is_plentiful_every_depth_spends_the_same_arithmetic_and_reads_no_token_twice(name):
+    args = SETTINGS[name](["books=unused"], batch_size=1)
+    bench = Bench(args, "books", 0)
+    bench.num_tokens = 25_000_000
+    table, width = args.vocab_size * args.hidden_size, args.hidden_size
+    deep = bench.baseline()
+    assert args.tokens / (num_parameters(deep) - table) == pytest.approx(20, rel=0.01)
+    assert num_parameters(deep) == pytest.approx(num_parameters(NoPropForCausalLM(bench.config())), rel=0.01)
+
+    spent = {}
+    for depth in (8, *DEPTHS.values()):
+        config = bench.baseline(depth).config  # by hand, as above
+        layer = 6 * (4 * width**2 + 3 * width * config.intermediate_size) + 12 * width * args.max_length
+        tokens = bench.total_flops / bench.stock_flops(config)
+        spent[depth] = tokens * (depth * layer + 6 * args.vocab_size * width)
+        assert config.num_hidden_layers == depth and tokens <= bench.num_tokens
+        is_wider = config.intermediate_size > deep.config.intermediate_size
+        assert (
+            tokens > 0.98 * bench.num_tokens if is_wider else config.intermediate_size == deep.config.intermediate_size
+        )
+        assert is_wider == (depth == 1 or (name == "plentiful_96" and depth < 8))
+    assert list(spent.values()) == pytest.approx([spent[8]] * 5, rel=0.01)
+
+
+@pytest.fixture
+def plentiful(corpora, tmp_path) -> list[str]:
+    """Arguments for a text of documents, and sizes for a test."""
+    options = ["--setting", "plentiful_64", "--corpora", f"words={corpora / 'documents'}", *SMALL.split()]
+    options += ["--train_split", "first", "--validation_split", "second", "--learning_rates", "1e-2"]
+    return [*options, "--output_dir", str(tmp_path / "runs"), "--results", str(tmp_path / "quality.json")]
+
+
+def test_a_corpus_that_is_too_short_is_refused(plentiful, monkeypatch):
+    short = "too short for '{}': it has [0-9,]+ training tokens"
+    for models, tokens, message in (
+        ("end_to_end", 1e6, short.format("end_to_end") + ", of which a training reads 1,000,000 once"),
+        ("noprop_start", 1e6, short.format("noprop_start")),
+        ("noprop_random_splits", 1.5e4, short.format("noprop_random_splits") + " in a random split"),
+        ("end_to_end_3", 1e6, "--models takes"),
+    ):
+        command = ["quality.py", *plentiful, "--models", models, "--tokens", str(tokens)]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit, match=message):
+            main()
+
+
+@pytest.mark.slow
+def test_rows_where_text_is_plentiful(plentiful, tmp_path, monkeypatch):
+    rows = ["end_to_end_1", "pretraining_all", "noprop_random_splits"]
+    monkeypatch.setattr(sys, "argv", ["quality.py", *plentiful, "--tokens", "1500", "--models", *rows])
+    monkeypatch.setattr("quality.ProcessPoolExecutor", lambda *args, **options: ThreadPoolExecutor(1))
+    main()
+    results = json.loads((tmp_path / "quality.json").read_text())
+    assert list(results) == ["words_16"] and results["words_16"]["setting"]["kind"] == "plentiful"
+    assert "**words_16** (plentiful)" in (tmp_path / "quality.md").read_text()
+    bench = Bench(parse(), "words", 0)
+    windows = bench.load()[1]["validation"].with_format("torch")["input_ids"][:]
+    folder = tmp_path / "runs" / "words_16" / "0" / "0.01"
+    for name, model in {
+        "end_to_end_1": LlamaForCausalLM.from_pretrained(folder / "end_to_end_1"),
+        "pretraining_all": NoPropForPreTraining.from_pretrained(folder / "pretraining_all" / "phase1"),
+    }.items():
+        entry = results["words_16"][name]
+        with torch.no_grad():
+            logits = model.eval()(windows).logits[:, :-1]
+        nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
+        assert entry["nats_per_token"] == pytest.approx([nats], rel=1e-4)
+        weights = {parameter.data_ptr(): parameter.numel() for parameter in model.parameters()}
+        assert entry["parameters"] == sum(weights.values())
+        assert entry["training_bytes"] > 16 * entry["parameters"]  # with gradients and two moments in float32
+        assert entry["bytes_sent"] == 2 * 4 * entry["parameters"] * round(entry["tokens"] / 64)  # of two workers
+
+    entry = results["words_16"]["noprop_random_splits"]
+    assert len(entry["block_nats"][0]) == 2 and sum(entry["block_nats"][0]) == pytest.approx(entry["bound"][0])
+    model = folder / "0.4_block_initialization_pretraining" / "noprop_random_splits"
+    parts = [load_corpus(bench.split(index))["train"]["text"][:] for index in range(2)]
+    assert sorted(parts[0] + parts[1]) == sorted(sentences(800, 1)) and abs(len(parts[0]) - len(parts[1])) < 2
+    fetched = [model / "embeddings.safetensors", model / "pretraining" / "model.safetensors"]
+    blocks = [model / block_shard(index) for index in range(2)]
+    assert entry["bytes_sent"] == sum(file.stat().st_size for file in (*fetched, *fetched, *blocks))
+    for index, block in enumerate(blocks):
+        windows = bench.load(bench.split(index))[1]["train"]
+        assert read_metadata(block)["data"] == data_fingerprint(windows)
+        assert entry["tokens"] <= windows.num_rows * 16
+
+
+def test_the_best_learning_rate_of_seed_0_is_used_with_further_seeds(monkeypatch):
+    jobs = []
+
+    class Pool:
+        def submit(self, function, args, corpus, seed, name):
+            (rate,) = args.learning_rates
+            jobs.append((name, seed, rate))
+            return SimpleNamespace(result=lambda: {"nats_per_token": abs(rate - {"noprop": 2, "end_to_end": 3}[name])})
+
+    names, rates = ["end_to_end", "noprop"], [1.0, 2.0, 3.0]
+    args = QualityArguments(["books=unused"], models=names, learning_rates=rates)
+    figures = measure_rows(args, Pool())
+    assert jobs[:6] == [(name, 0, rate) for name in names for rate in rates]
+    assert jobs[6:] == [("end_to_end", 1, 3.0), ("end_to_end", 2, 3.0), ("noprop", 1, 2.0), ("noprop", 2, 2.0)]
+    assert len(figures) == 10
 
 
 @pytest.mark.slow

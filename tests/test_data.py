@@ -110,7 +110,7 @@ def test_end_of_text_is_learnt_even_where_it_pads(corpus_file, tokenizer):
     assert batch["labels"].tolist() == [[5, 6, tokenizer.eos_token_id], [5, -100, -100]]
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet", "csv"])
+@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet", "csv", "jsonl.gz"])
 def test_file_formats(tmp_path, ending):
     rows = Dataset.from_dict({"body": sentences(40), "other": list(range(40))})
     path = str(tmp_path / f"data.{ending}")
@@ -119,7 +119,7 @@ def test_file_formats(tmp_path, ending):
     elif ending == "csv":
         rows.to_csv(path)
     else:
-        with open(path, "w") as file:
+        with (gzip.open if ending.endswith("gz") else open)(path, "wt") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     corpus = load_corpus(DataArguments(train_file=path, text_column_name="body", validation_split_percentage=10))
     assert corpus["train"]["body"] == sentences(40)[:36]
@@ -256,6 +256,20 @@ def test_few_rows_are_held_out_from_by_text(tmp_path, tokenizer, text, streaming
 
 @pytest.mark.parametrize("ending", ["txt", "csv", "jsonl"])
 @pytest.mark.parametrize("streaming", [False, True])
+def test_a_compressed_file_gives_the_windows_of_the_file(tmp_path, tokenizer, ending, streaming):
+    content = json_lines(sentences(60)) if ending == "jsonl" else "\n".join(["text", *sentences(60)]).encode()
+    (tmp_path / f"plain.{ending}").write_bytes(content)
+    (tmp_path / f"packed.{ending}.GZ").write_bytes(gzip.compress(content))
+    windows = []
+    for name in (f"plain.{ending}", f"packed.{ending}.GZ"):
+        file = str(tmp_path / name)
+        args = DataArguments(train_file=file, validation_file=file, streaming=streaming, max_length=16)
+        windows.append([row["input_ids"] for row in tokenize(load_corpus(args), tokenizer, args)["train"]])
+    assert windows[0] == windows[1] and len(windows[0]) > 20
+
+
+@pytest.mark.parametrize("ending", ["txt", "csv", "jsonl"])
+@pytest.mark.parametrize("streaming", [False, True])
 def test_a_byte_order_mark_is_no_text(tmp_path, ending, streaming):
     lines = {"txt": sentences(40), "csv": ["text", *sentences(40)]}
     lines["jsonl"] = [json.dumps({"text": text}) for text in sentences(40)]
@@ -313,6 +327,14 @@ UNREADABLE = [
     ("utf16.jsonl", "\n".join(TEXTS).encode("utf-16-le"), "not UTF-8 text.* utf-16"),
     ("cut.txt", "\n".join([*TEXTS, "caf\u00e9"]).encode()[:-1], "not UTF-8 text, first in line 41"),
     ("packed.txt", gzip.compress(b"the cat " * 90), "not UTF-8 text.* compressed"),
+    ("cut.jsonl.gz", gzip.compress(json_lines(TEXTS))[:-20], "Cannot read .*cut.jsonl.gz.* may have been cut off"),
+    ("cut.txt.gz", gzip.compress("\n".join(TEXTS).encode())[:40], "Cannot read .*cut.txt.gz.* may have been cut off"),
+    ("damaged.csv.gz", gzip.compress(b"text\n" * 999)[:-9] + b"x" * 9, "Cannot read .*damaged.csv.gz.*"),
+    ("cut_line.jsonl.gz", gzip.compress(json_lines(TEXTS)[:-9]), "cut_line.*(line 40 is not JSON|closing quotation)"),
+    ("plain.jsonl.gz", json_lines(TEXTS), "Cannot read .*plain.jsonl.gz.* [Nn]ot a gzip"),
+    ("nothing.jsonl.gz", gzip.compress(b""), "nothing.jsonl.gz' is empty"),
+    ("latin1.txt.gz", gzip.compress("caf\u00e9".encode("latin-1")), "latin1.txt.gz.* not UTF-8 text, first in line 1"),
+    ("rows.parquet.gz", gzip.compress(b"PAR1"), "Cannot infer the format of .*rows.parquet.gz"),
     ("no.parquet", b"PAR1 and nothing more", "Cannot read .*no.parquet"),
 ]
 
@@ -344,6 +366,13 @@ def test_unknown_datasets(tmp_path, monkeypatch, dataset, message):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=message):
         load_corpus(DataArguments(dataset_name=dataset))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_directory_with_a_file_that_was_cut_off(tmp_path, streaming):
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(json_lines(TEXTS))[:-20])
+    with pytest.raises(ValueError, match=f"{tmp_path}.* it may have been cut off"):
+        load_corpus(DataArguments(dataset_name=str(tmp_path), streaming=streaming))
 
 
 @pytest.mark.parametrize("name", ["max_train_samples", "max_eval_samples", "preprocessing_num_workers"])

@@ -159,9 +159,9 @@ def test_own_arguments_are_kept_in_the_generation_config(model, tmp_path):
     seen = []
     denoise = NoPropForCausalLM.denoise
 
-    def spy(self, context_states, num_trajectories, generator):
+    def spy(self, context_states, num_trajectories, *args):
         seen.append((len(context_states), num_trajectories))
-        return denoise(self, context_states, num_trajectories, generator)
+        return denoise(self, context_states, num_trajectories, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NoPropForCausalLM, "denoise", spy)

@@ -61,7 +61,7 @@ MODEL_CHANGES: dict[str, dict[str, Any]] = {
     "num_pretraining_layers": {"num_pretraining_layers": 2},
     "pretraining_objective": {"pretraining_objective": "mlm"},
     "block_initialization": {"block_initialization": "pretraining"},
-    "context_source": {"context_source": "previous_block"},
+    "block_data": {"block_data": "clusters"},
 }
 
 

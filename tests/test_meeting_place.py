@@ -17,10 +17,8 @@ from safetensors.torch import load, save
 from conftest import BLOCKS, MODEL, ROOT, arguments
 from hub_server import PORTAL, TOKEN, Fault, hub_server
 from noprop_hf import hub, meeting_place, pretraining, training
-from noprop_hf.arguments import PretrainingArguments
 from noprop_hf.hub import files_left_out, files_of_phase_1, files_to_push, push_model
 from noprop_hf.meeting_place import MeetingPlace
-from noprop_hf.pretraining import pretrain_embeddings
 from noprop_hf.status import remote_status
 from noprop_hf.training import train_blocks
 
@@ -235,30 +233,6 @@ def test_a_worker_that_fails_gives_its_claim_back(repository, data, directory, m
         train_blocks(data, replace(BLOCKS, blocks="2"), arguments(directory), MODEL, worker(directory))
     assert messages(repository, 2) == ["Block 2 is claimed", "Block 2 is released"]
     assert worker(directory).claims() == {}
-
-
-def test_a_block_waits_for_the_one_it_reads(server, data, tmp_path):
-    model = replace(MODEL, context_source="previous_block", num_blocks=2)
-    phase1 = PretrainingArguments(pretraining_max_steps=1)
-    one = pretrain_embeddings(model, data, phase1, arguments(tmp_path / "one", max_steps=2, eval_strategy="no"))
-    worker(one).publish_table()
-    repository = server.repositories[NAME]
-    assert worker(one).claim_block(0) is None
-
-    def train(name: str, blocks: str) -> Path:
-        directory = tmp_path / name
-        args = arguments(directory, max_steps=2, eval_strategy="no")
-        return train_blocks(data, replace(BLOCKS, blocks=blocks), args, model, worker(directory))
-
-    train("two", "all")
-    assert messages(repository, 0) == ["Block 0 is claimed"] and messages(repository, 1) == []
-    train("one", "0")
-    train("two", "all")
-    assert messages(repository, 1) == ["Block 1 is claimed", "Block 1 is trained"]
-    assert (tmp_path / "two" / "block-00.safetensors").read_bytes() == repository.files("main")["block-00.safetensors"]
-    train("three", "all")  # both are there
-    assert messages(repository, 0) == ["Block 0 is claimed", "Block 0 is claimed", "Block 0 is trained"]
-    assert len(messages(repository, 1)) == 2
 
 
 def test_ages_are_of_one_clock(server, repository, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from noprop_hf.model_directory import (
     save_shard,
     write_atomically,
 )
-from noprop_hf.shards_noprop import block_shard, fingerprint
+from noprop_hf.shards_noprop import EMBEDDINGS_SHARD, block_shard, clusters_hash, fingerprint
 from noprop_hf.status import local_status
 
 
@@ -374,19 +374,39 @@ def test_only_the_configuration_of_the_files_is_checked(model, directory):
     assert same(loaded, model) and not info["missing_keys"]
 
 
-def test_blocks_read_the_block_that_they_were_trained_on(model, tokenizer, tmp_path):
-    config = NoPropConfig(**model.config.to_dict() | {"context_source": "previous_block"})
-    ordered = NoPropForCausalLM(config)
-    create_model_directory(tmp_path, config, tokenizer, ordered.model.embed_tokens)
-    for block in ordered.model.blocks:
-        save_block(tmp_path, block, ordered.model.embed_tokens, {})
+def test_a_model_with_a_router(model, tokenizer, tmp_path):
+    config = NoPropConfig(**model.config.to_dict() | {"block_data": "clusters"})
+    routed = NoPropForCausalLM(config)
+    table, router = routed.model.embed_tokens, routed.model.router
+    router.centroids.normal_()
+    create_model_directory(tmp_path, config, tokenizer, table, {"clusters": clusters_hash(router.state_dict())}, router)
+    for block in routed.model.blocks:
+        save_block(tmp_path, block, table, {})
     assert [block.state for block in local_status(tmp_path)] == ["done"] * 3
-    assert same(AutoModelForCausalLM.from_pretrained(tmp_path), ordered)
-    reshard(tmp_path / block_shard(0), lambda t, m: t["model.blocks.0.head.bias"].add_(1))
-    assert [block.state for block in local_status(tmp_path)] == ["done", "unusable", "done"]
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path), routed)
+    reshard(tmp_path / EMBEDDINGS_SHARD, lambda t, m: m.pop("clusters"))  # as other savers do
+    assert [block.state for block in local_status(tmp_path)] == ["done"] * 3
+    reshard(tmp_path / EMBEDDINGS_SHARD, lambda t, m: t["model.router.prices"].add_(1))
+    assert [block.state for block in local_status(tmp_path)] == ["unusable"] * 3
     for use in uses(tmp_path).values():
-        with pytest.raises((OSError, ValueError), match=f"{SHARD} .*another block before it"):
+        with pytest.raises((OSError, ValueError), match="other clusters"):
             use()
+    reshard(tmp_path / EMBEDDINGS_SHARD, lambda t, m: t["model.router.prices"].sub_(1))
+    reshard(tmp_path / EMBEDDINGS_SHARD, lambda t, m: t.pop("model.router.readout.bias"))
+    for use in uses(tmp_path).values():
+        with pytest.raises((OSError, ValueError), match="router.readout.bias"):
+            use()
+
+
+def test_weights_of_another_model_in_other_formats(config, tmp_path):
+    config.block_data = "clusters"
+    torch.save(NoPropForCausalLM(config).state_dict(), tmp_path / "pytorch_model.bin")
+    config.save_pretrained(tmp_path)
+    NoPropForCausalLM.from_pretrained(tmp_path)
+    config.block_data = "shared"
+    config.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=r"holds weights of another model: model\.router\."):
+        NoPropForCausalLM.from_pretrained(tmp_path)
 
 
 def test_weights_that_are_not_finite_are_not_written(directory, tmp_path):

@@ -352,9 +352,24 @@ def test_inner_states_on_request(model):
     assert len(model(input_ids, output_attentions=True).attentions) == model.config.num_hidden_layers
 
 
-def test_blocks_that_read_one_another_run_in_order(model, counted):
-    config = copy.deepcopy(model.config)
-    config.context_source = "previous_block"
-    hierarchical = NoPropForCausalLM(config).eval()
-    close(hierarchical(PREFIX).logits, with_gradients(hierarchical, PREFIX))
-    assert not counted
+def test_a_router_weighs_the_blocks(model, counted):
+    config = NoPropConfig(**model.config.to_dict() | {"block_data": "clusters"})
+    torch.manual_seed(0)
+    routed = NoPropForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in (*routed.model.blocks.parameters(), *routed.model.router.parameters()):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    close(routed(PREFIX).logits, with_gradients(routed, PREFIX))
+    assert counted
+    cache = routed(PREFIX, use_cache=True)[CACHE]
+    assert len(cache.layers) == config.num_hidden_layers == 8
+    whole = torch.cat([PREFIX, REST], 1)
+    close(routed(REST, cache=cache).logits, with_gradients(routed, whole)[:, PREFIX.shape[1] :])
+    for count in (1, 2):
+        routed.config.num_hidden_layers = 2 + 2 * count
+        early = routed(PREFIX).logits
+        routed.config.num_hidden_layers = 8
+        close(early, routed(PREFIX, num_inference_blocks=count).logits)
+    cache = routed(PREFIX, use_cache=True, num_inference_blocks=2)[CACHE]
+    with pytest.raises(ValueError, match="num_inference_blocks=2`, and 3 blocks cannot"):
+        routed(REST, cache=cache)

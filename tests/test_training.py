@@ -19,7 +19,7 @@ from noprop_hf import training as training_module
 from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments
 from noprop_hf.checkpoints import checkpoints_of
 from noprop_hf.data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize, train_tokenizer
-from noprop_hf.model_directory import load_block, load_table, read_metadata
+from noprop_hf.model_directory import load_table, read_metadata
 from noprop_hf.noise_noprop import information_levels, standardize
 from noprop_hf.pretraining import pretrain_embeddings
 from noprop_hf.shards_noprop import EMBEDDINGS_SHARD, block_shard
@@ -397,64 +397,6 @@ def test_blocks_start_as_the_model_of_phase_1(directory, data):
     shutil.rmtree(directory / "pretraining")
     with pytest.raises(FileNotFoundError, match="Copy it together with the table"):
         train_blocks(data, BLOCKS, arguments(directory))
-
-
-@pytest.fixture
-def hierarchical(directory) -> Path:
-    reconfigure(directory, context_source="previous_block")
-    return directory
-
-
-def test_a_block_on_top_of_another_starts_as_one_alone(hierarchical):
-    config = NoPropConfig.from_pretrained(hierarchical)
-    table = load_table(hierarchical, config)
-    embeds, states = table(torch.arange(16)[None]), torch.randn(1, 16, config.hidden_size)
-    for start in ("random", "pretraining"):
-        config.block_initialization = start
-        torch.manual_seed(0)
-        above = new_block(hierarchical, config, table, 1).eval()
-        inputs = above.encoder.attention_inputs(embeds)
-        answer = above.head(above.encoder(embeds, states, **inputs))[0]
-        assert torch.equal(answer, above.head(above.encoder(embeds, 0 * states, **inputs))[0])
-        torch.nn.init.eye_(above.encoder.state_projection.weight)
-        assert not torch.allclose(answer, above.head(above.encoder(embeds, states, **inputs))[0], atol=1e-3)
-
-
-def test_hierarchical_blocks_train_in_order_and_only_by_their_own_loss(hierarchical, data):
-    with pytest.raises(FileNotFoundError, match="train the blocks in order"):
-        train_blocks(data, BlockArguments(blocks="1", sample_prompts=[]), arguments(hierarchical))
-    train_blocks(data, BlockArguments(blocks="0,1", sample_prompts=["the cat"]), arguments(hierarchical))
-    first = digest(hierarchical / block_shard(0))
-    second = load_file(hierarchical / block_shard(1))
-    (hierarchical / block_shard(1)).unlink()
-    shutil.rmtree(hierarchical / "checkpoints" / "block-01")
-    train_blocks(data, BlockArguments(blocks="1-3", sample_prompts=[]), arguments(hierarchical))
-    assert digest(hierarchical / block_shard(0)) == first
-    again = load_file(hierarchical / block_shard(1))
-    assert all(torch.equal(again[name], tensor) for name, tensor in second.items())
-
-    # Each block's loss is that of the assembled model, whose block reads the states of the one before.
-    model = NoPropForCausalLM.from_pretrained(hierarchical).eval()
-    dataset = tokenize(load_corpus(data), load_tokenizer(str(hierarchical)), data)["validation"].select(range(8))
-    batch = torch.tensor(dataset["input_ids"])
-    nats = model.variational_bound(batch).context_nats
-    config, previous = model.config, list(model.model.blocks[:2])
-    trainer = BlockTrainer(
-        load_block(hierarchical, config, 2),
-        load_table(hierarchical, config),
-        previous,
-        args=arguments(hierarchical / "trainer"),
-        eval_dataset=dataset,
-        data_collator=CausalCollator(load_tokenizer(str(hierarchical))),
-    )
-    assert trainer.evaluate()["eval_context_nats"] == pytest.approx(nats[2].item(), abs=1e-4)
-
-    # A block that was trained on another block before it is told.
-    (hierarchical / block_shard(0)).unlink()
-    shutil.rmtree(hierarchical / "checkpoints")
-    train_blocks(data, BlockArguments(blocks="0", sample_prompts=[]), arguments(hierarchical, seed=5))
-    with pytest.raises(ValueError, match="another block before it"):
-        train_blocks(data, BLOCKS, arguments(hierarchical))
 
 
 def test_the_system_as_first_described(data, tmp_path):

@@ -230,7 +230,9 @@ def train_phase_2(corpus: Corpus, folder: Path, **options) -> Weights:
     check_training_arguments(args)
     table, block_args = load_table(corpus.directory, config), BlockArguments(sample_max_new_tokens=2)
     place = NoMeetingPlace(folder)
-    train_block(BlockRun(folder, config, table, tokenizer, corpus.dataset, corpus.data, args, block_args, place), 1)
+    train_block(
+        BlockRun(folder, config, table, None, tokenizer, corpus.dataset, corpus.data, args, block_args, place), 1
+    )
     return load_file(folder / block_shard(1))
 
 

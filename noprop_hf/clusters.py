@@ -1,0 +1,213 @@
+"""Clusters of similar text, one for each block, and the training of the router that tells them apart.
+
+With `block_data="clusters"` each block is trained on the windows of one cluster, so that blocks know different things
+(Gururangan et al. 2023, "Scaling expert language models with unsupervised domain discovery", arXiv 2303.14177). Phase 1
+finds the clusters and trains the router. Any worker can then assign windows from the frozen table alone.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from torch import nn
+from torch.nn import functional as F
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, TrainingArguments, set_seed
+
+from .arguments import PretrainingArguments
+from .checkpoints import DurableTrainer, trainer_arguments
+from .configuration_noprop import NoPropConfig
+from .data import data_identity
+from .modeling_noprop import ContextEncoder, Router, TokenTable
+from .shards_noprop import clusters_hash, fingerprint
+from .tracking import track
+
+
+COMMON = 1e-3  # the probability at which a token counts half in the features of a window
+SAMPLE_WINDOWS = 50_000  # windows that the centroids are fitted to
+ITERATIONS = 50
+PRICE_RATE = 1 / 6  # change of a price, per spread of the similarities and logarithm of the cluster's relative size
+ROUTER_SHARE = 0.1  # steps of the router, for each step of phase 1
+
+
+def window_features(windows: list[list[int]], table: TokenTable) -> torch.Tensor:
+    """Compute the mean embedding of each window, with weights `a / (a + p)` against tokens of high probability `p`.
+
+    The weights are those of Arora, Liang and Ma 2017, "A simple but tough-to-beat baseline for sentence embeddings"
+    (ICLR), section 3, with a = 0.001.
+
+    Args:
+        windows: token ids, in windows of any length.
+
+    Returns:
+        `torch.Tensor` of shape `(num_windows, hidden_size)`: features of norm 1.
+    """
+    tokens = torch.from_numpy(np.concatenate([np.asarray(window, dtype=np.int64) for window in windows]))
+    starts = torch.tensor([0, *(len(window) for window in windows)][:-1]).cumsum(0)
+    weights = COMMON / (COMMON + table.log_prior.softmax(-1))
+    sums = F.embedding_bag(tokens, table.weight, starts, mode="sum", per_sample_weights=weights[tokens])
+    return F.normalize(sums, dim=-1)
+
+
+def fit_clusters(features: torch.Tensor, num_clusters: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fit clusters of a similar size by spherical k-means, where large clusters become expensive.
+
+    Args:
+        features (`(num_windows, hidden_size)`): features of norm 1.
+
+    Returns:
+        Centroids of norm 1, `(num_clusters, hidden_size)`, and prices `(num_clusters,)`; see [`Router`].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    centroids = features[torch.randperm(len(features), generator=generator)[:num_clusters]].clone()
+    prices = torch.zeros(num_clusters)
+    fitted, best = (centroids, prices), (False, False, 0)
+    for iteration in range(ITERATIONS + 1):
+        similarities = features @ centroids.T
+        nearest = (similarities - prices).argmax(-1)
+        counts = nearest.bincount(minlength=num_clusters)
+        smallest = int(counts.min())
+        rank = (smallest > 0, iteration >= ITERATIONS // 2, smallest)
+        if rank >= best:  # sizes may swing to the end, so the most even late clusters are kept
+            fitted, best = (centroids, prices), rank
+        # Where windows are much alike, small changes of a price already move many of them.
+        spread = (similarities - similarities.mean(-1, keepdim=True)).square().mean().sqrt()
+        prices = prices + PRICE_RATE * spread * (num_clusters * counts / len(features)).clamp(min=0.05).log()
+        sums = torch.zeros_like(centroids).index_add_(0, nearest, features)
+        centroids = torch.where((counts > 0)[:, None], F.normalize(sums, dim=-1), centroids)
+    return fitted
+
+
+def assign_clusters(rows: Dataset, table: TokenTable, centroids: torch.Tensor, prices: torch.Tensor) -> np.ndarray:
+    """Return the cluster of each window of a tokenized split, `(num_windows,)`.
+
+    Args:
+        centroids, prices: the result of [`fit_clusters`], which a [`Router`] holds.
+    """
+    clusters = [
+        (window_features(batch["input_ids"], table) @ centroids.T - prices).argmax(-1).numpy()
+        for batch in rows.iter(batch_size=4096)
+    ]
+    return np.concatenate(clusters) if clusters else np.zeros(0, dtype=np.int64)
+
+
+def select_cluster(
+    dataset: Mapping[str, Dataset], clusters: Mapping[str, np.ndarray], block_index: int
+) -> dict[str, Dataset]:
+    """Select the windows that a block is trained and evaluated on.
+
+    A validation split without a window of the cluster is used as a whole.
+
+    Args:
+        clusters: the result of [`assign_clusters`] for each split.
+
+    Raises:
+        ValueError: if no training window belongs to the cluster.
+    """
+    chosen = {name: np.flatnonzero(clusters[name] == block_index) for name in dataset}
+    if len(chosen["train"]) == 0:
+        raise ValueError(
+            f"No window of the training split belongs to the cluster of block {block_index}: give more text, or start "
+            "again with fewer blocks (--num_blocks) or --block_data shared."
+        )
+    return {name: rows if len(chosen[name]) == 0 else rows.select(chosen[name]) for name, rows in dataset.items()}
+
+
+def check_clustered_data(config: NoPropConfig, rows: Dataset | IterableDataset) -> None:
+    """Check that a training split can be divided into clusters.
+
+    Raises:
+        ValueError: if the split is a stream, or has fewer windows than clusters.
+    """
+    if config.block_data != "clusters":
+        return
+    if isinstance(rows, IterableDataset):
+        raise ValueError("A stream cannot be divided into clusters: leave --streaming out, or use --block_data shared.")
+    if len(rows) < config.num_blocks:
+        raise ValueError(
+            f"The training split has {len(rows)} windows, too few for {config.num_blocks} clusters: give more text, "
+            "fewer --num_blocks, or use --block_data shared."
+        )
+
+
+class RouterTrainer(DurableTrainer):
+    """Train a [`Router`] to predict the cluster of a window from each of its prefixes.
+
+    Args:
+        model ([`Router`]): the router.
+        table ([`TokenTable`]): the frozen table.
+        kwargs: arguments of [`DurableTrainer`].
+    """
+
+    def __init__(self, model: Router, table: TokenTable, **kwargs):
+        super().__init__(model=model, **kwargs)
+        self.table = table.to(self.args.device)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
+        return super().compute_loss(model, {**inputs, "table": self.table}, *args, **kwargs)
+
+
+def router_fields(pretraining_args: PretrainingArguments, training_args: TrainingArguments) -> dict[str, Any]:
+    """Return the training arguments that the router replaces: a tenth of the steps of phase 1, and its other fields."""
+    fields = pretraining_args.training_fields()
+    if training_args.warmup_steps >= 1:  # a number of steps, not a share of them
+        fields["warmup_steps"] = math.ceil(ROUTER_SHARE * training_args.warmup_steps)
+    for name in ("max_steps", "num_train_epochs"):
+        value = ROUTER_SHARE * fields.get(name, getattr(training_args, name))
+        fields[name] = value if name == "num_train_epochs" else math.ceil(value) if value > 0 else -1
+    return fields
+
+
+def train_router(
+    config: NoPropConfig,
+    start: ContextEncoder | None,
+    table: TokenTable,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Mapping[str, Dataset],
+    data: str,
+    pretraining_args: PretrainingArguments,
+    training_args: TrainingArguments,
+) -> Router:
+    """Find the clusters of a training split, and train a router to tell them apart.
+
+    Args:
+        start: the encoder of the model of phase 1, which the router starts from if it has as many layers.
+        data: the fingerprint of the training split.
+    """
+    rows = dataset["train"]
+    sample = rows.select(range(0, len(rows), max(1, len(rows) // SAMPLE_WINDOWS)))
+    features = torch.cat([window_features(batch["input_ids"], table) for batch in sample.iter(batch_size=4096)])
+    centroids, prices = fit_clusters(features, config.num_blocks, training_args.seed)
+    clusters = {name: assign_clusters(rows, table, centroids, prices) for name, rows in dataset.items()}
+    for block_index in range(config.num_blocks):
+        select_cluster(dataset, clusters, block_index)  # raises before any training if a cluster is empty
+    labelled = {name: rows.add_column("label", clusters[name]) for name, rows in dataset.items()}
+
+    args = trainer_arguments(training_args, "router", **router_fields(pretraining_args, training_args))
+    set_seed(args.seed)
+    router = Router(copy.deepcopy(config))
+    router.centroids.copy_(centroids)
+    router.prices.copy_(prices)
+    if start is not None and len(start.layers) == len(router.encoder.layers):
+        router.encoder.load_state_dict(start.state_dict())
+    trainer = RouterTrainer(
+        router,
+        table,
+        identity={
+            "fingerprint": fingerprint(config, table.weight),
+            "clusters": clusters_hash(router.state_dict()),
+            **data_identity(data, dataset, args),
+        },
+        args=args,
+        train_dataset=labelled["train"],
+        eval_dataset=labelled["validation"],
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
+    with track(trainer, Path(training_args.output_dir), "router", "router", in_nats=False):
+        trainer.train_durably()
+    trainer.save_state()
+    return router.cpu().eval()

@@ -1,0 +1,303 @@
+"""Blocks on clusters of text, and the router that weighs them."""
+
+import copy
+import dataclasses
+import functools
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from conftest import MODEL, arguments, tokens
+from noprop_hf import (
+    DenoisingBlock,
+    NoPropConfig,
+    NoPropForCausalLM,
+    NoPropForPreTraining,
+    NoPropForSequenceClassification,
+)
+from noprop_hf.arguments import BlockArguments, PretrainingArguments
+from noprop_hf.clusters import (
+    RouterTrainer,
+    assign_clusters,
+    fit_clusters,
+    router_fields,
+    train_router,
+    window_features,
+)
+from noprop_hf.data import DataArguments, load_corpus, load_tokenizer, tokenize
+from noprop_hf.model_directory import load_router, load_table, read_metadata
+from noprop_hf.modeling_noprop import TokenTable
+from noprop_hf.noise_noprop import standardize
+from noprop_hf.pretraining import pretrain_embeddings
+from noprop_hf.shards_noprop import EMBEDDINGS_SHARD, block_shard
+from noprop_hf.training import BlockRun, train_blocks
+
+
+KINDS = ("cat dog bird fish cow", "red blue green pink white", "run walk jump swim climb")
+CLUSTERED = dataclasses.replace(MODEL, num_blocks=3, block_data="clusters", block_initialization="pretraining")
+RARELY = {"eval_strategy": "no", "save_steps": 6}
+STEPS = PretrainingArguments(pretraining_max_steps=120)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> DataArguments:
+    """Long texts of three kinds, each of words of its own."""
+    choose, path = random.Random(0), tmp_path_factory.mktemp("kinds") / "train.txt"
+    texts = [" ".join(choose.choices(KINDS[number % 3].split(), k=60)) for number in range(240)]
+    path.write_text("\n".join(texts) + "\n")
+    return DataArguments(train_file=str(path), max_length=16, packing=False, validation_split_percentage=10)
+
+
+@pytest.fixture(scope="module")
+def phase1(data, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("clusters") / "model"
+    return pretrain_embeddings(CLUSTERED, data, STEPS, arguments(directory, **RARELY))
+
+
+@pytest.fixture(scope="module")
+def trained(phase1, data, tmp_path_factory) -> Path:
+    directory = Path(shutil.copytree(phase1, tmp_path_factory.mktemp("trained") / "model"))
+    return train_blocks(data, BlockArguments(sample_prompts=["cat"]), arguments(directory, max_steps=12, **RARELY))
+
+
+def rows_of(directory: Path, data: DataArguments) -> dict[str, Dataset]:
+    return tokenize(load_corpus(data), load_tokenizer(str(directory)), data)
+
+
+def kind_of(text: str) -> int:
+    return next(kind for kind, words in enumerate(KINDS) if text.split()[1] in words)
+
+
+def routed_config(**fields) -> NoPropConfig:
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_blocks": 3, "num_layers_per_block": 1}
+    return NoPropConfig(
+        **sizes | {"num_attention_heads": 2, "intermediate_size": 24, "block_data": "clusters"} | fields
+    )
+
+
+def test_features_are_weighted_means_of_norm_1():
+    config = NoPropConfig(vocab_size=30, hidden_size=8, num_blocks=2, num_attention_heads=2)
+    table = TokenTable(config)
+    table.weight.copy_(standardize(torch.randn(30, 8)))
+    table.log_prior.copy_(torch.randn(30).log_softmax(-1))
+    windows = [[1, 2, 2], [5], [7, 1, 29, 4, 4]]
+    for window, feature in zip(windows, window_features(windows, table), strict=True):
+        expected = sum(0.001 / (0.001 + table.log_prior[token].exp()) * table.weight[token] for token in window)
+        assert torch.allclose(feature, expected / expected.norm(), atol=1e-6)
+
+
+def test_clusters_are_of_similar_size_whatever_the_kinds():
+    """Nine in ten points are of one kind: plain k-means would give it one of three clusters."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.tensor([0] * 900 + [1] * 100)
+    points = F.normalize(torch.eye(6)[kinds] + 0.3 * torch.randn(1000, 6, generator=generator), dim=-1)
+    for seed in range(5):
+        centroids, prices = fit_clusters(points, 3, seed)
+        assert torch.allclose(centroids.norm(dim=-1), torch.ones(3))
+        clusters = (points @ centroids.T - prices).argmax(-1)
+        assert (clusters.bincount(minlength=3) > 270).all()
+    again = fit_clusters(points, 3, seed)
+    assert torch.equal(again[0], centroids) and torch.equal(again[1], prices)
+
+
+@pytest.mark.parametrize("common", [0.0, 1.0, 6.0])
+@pytest.mark.parametrize("num_clusters", [2, 10])
+def test_clusters_are_of_similar_size_however_much_alike(common, num_clusters):
+    """A common part of the features makes similarities differ less, by up to a hundred times."""
+    points = torch.randn(2000, 32, generator=torch.Generator().manual_seed(0))
+    points = F.normalize(points + common, dim=-1)
+    centroids, prices = fit_clusters(points, num_clusters, seed=0)
+    counts = (points @ centroids.T - prices).argmax(-1).bincount(minlength=num_clusters)
+    assert counts.min() > 0.8 * 2000 / num_clusters and counts.max() < 1.2 * 2000 / num_clusters
+
+
+def test_clusters_are_the_kinds_of_text(phase1, data):
+    config = NoPropConfig.from_pretrained(phase1)
+    table, router = load_table(phase1, config), load_router(phase1, config)
+    tokenizer = load_tokenizer(str(phase1))
+    rows = rows_of(phase1, data)["train"]
+    kinds = [kind_of(tokenizer.decode(row)) for row in rows["input_ids"]]
+    clusters = assign_clusters(rows, table, router.centroids, router.prices)
+    pairs = set(zip(kinds, clusters.tolist(), strict=True))
+    assert len(pairs) == 3, pairs  # one cluster for each kind
+
+
+def test_the_router_tells_clusters_apart_by_a_prefix(phase1, data):
+    config = NoPropConfig.from_pretrained(phase1)
+    table, router = load_table(phase1, config), load_router(phase1, config)
+    rows = rows_of(phase1, data)["validation"]
+    clusters = assign_clusters(rows, table, router.centroids, router.prices)
+    input_ids = torch.tensor([row[:8] for row in rows["input_ids"]])
+    embeds = table(input_ids)
+    with torch.no_grad():
+        logits = router(inputs_embeds=embeds, **router.encoder.attention_inputs(embeds))
+    assert (logits[:, -1].argmax(-1).numpy() == clusters).mean() > 0.8
+    changed = input_ids.clone()
+    changed[:, 5:] = changed[:, 5:].roll(1, 0)
+    embeds = table(changed)
+    with torch.no_grad():
+        others = router(inputs_embeds=embeds, **router.encoder.attention_inputs(embeds))
+    assert torch.allclose(others[:, :5], logits[:, :5], atol=1e-5)  # it reads no later token
+
+
+def test_a_block_is_trained_on_the_windows_of_its_cluster(trained, phase1, data, tmp_path, monkeypatch):
+    config = NoPropConfig.from_pretrained(phase1)
+    table, router = load_table(phase1, config), load_router(phase1, config)
+    seen = []
+    plain = DenoisingBlock.forward
+
+    @functools.wraps(plain)
+    def watch(self, input_ids=None, *args, **kwargs):
+        if self.training and input_ids is not None:
+            seen.extend(input_ids.tolist())
+        return plain(self, input_ids, *args, **kwargs)
+
+    directory = Path(shutil.copytree(phase1, tmp_path / "model"))
+    monkeypatch.setattr(DenoisingBlock, "forward", watch)
+    train_blocks(data, BlockArguments(blocks="1", sample_prompts=[]), arguments(directory, max_steps=12, **RARELY))
+    assert len(seen) == 12 * 4
+    rows = Dataset.from_dict({"input_ids": seen})
+    assert {*assign_clusters(rows, table, router.centroids, router.prices).tolist()} == {1}
+    alone, together = (load_file(folder / block_shard(1)) for folder in (directory, trained))
+    assert all(torch.equal(together[name], tensor) for name, tensor in alone.items())  # blocks are independent
+
+
+def test_all_blocks_have_the_bias_of_phase_1(trained):
+    bias = NoPropForPreTraining.from_pretrained(trained).bias
+    model = NoPropForCausalLM.from_pretrained(trained)
+    assert all(torch.equal(block.head.bias, bias) for block in model.model.blocks)
+
+
+def test_the_prediction_is_the_weighted_mean_of_the_blocks(trained, data):
+    """By hand, block by block; and the model knows every kind of text, a block only its own."""
+    model = NoPropForCausalLM.from_pretrained(trained).eval()
+    rows = rows_of(trained, data)["validation"]
+    input_ids = torch.tensor([row[:14] for row in rows["input_ids"]])
+    table, router = model.model.embed_tokens, model.model.router
+    embeds = table(input_ids)
+    inputs = router.encoder.attention_inputs(embeds)
+    with torch.no_grad():
+        weights = router.readout(router.encoder(embeds, **inputs)).softmax(-1)
+        answers = [block.head(block.encoder(embeds, **inputs)) for block in model.model.blocks]
+        mixed = sum(weights[..., index, None] * point for index, (point, _) in enumerate(answers))
+        expected = (mixed @ table.weight.T + answers[0][1]).log_softmax(-1)
+        assert torch.allclose(model(input_ids).logits, expected, atol=1e-5)
+    outputs = model.variational_bound(input_ids)
+    targets = input_ids[:, 1:]
+    nats = F.cross_entropy(expected[:, :-1].transpose(1, 2), targets)
+    assert outputs.predictive_nats.item() == pytest.approx(nats.item(), abs=1e-4)
+    assert outputs.predictive_nats < outputs.context_nats.min()
+
+
+@pytest.mark.parametrize("sure_of", [0, 2])
+def test_a_sure_router_leaves_one_block(trained, sure_of):
+    model = NoPropForCausalLM.from_pretrained(trained).eval()
+    with torch.no_grad():
+        model.model.router.readout.weight.zero_()
+        model.model.router.readout.bias.copy_(200.0 * F.one_hot(torch.tensor(sure_of), 3))
+    input_ids = tokens(2, 12)
+    outputs = model.variational_bound(input_ids, generator=torch.Generator().manual_seed(0))
+    assert outputs.predictive_nats.item() == pytest.approx(outputs.context_nats[sure_of].item(), abs=1e-4)
+    assert outputs.token_nats.isfinite().all()
+    if sure_of == 0:  # later blocks change nothing
+        assert torch.allclose(outputs.block_nats[1:], torch.zeros(2), atol=1e-4)
+        assert outputs.bound.item() == pytest.approx(outputs.context_nats[0].item(), abs=1e-4)
+    text = model.generate(input_ids, max_new_tokens=3, decoding_mode="denoising", num_trajectories=2, pad_token_id=0)
+    assert text.shape == (2, 15)
+
+
+def test_an_interrupted_router_ends_with_the_same_bits(phase1, data, tmp_path, monkeypatch):
+    directory, compute_loss, steps = tmp_path / "model", RouterTrainer.compute_loss, iter(range(8))
+
+    def stop(self, model, *args, **kwargs):
+        if model.training and next(steps, None) is None:
+            raise KeyboardInterrupt
+        return compute_loss(self, model, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RouterTrainer, "compute_loss", stop)
+        pretrain_embeddings(CLUSTERED, data, STEPS, arguments(directory, **RARELY))
+    assert not (directory / EMBEDDINGS_SHARD).exists()
+    pretrain_embeddings(CLUSTERED, data, STEPS, arguments(directory, **RARELY))
+    resumed, straight = (load_file(path / EMBEDDINGS_SHARD) for path in (directory, phase1))
+    assert any("router" in name for name in straight)
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+    assert (
+        read_metadata(directory / EMBEDDINGS_SHARD)["clusters"] == read_metadata(phase1 / EMBEDDINGS_SHARD)["clusters"]
+    )
+
+
+def test_the_router_resumes_only_the_run_of_its_configuration(phase1, data, tmp_path):
+    """With --embeddings_from, another configuration can have the same table and clusters."""
+    config = NoPropConfig.from_pretrained(phase1)
+    table, tokenizer, rows = load_table(phase1, config), load_tokenizer(str(phase1)), rows_of(phase1, data)
+    args = arguments(tmp_path, **RARELY)
+    steps = PretrainingArguments(pretraining_max_steps=20)
+    train_router(config, None, table, tokenizer, rows, "data", steps, args)
+    config.rms_norm_eps = 1e-4
+    with pytest.raises(ValueError, match="the embedding table or the configuration changed"):
+        train_router(config, None, table, tokenizer, rows, "data", steps, args)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(0, 0), (0.3, 0.3), (1, 1), (25, 3)])
+def test_the_router_warms_up_in_a_tenth_of_the_steps(tmp_path, given, expected):
+    args = arguments(tmp_path, warmup_steps=given)
+    fields = router_fields(PretrainingArguments(pretraining_max_steps=100), args)
+    assert fields["max_steps"] == 10 and fields.get("warmup_steps", given) == expected
+
+
+def test_an_empty_cluster_is_an_error_before_any_block_is_trained(phase1, data, tmp_path, monkeypatch):
+    directory = Path(shutil.copytree(phase1, tmp_path / "model"))
+    two = property(lambda run: {name: np.arange(len(rows)) % 2 for name, rows in run.dataset.items()})
+    monkeypatch.setattr(BlockRun, "clusters", two)
+    with pytest.raises(ValueError, match="cluster of block 2"):
+        train_blocks(data, BlockArguments(sample_prompts=[]), arguments(directory, max_steps=2, **RARELY))
+    assert not (directory / block_shard(0)).exists()
+
+
+def test_a_classifier_with_adapters_leaves_the_router_frozen():
+    """peft trains every module that has a name of the usual classifiers."""
+    peft = pytest.importorskip("peft")
+    model = NoPropForSequenceClassification(routed_config())
+    for target in ("all-linear", ["q_proj"]):
+        adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(task_type="SEQ_CLS", target_modules=target))
+        trained = [name for name, weight in adapted.named_parameters() if weight.requires_grad and "lora" not in name]
+        assert trained and all("score" in name for name in trained)
+
+
+@pytest.mark.parametrize("lost", ["router", "layers of the router", "block 0"])
+def test_a_cache_without_its_first_layer_is_refused(lost):
+    """It has no token in that layer, where the next position is counted."""
+    torch.manual_seed(0)
+    model = NoPropForCausalLM(routed_config(block_data="shared" if lost == "block 0" else "clusters")).eval()
+    if lost == "router":
+        model.model.router = None
+    elif lost == "block 0":
+        model.model.blocks = model.model.blocks[1:]
+    else:
+        model.model.router.encoder.layers = model.model.router.encoder.layers[:0]
+    input_ids = tokens(2, 6)
+    for context in (torch.no_grad, torch.enable_grad):
+        with context():
+            model(input_ids, use_cache=False)
+            cache = model(input_ids[:, :4], use_cache=True).past_key_values
+            with pytest.raises(ValueError, match="lost that layer"):
+                model(input_ids[:, 4:], past_key_values=cache)
+
+
+def test_data_that_cannot_be_clustered_are_refused(data, tmp_path):
+    for message, options in {
+        "leave --streaming out": {"streaming": True, "validation_file": data.train_file},
+        "has 2 windows, too few for 3 clusters": {"max_train_samples": 2},
+    }.items():
+        directory = tmp_path / "model"
+        with pytest.raises(ValueError, match=message):
+            pretrain_embeddings(CLUSTERED, dataclasses.replace(data, **options), STEPS, arguments(directory, **RARELY))
+        assert not (directory / "checkpoints" / "pretraining").exists()
