@@ -211,7 +211,7 @@ REFUSED: list[tuple[str, str, str]] = [  # script, options, a word of the senten
         ("llama", "type 'llama'"),
         ("half", "not fully trained"),
         ("damaged", "corrupted: block-01.safetensors"),
-        ("odd", "damaged"),
+        ("odd", "cannot be used"),
         ("no_json", "no_json"),
         ("huge", "`num_blocks`"),
         ("deep", "`num_layers_per_block`"),
