@@ -338,6 +338,15 @@ class NoPropPreTrainedModel(ShardedFilesMixin, PreTrainedModel):
         return weight_shapes(config)
 
 
+class SeparateModel(NoPropPreTrainedModel):
+    """Base of the models that are saved on their own: a block, the router and the model of phase 1."""
+
+    @classmethod
+    def _weight_shapes(cls, config: NoPropConfig) -> dict[str, torch.Size]:
+        with torch.device("meta"):
+            return {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
+
+
 def weight_shapes(config: NoPropConfig) -> dict[str, torch.Size]:
     """Return the shapes of the weights of table, router and blocks, by their names in [`NoPropModel`]."""
     with torch.device("meta"):
@@ -376,7 +385,7 @@ class DenoisingBlockOutput(ModelOutput):
     bound_nats: torch.Tensor | None = None
 
 
-class DenoisingBlock(NoPropPreTrainedModel):
+class DenoisingBlock(SeparateModel):
     """One block: a causal context encoder and a denoising head, trained on its own.
 
     `forward` computes the training objective, or without labels the block's answer. The frozen table is an argument and
@@ -407,11 +416,6 @@ class DenoisingBlock(NoPropPreTrainedModel):
         """
         if not any(parameter.requires_grad for parameter in self.encoder.input_projection.parameters()):
             super().enable_input_require_grads()
-
-    @classmethod
-    def _weight_shapes(cls, config: NoPropConfig) -> dict[str, torch.Size]:
-        with torch.device("meta"):
-            return {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
 
     def forward(
         self,
@@ -522,7 +526,7 @@ class DenoisingBlock(NoPropPreTrainedModel):
             return (probabilities @ embeddings - embeddings[targets]).pow(2).mean(-1).sum()
 
 
-class Router(NoPropPreTrainedModel):
+class Router(SeparateModel):
     """Weigh the blocks of a model with `block_data="clusters"` by the text so far.
 
     A window of text belongs to the cluster that maximises `feature . centroid - price`, where the feature is the mean
@@ -544,11 +548,6 @@ class Router(NoPropPreTrainedModel):
         self.register_buffer("prices", torch.zeros(config.num_blocks))
         self.gradient_checkpointing = False
         self.post_init()
-
-    @classmethod
-    def _weight_shapes(cls, config: NoPropConfig) -> dict[str, torch.Size]:
-        with torch.device("meta"):
-            return {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
 
     def forward(
         self,
@@ -1020,7 +1019,7 @@ class NoPropForTokenClassification(GenericForTokenClassification, NoPropPreTrain
         self.post_init()
 
 
-class NoPropForPreTraining(NoPropPreTrainedModel):
+class NoPropForPreTraining(SeparateModel):
     """The model of phase 1: a shallow encoder whose tied input and output table becomes the frozen table of the blocks.
 
     With `config.pretraining_objective="mlm"` the model learns to fill masks from both directions, with `"clm"` to
@@ -1045,11 +1044,6 @@ class NoPropForPreTraining(NoPropPreTrainedModel):
         super()._init_weights(module)
         if module is self:
             init.zeros_(self.bias)
-
-    @classmethod
-    def _weight_shapes(cls, config: NoPropConfig) -> dict[str, torch.Size]:
-        with torch.device("meta"):
-            return {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
 
     def token_table(self) -> torch.Tensor:
         """Return the standardized table, `(vocab_size, hidden_size)`."""
