@@ -544,7 +544,7 @@ class Bench:
         for key, value in changes.items():
             setattr(config, key, value)
         table, router = load_table(self.phase1, config), load_router(self.phase1, config)
-        origin = {} if router is None else {"clusters": clusters_hash(router)}
+        origin = {} if router is None else {"clusters": clusters_hash(router.state_dict())}
         create_model_directory(directory, config, tokenizer, table, origin, router)
         if config.block_initialization == "pretraining":
             shutil.copytree(self.phase1 / PRETRAINING_FOLDER, directory / PRETRAINING_FOLDER, dirs_exist_ok=True)
