@@ -299,9 +299,10 @@ def main() -> None:
             "OMP_NUM_THREADS": "1",
         }
         figures = simulate(args, folder, server)
-    path = Path(args.results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(figures, indent=1) + "\n")
+    from common import commit, write_results
+
+    figures = {"commit": commit(), **figures}
+    write_results(Path(args.results), figures)
     print(json.dumps(figures, indent=1))
     shutil.rmtree(folder)
     if any(figures[name] for name in ("lost", "duplicated", "trained_twice")) or not figures["bit_identical"]:
