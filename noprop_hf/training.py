@@ -363,9 +363,9 @@ def _train_waiting(run: BlockRun, waiting: Sequence[int]) -> None:
         with hold_lock(path, run.training_args, partial(_is_taken, run, index)) as is_ours:
             if is_ours:
                 _train_or_release(run, index)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
     broadcast_from_first(run.training_args, None)  # wait until the first process has written
 
 
