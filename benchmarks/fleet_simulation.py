@@ -226,6 +226,7 @@ class SimulatedHub:
         self.answered: dict[str, list[float]] = {kind: [] for kind in self.limits}  # the times of requests
         self.refused = Counter[str]()
         self.bytes = Counter[str]()
+        self.objects: set[bytes] = set()  # large files that have arrived, in a commit or not
         self.states: list[tuple[float, int, int]] = []  # seconds, published blocks, claims
         self.taken_over = 0
         self._infos: dict[str, ModelInfo] = {}
@@ -330,8 +331,11 @@ class SimulatedApi:
         for name, content in added.items():
             if name.endswith(".safetensors"):
                 self.request("api", lambda: None)  # where to upload it
+                if content in self.hub.objects:
+                    continue
                 self.hub.clock.sleep(self.region.round_trip + self.hub.size(name, content) / self.region.upload)
                 self.hub.bytes["up"] += self.hub.size(name, content)
+                self.hub.objects.add(content)
         change = (added, deleted, commit_message, parent_commit)
         self.request("commits", lambda: self.hub.change(*change), seconds=COMMIT_SECONDS)
 
