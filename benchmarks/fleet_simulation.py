@@ -40,6 +40,7 @@ from huggingface_hub.utils import SafetensorsFileMetadata
 from common import commit, write_results
 from hub_server import Conflict, Repository, blob
 from noprop_hf import NoPropConfig, hub, meeting_place, training
+from noprop_hf.layout import block_name, checkpoint_folder
 from noprop_hf.meeting_place import BLOCK_NAME, CLAIM_NAME, MeetingPlace
 from noprop_hf.model_directory import save_shard
 from noprop_hf.planning import Sizes
@@ -97,7 +98,9 @@ class SimulationArguments:
     failure_hours: float = field(default=12.0, metadata={"help": "Mean hours until a worker fails; exponential."})
     downtime_hours: float = field(default=1.0, metadata={"help": "Mean hours until it is back; exponential."})
     leave_rate: float = field(default=0.05, metadata={"help": "Share of failures after which a worker never returns."})
-    rest_seconds: float = field(default=3600, metadata={"help": "Mean seconds until an ended command is run again."})
+    rest_seconds: float = field(
+        default=3 * 3600, metadata={"help": "Mean seconds until an ended command is run again."}
+    )
     fault_rate: float = field(default=0.01, metadata={"help": "Share of the requests that end with status 503."})
     api_limit: int = field(default=1000, metadata={"help": "API requests of an account in 5 minutes."})
     resolver_limit: int = field(default=5000, metadata={"help": "Downloads of an account in 5 minutes."})
@@ -127,7 +130,7 @@ class Clock:
 
     def __init__(self):
         self.seconds, self.is_over = 0.0, False
-        self._alarms: list[tuple[float, int, threading.Semaphore]] = []
+        self._alarms: list[tuple[float, int, threading.Lock]] = []
         self._order = count()
 
     def monotonic(self) -> float:
@@ -158,8 +161,9 @@ class Clock:
         if self.is_over:
             raise Ended
 
-    def set_alarm(self, seconds: float) -> threading.Semaphore:
-        alarm = threading.Semaphore(0)
+    def set_alarm(self, seconds: float) -> threading.Lock:
+        alarm = threading.Lock()
+        alarm.acquire()  # until its time
         heapq.heappush(self._alarms, (self.seconds + max(0, seconds), next(self._order), alarm))
         return alarm
 
@@ -176,7 +180,7 @@ class Clock:
         for thread in threads:
             thread.join()
 
-    def live(self, work: Callable[[], None], alarm: threading.Semaphore) -> None:
+    def live(self, work: Callable[[], None], alarm: threading.Lock) -> None:
         """Run a work in the present thread, from the alarm on."""
         alarm.acquire()
         try:
@@ -266,22 +270,19 @@ class SimulatedApi:
         self.hub, self.place, self.account, self.region = hub, place, account, region
 
     def request(
-        self,
-        kind: str,
-        answer: Callable[[], Answer],
-        sent: int = 0,
-        received: int = 0,
-        seconds: float = LOOK_SECONDS,
+        self, kind: str, answer: Callable[[], Answer], received: int = 0, seconds: float = LOOK_SECONDS
     ) -> Answer:
-        """Send a request that the Hub answers after half of a round trip and the upload of its body.
+        """Send a request that the Hub answers after half of a round trip, with the state that it has then.
+
+        Files of a revision do not change, so that a download takes a single turn.
 
         Raises:
             HfHubHTTPError: 429 beyond a limit, 503 at random, 412 for a commit whose parent is not the newest state.
         """
         hub, clock, region = self.hub, self.hub.clock, self.region
         self.place._before(SimpleNamespace(extensions={}))  # raises if the deadline is over
-        clock.sleep(region.round_trip / 2 + sent / region.upload + seconds)
-        hub.bytes["up"] += sent
+        there, back = region.round_trip / 2 + seconds, region.round_trip / 2 + received / region.download
+        clock.sleep(there + back if kind == "resolvers" else there)
         status, wait = 200, 0.0
         for limit in ("api", "commits") if kind == "commits" else (kind,):
             wait = wait or hub.limits[limit].take(self.account if limit != "commits" else 0, clock.seconds)
@@ -299,9 +300,9 @@ class SimulatedApi:
             except Conflict:
                 status = 412
                 hub.refused["conflicts"] += 1
-        hub.bytes["down"] += received if status == 200 else 0
-        clock.sleep(region.round_trip / 2 + (received / region.download if status == 200 else 0))
         if status == 200:
+            hub.bytes["down"] += received
+            clock.sleep(0 if kind == "resolvers" else back)
             return result
         path = "resolve/main/file" if kind == "resolvers" else "api/models/user/fleet"
         request = httpx.Request("POST", f"https://huggingface.co/{path}")
@@ -429,6 +430,7 @@ class Worker(threading.Thread):
     def train(self, run: Any, index: int) -> None:
         """Take the time of the training of a block, from its last checkpoint on, and publish it."""
         report = training.ReportCallback(run.place, index)
+        checkpoints = checkpoint_folder(self.directory, block_name(index))
         while self.saved_steps[index] < self.args.steps:
             steps = min(self.args.save_steps, self.args.steps - self.saved_steps[index])
             begin = self.clock.seconds
@@ -437,6 +439,7 @@ class Worker(threading.Thread):
             finally:
                 self.steps_trained += int((self.clock.seconds - begin) / self.step_seconds + 1e-6)
             self.saved_steps[index] += steps
+            checkpoints.mkdir(parents=True, exist_ok=True)
             report.on_save(run.training_args, SimpleNamespace(global_step=self.saved_steps[index]), None)
         save_shard(self.directory / block_shard(index), {"weight": torch.full((1,), float(index))}, {})
         run.place.publish_block(index)
