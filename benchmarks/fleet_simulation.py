@@ -30,7 +30,6 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 from unittest.mock import patch
 
-import httpx
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.errors import HfHubHTTPError
@@ -304,11 +303,10 @@ class SimulatedApi:
             hub.bytes["down"] += received
             clock.sleep(0 if kind == "resolvers" else back)
             return result
-        path = "resolve/main/file" if kind == "resolvers" else "api/models/user/fleet"
-        request = httpx.Request("POST", f"https://huggingface.co/{path}")
+        url = SimpleNamespace(path="/user/fleet/resolve/" if kind == "resolvers" else "/api/models/user/fleet")
         headers = {"Date": formatdate(clock.time(), usegmt=True)}
         headers |= {"Retry-After": str(math.ceil(wait))} if wait else {}
-        response = httpx.Response(status, headers=headers, request=request)
+        response: Any = SimpleNamespace(status_code=status, headers=headers, request=SimpleNamespace(url=url))
         self.place._after(response)
         raise HfHubHTTPError(f"status {status}", response=response)
 
