@@ -7,7 +7,8 @@ next event is due. A run depends on its seed only and takes no time but that of 
 
 Limits of the Hub: requests of an account in windows of 5 minutes are those of a free user in
 https://huggingface.co/docs/hub/rate-limits (September 2025). The limit of commits is not documented: 128 per hour is
-that of the Hub's error message, taken as per repository. The regions, failures and sizes below are assumptions.
+that of the Hub's error message, taken to count the commits to a repository that succeed. The regions, failures and
+sizes below are assumptions.
 """
 
 import gc
@@ -98,7 +99,7 @@ class SimulationArguments:
     downtime_hours: float = field(default=1.0, metadata={"help": "Mean hours until it is back; exponential."})
     leave_rate: float = field(default=0.05, metadata={"help": "Share of failures after which a worker never returns."})
     rest_seconds: float = field(
-        default=3 * 3600, metadata={"help": "Mean seconds until an ended command is run again."}
+        default=6 * 3600, metadata={"help": "Mean seconds until an ended command is run again."}
     )
     fault_rate: float = field(default=0.01, metadata={"help": "Share of the requests that end with status 503."})
     api_limit: int = field(default=1000, metadata={"help": "API requests of an account in 5 minutes."})
@@ -204,13 +205,14 @@ class Limit:
     def __init__(self, quota: int, seconds: float):
         self.quota, self.seconds, self.counts = quota, seconds, Counter[tuple[Any, int]]()
 
-    def take(self, key: Any, now: float) -> float:
-        """Count a request, and return the seconds until the next one is allowed: 0 if this one is."""
+    def wait(self, key: Any, now: float) -> float:
+        """Return the seconds until a request is allowed; 0 if it is now."""
         window = int(now // self.seconds)
-        if self.counts[key, window] >= self.quota:
-            return (window + 1) * self.seconds - now
-        self.counts[key, window] += 1
-        return 0
+        return (window + 1) * self.seconds - now if self.counts[key, window] >= self.quota else 0
+
+    def count(self, key: Any, now: float) -> None:
+        """Count a request that is allowed."""
+        self.counts[key, int(now // self.seconds)] += 1
 
 
 class SimulatedHub:
@@ -253,6 +255,7 @@ class SimulatedHub:
     def change(self, added: dict[str, bytes], deleted: list[str], message: str, parent: str | None) -> None:
         before = self.repository.files("main") or {}
         self.repository.change(added, deleted, message, parent)
+        self.limits["commits"].count("the repository", self.clock.seconds)
         for name in filter(CLAIM_NAME.fullmatch, added):
             if name in before and json.loads(before[name])["worker"] != json.loads(added[name])["worker"]:
                 self.taken_over += 1
@@ -284,12 +287,15 @@ class SimulatedApi:
         clock.sleep(there + back if kind == "resolvers" else there)
         status, wait = 200, 0.0
         for limit in ("api", "commits") if kind == "commits" else (kind,):
-            wait = wait or hub.limits[limit].take(self.account if limit != "commits" else 0, clock.seconds)
+            key = "the repository" if limit == "commits" else self.account
+            wait = hub.limits[limit].wait(key, clock.seconds)
             hub.answered[limit].append(clock.seconds)
             if wait:
                 hub.refused[limit] += 1
                 status = 429
                 break
+            if limit != "commits":  # commits count once they have succeeded
+                hub.limits[limit].count(key, clock.seconds)
         if status == 200 and hub.random.random() < hub.args.fault_rate:
             status = 503
             hub.refused["faults"] += 1
