@@ -1,9 +1,10 @@
-# make demo   the main job: pretrain, train, evaluate, sample (two cores, ten to fifteen minutes after the installation)
-# make test   lint, types and all tests
-# make lint   ruff and mypy
-# make matrix tests with the versions of matrix/cells.yaml, oldest to newest (keeps 25 GB of virtual environments)
-# make gpu    measurements that need an NVIDIA GPU, with the installed Python (under ten minutes; toy size without a GPU)
-# make clean  remove the virtual environments and runs/
+# make demo    the main job: pretrain, train, evaluate, sample (two cores, ten to fifteen minutes after the installation)
+# make test    lint, types and all tests
+# make lint    ruff and mypy
+# make matrix  tests with the versions of matrix/cells.yaml, oldest to newest (keeps 25 GB of virtual environments)
+# make gpu     measurements that need an NVIDIA GPU, with the installed Python (under ten minutes; toy size without a GPU)
+# make results list the kept figures of benchmarks, and which files they depend on have changed since
+# make clean   remove the virtual environments and runs/
 # demo, test, lint and matrix create .venv and install the tested versions of constraints.txt when they are missing.
 
 # Waiting threads yield the processor. Otherwise they slow training down where other processes are busy.
@@ -12,7 +13,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 
-.PHONY: demo test matrix gpu lint clean
+.PHONY: demo test matrix gpu results lint clean
 
 demo: $(VENV)/demo.installed
 	$(VENV)/bin/python scripts/train.py recipes/demo.yaml
@@ -27,6 +28,9 @@ matrix: $(VENV)/demo.installed
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py
+
+results:
+	@$(PYTHON) benchmarks/results.py
 
 lint: $(VENV)/dev.installed
 	$(VENV)/bin/ruff check .

@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional as F
 from transformers import HfArgumentParser
 
-from common import measured_once
+from common import measured_once, write_results
 from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM
 from noprop_hf.generation_noprop import Beliefs
 from noprop_hf.model_directory import create_model_directory, load_block, load_table
@@ -300,10 +300,9 @@ def main() -> None:
         jobs = {name: pool.submit(measure, args, name, variation) for name, variation in variations.items()}
         figures = {name: job.result() for name, job in jobs.items()}
     path = Path(args.results)
-    path.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(path.read_text()) if path.is_file() else {}
     kept |= {name: {"variation": asdict(variations[name])} | figures[name] for name in variations}
-    path.write_text(json.dumps(kept, indent=1) + "\n")
+    write_results(path, kept)
     lines = []
     for group, names in every.items():
         lines += [

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +21,7 @@ from transformers.generation import BaseStreamer
 from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, modeling_noprop
 from noprop_hf.modeling_noprop import TokenTable
 from noprop_hf.noise_noprop import standardize
+from results import current_commit
 
 
 SHAPES = {
@@ -285,16 +286,27 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} thread(s)"
 
 
+@cache
+def commit() -> str | None:
+    """Return the commit that the running benchmark is of, as [`current_commit`] at the first call."""
+    return current_commit(Path(sys.argv[0]).resolve())
+
+
+def write_results(path: Path, figures: Any) -> None:
+    """Write figures, each with its `commit`, as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=1) + "\n")
+
+
 def measured_once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Read figures from a file or, if it does not exist, measure them on one thread and write it."""
+    """Read figures from a file or, if it does not exist, measure them on one thread and write it with the commit."""
     if path.is_file():
-        return json.loads(path.read_text())
+        return {"commit": None} | json.loads(path.read_text())
     from datasets import disable_progress_bars
 
     torch.set_num_threads(1)
     disable_progress_bars()
-    figures = measure()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(figures, indent=1))
+    figures = {"commit": commit(), **measure()}
+    write_results(path, figures)
     print(f"{path}: {json.dumps(figures)}", flush=True)
     return figures

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from torch.nn import functional as F
 from transformers import HfArgumentParser, PreTrainedModel
 
-from common import SHAPES, device_name, measure, models, num_parameters, seconds
+from common import SHAPES, commit, device_name, measure, models, num_parameters, seconds, write_results
 from noprop_hf import NoPropConfig, NoPropForCausalLM
 from noprop_hf.data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize
 from noprop_hf.layout import CORPUS_FILE
@@ -174,23 +174,22 @@ def main() -> None:
     (args,) = HfArgumentParser(DecodingArguments, description=__doc__).parse_args_into_dataclasses()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = Path(args.results)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if args.model is not None:
         print("| | nats per token | ms per token |\n| --- | ---: | ---: |")
         rows = quality_and_cost(Path(args.model), device)
         path = path.with_stem(path.stem + "_quality")
-        path.write_text(json.dumps({"device": device_name(device), "rows": rows}, indent=1) + "\n")
+        write_results(path, {"commit": commit(), "device": device_name(device), "rows": rows})
         plot_quality(rows, path.with_suffix(".png"))
         return
     found = models(NoPropConfig(max_position_embeddings=2048, **SHAPES[args.shape]), device)
     parameters = ", ".join(f"{name} {num_parameters(model):,}" for name, model in found.items())
     print(f"{device_name(device)}, shape of {args.shape}; parameters: {parameters}")
     print("\n".join(HEADER))
-    run = {"device": device_name(device), "shape": args.shape}
+    run = {"commit": commit(), "device": device_name(device), "shape": args.shape}
     rows = [run | row for row in generation(found, args)]
     kept = json.loads(path.read_text()) if path.is_file() else []
-    rows = [row for row in kept if (row["device"], row["shape"]) != tuple(run.values())] + rows
-    path.write_text(json.dumps(rows, indent=1) + "\n")
+    rows = [row for row in kept if (row["device"], row["shape"]) != (run["device"], run["shape"])] + rows
+    write_results(path, rows)
     plot(rows, path.with_suffix(".png"))
 
 

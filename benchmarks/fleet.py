@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Train one model with a fleet of independent workers, which are killed at random and whose network fails.
 
-python benchmarks/fleet.py           # 24 workers, 12 blocks, 200 kills: some minutes on two cores
-python benchmarks/fleet.py --small   # 4 workers, 3 blocks, 10 kills
+python benchmarks/fleet.py             # 24 workers, 12 blocks, 200 kills: some minutes on two cores
+python benchmarks/fleet.py --small     # 4 workers, 3 blocks, 10 kills
+python benchmarks/fleet.py --simulate  # up to 1,000 workers, 96 blocks, a simulated clock: see fleet_simulation.py
 
 The workers are processes with a directory each. They share a repository of a local server with the Hub's protocol,
 through the real client. Requests fail, are cut off, or get wrong content or no answer; clocks of workers are wrong; the
@@ -286,6 +287,11 @@ def make_text(random: Random) -> str:
 def main() -> None:
     from transformers import HfArgumentParser
 
+    if "--simulate" in sys.argv:
+        import fleet_simulation
+
+        parser = HfArgumentParser(fleet_simulation.SimulationArguments, description=fleet_simulation.__doc__)
+        return fleet_simulation.main(*parser.parse_args_into_dataclasses())
     (args,) = HfArgumentParser(FleetArguments, description=__doc__).parse_args_into_dataclasses()
     folder = Path(tempfile.mkdtemp(prefix="fleet-"))
     with hub_server() as server:
@@ -299,9 +305,10 @@ def main() -> None:
             "OMP_NUM_THREADS": "1",
         }
         figures = simulate(args, folder, server)
-    path = Path(args.results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(figures, indent=1) + "\n")
+    from common import commit, write_results
+
+    figures = {"commit": commit(), **figures}
+    write_results(Path(args.results), figures)
     print(json.dumps(figures, indent=1))
     shutil.rmtree(folder)
     if any(figures[name] for name in ("lost", "duplicated", "trained_twice")) or not figures["bit_identical"]:

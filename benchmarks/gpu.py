@@ -51,7 +51,7 @@ from transformers import CompileConfig, HfArgumentParser, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the package need not be installed
 
-from common import EndToEnd, OneBlock, Peak, Training, device_name, generate, measure, models, random_text
+from common import EndToEnd, OneBlock, Peak, Training, commit, device_name, generate, measure, models, random_text
 from noprop_hf import NoPropConfig, NoPropForPreTraining
 
 
@@ -558,7 +558,6 @@ def circumstances(device: torch.device) -> dict[str, Any]:
     files = [*ROOT.glob("noprop_hf/*.py"), *ROOT.glob("benchmarks/*.py"), ROOT / "recipes" / "t4_wikitext103.yaml"]
     files += ROOT.glob("tests/*.py")
     content = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files)))
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {
         "device": device_name(device),
         "versions": {
@@ -568,7 +567,7 @@ def circumstances(device: torch.device) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
         "files": content.hexdigest()[:16],
-        "commit": git.stdout.strip() or None,
+        "commit": commit(),
     }
 
 

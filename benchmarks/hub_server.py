@@ -71,6 +71,10 @@ class Chaos:
         return kind
 
 
+class Conflict(Exception):
+    """The parent of a commit is not the newest state."""
+
+
 @dataclass
 class Repository:
     private: bool = False
@@ -83,9 +87,22 @@ class Repository:
         self.messages.append(message)
         return oid
 
+    def change(self, added: dict[str, bytes], deleted: list[str], message: str, parent: str | None) -> str:
+        """Commit changes of the newest state, and return the new one.
+
+        Raises:
+            Conflict: if `parent` is given and not the newest state.
+        """
+        if parent not in (None, self.head):
+            raise Conflict("A commit has happened since. Please refresh and try again.")
+        files = self.commits[self.head] | added
+        for name in deleted:
+            del files[name]
+        return self.commit(files, message)
+
     @property
     def head(self) -> str:
-        return list(self.commits)[-1]
+        return next(reversed(self.commits))
 
     def files(self, revision: str) -> dict[str, bytes] | None:
         return self.commits.get(self.head if revision == "main" else revision)
@@ -271,21 +288,21 @@ class Handler(BaseHTTPRequestHandler):
 
     def commit(self, match: re.Match, repository: Repository, body: bytes) -> None:
         header, *operations = [json.loads(line) for line in body.splitlines()]
-        parent = header["value"].get("parentCommit")
-        if parent is not None and parent != repository.head:
-            return self.fail(412, "Conflict", "A commit has happened since. Please refresh and try again.")
-        files = dict(repository.commits[repository.head])
+        added, deleted = {}, []
         for operation in operations:
             value = operation["value"]
             if operation["key"] == "file":
-                files[value["path"]] = base64.b64decode(value["content"])
+                added[value["path"]] = base64.b64decode(value["content"])
             elif operation["key"] == "lfsFile":
                 if value["oid"] not in self.server.objects:
                     return self.fail(400, "BadObject", LOST_UPLOAD)
-                files[value["path"]] = self.server.objects[value["oid"]]
+                added[value["path"]] = self.server.objects[value["oid"]]
             elif operation["key"] == "deletedFile":
-                del files[value["path"]]
-        oid = repository.commit(files, header["value"]["summary"])
+                deleted.append(value["path"])
+        try:
+            oid = repository.change(added, deleted, header["value"]["summary"], header["value"].get("parentCommit"))
+        except Conflict as error:
+            return self.fail(412, "Conflict", str(error))
         return self.reply(200, {"commitUrl": f"{self.server.url}/{match[1]}/commit/{oid}", "commitOid": oid})
 
     def model_info(self, match: re.Match, repository: Repository, body: bytes) -> None:

@@ -11,7 +11,6 @@ precision are the same for both models, and each has its own loss. "Assembled" i
 loads and runs a whole model, relative to the bytes of its weights.
 """
 
-import json
 import threading
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -24,7 +23,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from transformers import HfArgumentParser
 
-from common import KINDS, Peak, Training, device_name, process_bytes, random_text
+from common import KINDS, Peak, Training, commit, device_name, process_bytes, random_text, write_results
 from noprop_hf import NoPropConfig, NoPropForCausalLM
 from noprop_hf.planning import saved_bytes
 
@@ -126,7 +125,7 @@ def allocated(kind: str, args: MemoryArguments, num_blocks: int) -> int:
 def measure(args: MemoryArguments, num_blocks: int) -> dict[str, Any]:
     config, device = args.config(num_blocks), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     table = 4 * config.vocab_size * config.hidden_size
-    row: dict[str, Any] = {"device": device_name(device), "num_blocks": num_blocks}
+    row: dict[str, Any] = {"commit": commit(), "device": device_name(device), "num_blocks": num_blocks}
     if device.type == "cuda":
         row["bytes"] = {kind: allocated(kind, args, num_blocks) for kind in KINDS}
     else:
@@ -198,8 +197,7 @@ def main() -> None:
         )
     print("\n" + largest_batches(args))
     path = Path(args.results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows, indent=1) + "\n")
+    write_results(path, rows)
     plot(rows, path.with_suffix(".png"))
 
 

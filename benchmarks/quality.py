@@ -52,7 +52,7 @@ from transformers import (
     set_seed,
 )
 
-from common import measured_once, num_parameters, stock_model
+from common import measured_once, num_parameters, stock_model, write_results
 from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForPreTraining
 from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments, one_line
 from noprop_hf.clusters import ROUTER_SHARE, clusters_hash
@@ -859,11 +859,10 @@ def main() -> None:
             jobs = {run: pool.submit(run_job, args, *run, "samples") for run in runs}
             figures |= {(*run, "samples", args.learning_rates[0]): job.result() for run, job in jobs.items()}
     path = Path(args.results)
-    path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text()) if path.is_file() else {}
     for corpus, entries in report(args, figures).items():  # keep the results of other corpora and models
         results[corpus] = results.get(corpus, {}) | entries
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    write_results(path, results)
     path.with_suffix(".md").write_text(tables(results))
     plot(results, path.with_suffix(".png"))
     print(tables(results))

@@ -8,7 +8,6 @@ python benchmarks/scaling.py --plan    # no training: the bytes of twelve blocks
 The efficiency is the time of one process divided by twice that of two. Both times are of whole commands, with start-up.
 """
 
-import json
 import os
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from random import Random
 
 from transformers import HfArgumentParser
 
+from common import commit, write_results
 from noprop_hf import NoPropConfig
 from noprop_hf.planning import Sizes, checkpoint_bytes
 
@@ -104,6 +104,7 @@ report_to: none
             print(f"{processes} process(es): {seconds[processes][-1]:.1f} s", flush=True)
     one, two = (min(seconds[processes]) for processes in PROCESSES)
     return {
+        "commit": commit(),
         "processes": 2,
         "efficiency": one / (2 * two),
         "seconds": {str(processes): values for processes, values in seconds.items()},
@@ -136,9 +137,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(args, Path(folder))
-    path = Path(args.results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(figures, indent=1) + "\n")
+    write_results(Path(args.results), figures)
     print(f"efficiency of two processes: {figures['efficiency']:.3f}")
 
 

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import HfArgumentParser
 
-from common import KINDS, SHAPES, device_name, random_text
+from common import KINDS, SHAPES, commit, device_name, random_text, write_results
 from noprop_hf import NoPropConfig
 
 
@@ -136,6 +136,7 @@ def measure(args: SpeedArguments) -> dict[str, Any]:
     microseconds["block"] = {phase: times * value for phase, value in microseconds["block"].items()}
     totals = {kind: sum(phases.values()) for kind, phases in microseconds.items()}
     return {
+        "commit": commit(),
         "device": device_name(watches["block"].device),
         "shape": args.shape,
         "num_blocks": times,
@@ -174,10 +175,9 @@ def main() -> None:
         print(f"| {name} | " + " | ".join(f"{phases[p]:.1f}" for p in PHASES) + f" | {sum(phases.values()):.1f} |")
     print(f"ratio: {run['ratio_time_per_token']:.3f}")
     path = Path(args.results)
-    path.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(path.read_text()) if path.is_file() else []
     kept = [one for one in kept if (one["device"], one["shape"]) != (run["device"], run["shape"])] + [run]
-    path.write_text(json.dumps(kept, indent=1) + "\n")
+    write_results(path, kept)
     plot(kept, path.with_suffix(".png"))
 
 

@@ -13,11 +13,12 @@ import hashlib
 import json
 import math
 import os
+import random
 import re
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,7 +43,7 @@ from .hub import (
     files_of_phase_1,
     operation,
 )
-from .layout import CHECKPOINTS_FOLDER, block_name
+from .layout import CHECKPOINTS_FOLDER, block_name, checkpoint_folder
 from .model_directory import (
     check_whole,
     flush_files,
@@ -68,7 +69,8 @@ CLAIMS_FOLDER = "workers"
 CLAIM_NAME = re.compile(rf"{CLAIMS_FOLDER}/block-([0-9]{{2,8}})\.json")
 BLOCK_NAME = re.compile(r"block-([0-9]{2,8})\.safetensors")
 STALE_AFTER = 6 * 3600  # seconds after which a claim that was not renewed is stale
-REPORT_EVERY = 600  # minimum seconds between two renewals of a claim
+REPORT_EVERY = 2 * 3600  # minimum seconds between two renewals of a claim; the Hub limits commits per hour
+CLOCK_ERROR = 600  # seconds by which the time of a claim may be ahead
 BRIEF_PATIENCE = 60  # seconds of retries for requests of minor importance
 LARGEST_CLAIM = 10_000  # bytes
 
@@ -91,6 +93,11 @@ class BlockClaim:
     def is_stale(self) -> bool:
         """Whether the worker is presumed gone."""
         return self.age > STALE_AFTER
+
+    @property
+    def trains(self) -> str:
+        """A sentence for workers that do not get the block."""
+        return f"{self} trains it. If that worker is gone, rerun with --take_over true."
 
     def __str__(self) -> str:
         return f"worker {self.worker[:8]}, at step {self.step} {self.age / 60:.0f} minutes ago"
@@ -119,6 +126,7 @@ class MeetingPlace(Repository):
         super().__init__(repo_id, token, patience, timeout)
         self.directory = directory or Path()
         self._reported = -math.inf
+        self._lost_claim = False
         self.worker = "" if directory is None else _worker_of(directory)
 
     # --- phase 1 --------------------------------------------------------------------------------------------------
@@ -266,6 +274,42 @@ class MeetingPlace(Repository):
 
         return self.insist(look)
 
+    def open_blocks(self, indices: Sequence[int], take_over: bool = False) -> list[int]:
+        """Select the blocks that may be left to train, in the order in which this worker should try to claim them.
+
+        Blocks with a checkpoint in the directory come first, then unclaimed ones, in random order once another worker
+        has been faster. Claims are read only when no other block is left, since that takes two requests for each.
+
+        Args:
+            take_over: whether to select blocks with a valid claim of another worker.
+        """
+
+        def look() -> list[int]:
+            head = self.head()
+            names = file_names(head)
+            left = [index for index in indices if block_shard(index) not in names]
+            for index in sorted({*indices} - {*left}):
+                logger.warning(f"Block {index} is skipped: another worker has published it.")
+            begun = [i for i in left if checkpoint_folder(self.directory, block_name(i)).is_dir()]
+            free = [index for index in left if _claim_name(index) not in names and index not in begun]
+            claimed = [index for index in left if index not in free and index not in begun]
+            if self._lost_claim:
+                random.shuffle(free)
+            if begun or free:
+                return begun + free + claimed
+            random.shuffle(claimed)
+            return [index for index in claimed if take_over or not self._is_taken(index, head)]
+
+        return self.insist(look)
+
+    def _is_taken(self, block_index: int, head: ModelInfo) -> bool:
+        """Check whether another worker has a valid claim on a block, and log it."""
+        other = self._claim_of(block_index, head)
+        if other is None or other.worker == self.worker or other.is_stale:
+            return False
+        logger.warning(f"Block {block_index} is skipped: {other.trains}")
+        return True
+
     def claim_block(self, block_index: int, take_over: bool = False) -> str | None:
         """Claim a block for this worker.
 
@@ -282,12 +326,14 @@ class MeetingPlace(Repository):
                 return "is skipped: another worker has published it."
             other = self._claim_of(block_index, head)
             if other is not None and other.worker != self.worker and not other.is_stale and not take_over:
-                return f"is skipped: {other} trains it. If that worker is gone, rerun with --take_over true."
+                return f"is skipped: {other.trains}"
             self._commit(f"Block {block_index} is claimed", [self._claim_file(block_index, 0)], head)
             self._reported = time.monotonic()
             return None
 
-        return self.insist(commit)
+        reason = self.insist(commit)
+        self._lost_claim |= reason is not None
+        return reason
 
     def report(self, block_index: int, step: int) -> None:
         """Renew the claim of a block, at most every `REPORT_EVERY` seconds.
@@ -363,7 +409,7 @@ class MeetingPlace(Repository):
             worker, step, age = fields["worker"], fields["step"], self.now() - fields["time"]
             if not (isinstance(worker, str) and worker.isprintable() and isinstance(step, int)):
                 raise ValueError("invalid worker or step")
-            if not -REPORT_EVERY < age < math.inf:
+            if not -CLOCK_ERROR < age < math.inf:
                 raise ValueError("invalid time")
             return BlockClaim(worker, step, max(age, 0))
         except (*WRONG_ANSWERS, RecursionError, OverflowError) as error:
@@ -432,6 +478,10 @@ class NoMeetingPlace:
     def blocks(self) -> dict[str, Shard | None]:
         """Return an empty dictionary, as no block is published."""
         return {}
+
+    def open_blocks(self, indices: Sequence[int], take_over: bool = False) -> list[int]:
+        """Return all blocks, in their order."""
+        return list(indices)
 
     def claim_block(self, block_index: int, take_over: bool = False) -> str | None:
         """Return None: processes of one machine exclude one another by locks."""

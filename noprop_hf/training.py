@@ -359,14 +359,22 @@ def _train_waiting(run: BlockRun, waiting: Sequence[int]) -> None:
         if holder_of(path) is None:
             run.checkpoint(index)  # raises before any work if the checkpoint is of another run,
             run.block_dataset(index)  # or if the cluster is too small
-    for index, path in locks.items():
-        with hold_lock(path, run.training_args, partial(_is_taken, run, index)) as is_ours:
+    left = list(waiting)
+    while left := _open_blocks(run, left):
+        index = left.pop(0)
+        with hold_lock(locks[index], run.training_args, partial(_is_taken, run, index)) as is_ours:
             if is_ours:
                 _train_or_release(run, index)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
     broadcast_from_first(run.training_args, None)  # wait until the first process has written
+
+
+def _open_blocks(run: BlockRun, indices: Sequence[int]) -> list[int]:
+    """Return the blocks that are left to try, in order, the same in all processes of a group."""
+    args, is_first = run.training_args, run.training_args.process_index == 0
+    return broadcast_from_first(args, is_first and indices and run.place.open_blocks(indices, run.block_args.take_over))
 
 
 def _train_or_release(run: BlockRun, block_index: int) -> None:

@@ -196,6 +196,32 @@ def test_a_published_block_is_checked_by_its_header(repository, trained, fault):
 # --- who trains what --------------------------------------------------------------------------------------------------
 
 
+def test_free_blocks_come_first_and_claims_are_read_last(server, repository, trained, tmp_path, monkeypatch):
+    """Block 1 is published; 2 is claimed, with a checkpoint here; 0 is claimed; 3 is free, and then claimed, too."""
+    leave(repository, **{"block-01.safetensors": block(trained, 1)})
+    places = [worker(tmp_path / name) for name in ("one", "two") if not (tmp_path / name).mkdir()]
+    assert places[1].claim_block(0) is None and places[1].claim_block(2) is None
+    (tmp_path / "one" / "checkpoints" / "block-02").mkdir()
+    server.requests.clear()
+    assert places[0].open_blocks(range(4)) == [2, 3, 0]
+    assert len(server.requests) == 1
+    assert places[1].claim_block(3) is None
+    assert places[0].open_blocks([3, 0]) == []
+    assert sorted(places[0].open_blocks([3, 0], take_over=True)) == [0, 3]
+    assert sorted(places[1].open_blocks([3, 0])) == [0, 3]  # its own
+    server.clock_ahead += 7 * 3600
+    assert sorted(places[0].open_blocks([3, 0])) == [0, 3]  # stale
+
+
+def test_a_worker_that_another_was_faster_than_looks_elsewhere(repository, tmp_path, monkeypatch):
+    monkeypatch.setattr(meeting_place.random, "shuffle", lambda blocks: blocks.reverse())
+    places = [worker(tmp_path / name) for name in ("one", "two") if not (tmp_path / name).mkdir()]
+    assert places[0].open_blocks(range(4)) == [0, 1, 2, 3]
+    assert places[1].claim_block(0) is None and places[0].claim_block(0) is not None
+    assert places[0].open_blocks([1, 2, 3]) == [3, 2, 1]
+    assert places[1].open_blocks([1, 2, 3]) == [1, 2, 3]
+
+
 def shard_without_hash(trained: Path) -> bytes:
     return save(load(block(trained, 1)), {"format": "pt"})
 
