@@ -45,7 +45,6 @@ from .compatibility_noprop import (
     create_mask,
     init,
     layer_arguments,
-    linear_cross_entropy,
     merge_with_config_defaults,
 )
 from .configuration_noprop import NoPropConfig
@@ -62,9 +61,60 @@ from .side_by_side_noprop import (
 )
 
 
+LOGITS_AT_ONCE = 2**23  # 32 MB in float32
+
+
+class VocabularyNats(torch.autograd.Function):
+    """Compute [`vocabulary_nats`] in chunks of `chunk_size` rows, each with its gradients while its logits exist.
+
+    The gradient of the sum is the same for every row up to one factor, which the backward pass multiplies with. So no
+    logits are kept or computed again, and a frozen table costs two products with the vocabulary.
+    """
+
+    @staticmethod
+    def forward(ctx, prediction, table, bias, targets, chunk_size, has_gradient):
+        nats = prediction.new_empty(targets.shape)
+        # The differences of targets and probabilities, weighted by their rows, in sum and by row.
+        needed = [has_gradient and needs for needs in ctx.needs_input_grad[:3]]
+        pairs = zip((prediction, table, bias), needed, strict=True)
+        gradients = [x.new_zeros(x.shape) if needs else None for x, needs in pairs]
+        by_prediction, by_table, by_bias = gradients
+        for begin in range(0, len(targets), chunk_size):
+            rows = slice(begin, begin + chunk_size)
+            is_predicted = (targets[rows] != -100)[:, None]
+            true = targets[rows, None].clamp(min=0)
+            logits = torch.addmm(bias, prediction[rows], table.T)
+            logits -= logits.amax(1, keepdim=True)
+            true_logit = logits.gather(1, true)
+            sums = logits.exp_().sum(1, keepdim=True)
+            nats[rows] = ((sums.log() - true_logit) * is_predicted)[:, 0]
+            if not any(needed):
+                continue
+            errors, weights = logits.scatter_(1, true, true_logit.exp() - sums), is_predicted / sums
+            if by_prediction is not None:
+                torch.mul(errors @ table, weights, out=by_prediction[rows])
+            if by_table is not None:
+                by_table.addmm_(errors.T, prediction[rows] * weights)
+            if by_bias is not None:
+                by_bias.addmv_(errors.T, weights[:, 0])
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(nats)
+        return nats.sum(), nats
+
+    @staticmethod
+    def backward(ctx, factor, _):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "The loss of a block or of phase 1 has a first derivative only: use `create_graph=False`, or compute "
+                "it from whole logits."
+            )
+        gradients = [None if gradient is None else factor * gradient for gradient in ctx.saved_tensors]
+        return *gradients, None, None, None
+
+
 def vocabulary_nats(
-    prediction: torch.Tensor, table: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor, reduction: str = "none"
-) -> torch.Tensor:
+    prediction: torch.Tensor, table: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the cross-entropy of `softmax(prediction E^T + bias)`, in nats, without holding all logits at once.
 
     The computation is in float32 under autocast too: the evidence makes logits of tens (hundreds with the cosine
@@ -73,27 +123,41 @@ def vocabulary_nats(
     Args:
         prediction (`(..., hidden_size)`), table (`(vocab_size, hidden_size)`), bias (`(vocab_size,)`).
         targets (`(...)`): token ids; -100 is ignored and gives 0.
-        reduction: `"none"`, `"sum"` or `"mean"`.
+
+    Returns:
+        The sum over the tokens, which has a (first) gradient, and the nats of each token `(...)`, which have none.
     """
     with torch.autocast(prediction.device.type, enabled=False):
-        nats = linear_cross_entropy(
+        total, nats = VocabularyNats.apply(
             prediction.float().flatten(0, -2),
             table.float(),
             bias.float(),
             targets.flatten(),
-            reduction,
-            # 2^23 logits (32 MB) at a time: 20 % faster on 2 CPU cores than the default of a few dozen rows.
-            chunk_size=max(1, 2**23 // table.shape[0]),
+            max(1, LOGITS_AT_ONCE // table.shape[0]),
+            torch.is_grad_enabled(),
         )
-    return nats.view(targets.shape) if reduction == "none" else nats
+    return total, nats.view(targets.shape)
 
 
-def places(mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return the indices where a mask is true, which select the same rows as the mask.
+def predicted_places(targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the positions that predict a token.
 
-    The host waits for the device once, to learn the number of indices. Indexing with the mask waits for every tensor.
+    The host waits for the device once, to learn their number. Indexing with a mask waits for every tensor.
+
+    Args:
+        targets (`(batch, sequence)`): the token to predict at each position; -100 for none.
+
+    Returns:
+        Their indices `(num_tokens,)` in tensors whose first two dimensions are flattened, and their targets.
     """
-    return mask.nonzero(as_tuple=True)
+    targets = targets.flatten()
+    indices = (targets != -100).nonzero()[:, 0]
+    return indices, targets[indices]
+
+
+def next_tokens(labels: torch.Tensor) -> torch.Tensor:
+    """Shift labels `(batch, sequence)` so that each position has the token after it, and the last one -100."""
+    return F.pad(labels[:, 1:], (0, 1), value=-100)
 
 
 def sampled_candidates(
@@ -156,7 +220,7 @@ class TokenTable(nn.Module):
         if not inputs.is_floating_point():
             return F.embedding(inputs, self.weight)
         if targets is not None:
-            return vocabulary_nats(inputs, self.weight, bias, targets)
+            return vocabulary_nats(inputs, self.weight, bias, targets)[1]
         weight = self.weight.to(inputs.dtype)
         return product(inputs, weight, None if bias is None else bias.to(inputs.dtype))
 
@@ -456,42 +520,42 @@ class DenoisingBlock(SeparateModel):
             context = self.encoder(inputs_embeds, **positions, **attention_inputs)
             return context, *self.head(context[:, kept])
         assert table is not None
+        # First everything whose size depends on the batch: the host waits for the device to learn it, and would leave
+        # the device idle later in the step.
+        predicted, targets = predicted_places(next_tokens(labels))
+        is_sampled = self.training and self.config.sampled_softmax and self.config.loss_type == "cross_entropy"
+        candidates = sampled_candidates(targets, table.log_prior) if is_sampled else None
+
         inputs_embeds = table(input_ids)
         attention_inputs = self.encoder.attention_inputs(inputs_embeds, attention_mask, position_ids)
-        context = self.encoder(inputs_embeds, **attention_inputs)[:, :-1]
-        targets = labels[:, 1:]
-        predicted = places(targets != -100)
-        context, targets = context[predicted], targets[predicted]
+        context = self.encoder(inputs_embeds, **attention_inputs).flatten(0, 1).index_select(0, predicted)
+        evidence = sample_evidence(table(targets), self.level, generator)
         count = len(targets) if num_items_in_batch is None else num_items_in_batch
         weight = self.config.denoising_weight if self.level > 0 else 0.0  # on pure noise the two terms are equal
 
         if self.training:
             is_noised = torch.rand(targets.shape, generator=generator, device=targets.device) < weight
-            noised, clean = places(is_noised), places(~is_noised)
-            evidence = sample_evidence(table(targets[noised]), self.level, generator)
-            (alone, bias), (informed, _) = self.head(context[clean]), self.head(context[noised], evidence)
+            answer, bias = self.head(context, evidence * is_noised[:, None])
             embeddings = table.weight
-            if self.config.sampled_softmax and self.config.loss_type == "cross_entropy":
-                tokens, targets, correction = sampled_candidates(targets, table.log_prior)
-                embeddings, bias = embeddings[tokens], bias[tokens] + correction
-            context_sum = self._local_loss(alone, embeddings, bias, targets[clean])
-            denoising_sum = self._local_loss(informed, embeddings, bias, targets[noised])
+            if candidates is not None:
+                tokens, targets, correction = candidates
+                embeddings, bias = embeddings[tokens], bias.index_select(0, tokens) + correction
+            total, losses = self._local_loss(answer, embeddings, bias, targets)
             return DenoisingBlockOutput(
-                loss=(context_sum + denoising_sum) / count,
-                context_loss=context_sum / len(alone),
-                denoising_loss=denoising_sum / len(informed),
+                loss=total / count,
+                context_loss=(losses * ~is_noised).sum() / (~is_noised).sum(),
+                denoising_loss=(losses * is_noised).sum() / is_noised.sum(),
             )
 
-        evidence = sample_evidence(table(targets), self.level, generator)
         (alone, bias), (informed, _) = self.head(context), self.head(context, evidence)
         context_nats, denoising_nats, updated_nats = (
-            vocabulary_nats(prediction, table.weight, bias, targets, reduction="sum") / count
+            vocabulary_nats(prediction, table.weight, bias, targets)[0] / count
             for prediction in (alone, informed, alone + evidence)  # the last is Bayes' rule
         )
         context_loss, denoising_loss = context_nats, denoising_nats
         if self.config.loss_type != "cross_entropy":
             context_loss, denoising_loss = (
-                self._local_loss(prediction, table.weight, bias, targets) / count for prediction in (alone, informed)
+                self._local_loss(prediction, table.weight, bias, targets)[0] / count for prediction in (alone, informed)
             )
         return DenoisingBlockOutput(
             loss=torch.lerp(context_loss, denoising_loss, weight),
@@ -504,26 +568,23 @@ class DenoisingBlock(SeparateModel):
 
     def _local_loss(
         self, prediction: torch.Tensor, embeddings: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor
-    ) -> torch.Tensor:
-        """Compute the loss for `config.loss_type`, summed over `(num_tokens,)` predicted tokens."""
-        if len(targets) == 0:
-            return prediction.sum()  # zero with a gradient
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the loss for `config.loss_type` of `(num_tokens,)` predicted tokens: the sum, and for each token."""
         if self.config.loss_type == "cross_entropy":
-            return vocabulary_nats(prediction, embeddings, bias, targets, reduction="sum")
+            return vocabulary_nats(prediction, embeddings, bias, targets)
         # NoProp, arXiv 2503.24322, eq. 8: the block's answer is the mean embedding of its distribution. Computed in
-        # chunks, whose logits the backward pass recomputes, to bound the memory as in `vocabulary_nats`.
-        errors = [
-            checkpoint(self._squared_error, u, embeddings, bias, y, use_reentrant=False)
-            for u, y in zip(prediction.split(1024), targets.split(1024), strict=True)
-        ]
-        return torch.stack(errors).sum()
+        # chunks, whose logits the backward pass recomputes, to bound the memory.
+        chunks = zip(prediction.split(1024), targets.split(1024), strict=True)
+        errors = [checkpoint(self._squared_error, u, embeddings, bias, y, use_reentrant=False) for u, y in chunks]
+        losses = torch.cat(errors)
+        return losses.sum(), losses.detach()
 
     @staticmethod
     def _squared_error(prediction: torch.Tensor, embeddings: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor):
         with torch.autocast(prediction.device.type, enabled=False):
             embeddings = embeddings.float()
             probabilities = (prediction.float() @ embeddings.T + bias.float()).softmax(-1)
-            return (probabilities @ embeddings - embeddings[targets]).pow(2).mean(-1).sum()
+            return (probabilities @ embeddings - embeddings[targets]).pow(2).mean(-1)
 
 
 class Router(SeparateModel):
@@ -958,19 +1019,17 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
         if labels is None:
             labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
         outputs = self.model(input_ids, attention_mask=attention_mask, use_cache=False)
-        targets = labels[:, 1:]
-        predicted = places(targets != -100)
-        targets = targets[predicted]
+        predicted, targets = predicted_places(next_tokens(labels))
         table, blocks = self.model.embed_tokens.forward, self.model.blocks
         clean = table(targets)
 
         evidence = torch.zeros_like(clean, dtype=torch.float32)
         level, token_nats, context_nats = 0.0, [], []
         block_logits = outputs.block_logits
-        beliefs = Beliefs(None if block_logits is None else block_logits[:, :-1][predicted])
+        beliefs = Beliefs(None if block_logits is None else block_logits.flatten(0, 1)[predicted])
         previous = None
         for block, states in zip(blocks, outputs.context_states, strict=True):
-            context = states[:, :-1][predicted]
+            context = states.flatten(0, 1)[predicted]
             if block.level > level:
                 evidence = evidence + sample_evidence(clean, block.level - level, generator)
                 level = block.level
@@ -982,7 +1041,7 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
             context_nats.append(table(*alone, targets).mean())
             previous = (belief, bias)
         token_nats = torch.stack(token_nats)
-        mean_answer = outputs.last_hidden_state[:, :-1][predicted]
+        mean_answer = outputs.last_hidden_state.flatten(0, 1)[predicted]
         return NoPropBoundOutput(
             bound=token_nats.sum(0).mean(),
             block_nats=token_nats.mean(1),
@@ -1084,7 +1143,7 @@ class NoPropForPreTraining(SeparateModel):
         targets = labels
         if self.config.pretraining_objective == "clm":
             targets = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
-            prediction, targets = prediction[:, :-1], targets[:, 1:]
+            targets = next_tokens(targets)
         loss = self._mean_nats(prediction, table, targets)
         if num_items_in_batch is not None:  # weight by this batch's share of the accumulated gradient
             loss = loss * ((labels != -100).sum() / num_items_in_batch)
@@ -1099,8 +1158,9 @@ class NoPropForPreTraining(SeparateModel):
         return self.readout(states) / math.sqrt(states.shape[-1])  # as in [`DenoisingHead`]
 
     def _mean_nats(self, prediction: torch.Tensor, table: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        predicted = places(targets != -100)
-        return vocabulary_nats(prediction[predicted], table, self.bias, targets[predicted], reduction="mean")
+        predicted, targets = predicted_places(targets)
+        prediction = prediction.flatten(0, 1).index_select(0, predicted)
+        return vocabulary_nats(prediction, table, self.bias, targets)[0] / len(targets)
 
 
 NoPropForMaskedLM = NoPropForPreTraining  # the name until 0.1

@@ -10,8 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, modeling_utils
 
 from conftest import tokens
-from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForPreTraining
-from noprop_hf.compatibility_noprop import chunked_cross_entropy, linear_cross_entropy
+from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForPreTraining, modeling_noprop
 from noprop_hf.modeling_noprop import TokenTable, sampled_candidates, vocabulary_nats
 from noprop_hf.noise_noprop import sample_evidence, standardize
 
@@ -45,39 +44,37 @@ def test_bayes_skip_is_the_posterior_by_brute_force(config, block_index):
         assert torch.allclose(logits[row].double().softmax(-1), torch.stack(joint).softmax(-1), atol=1e-5)
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_vocabulary_nats_is_cross_entropy(reduction):
+@pytest.mark.parametrize("rows_at_once", [1, 5, 28, 100])
+@pytest.mark.parametrize("precision", [None, torch.bfloat16, torch.float16])
+def test_vocabulary_nats_and_their_gradients_are_those_of_whole_logits(precision, rows_at_once, monkeypatch):
+    """In float32 under autocast too, with losses scaled as in float16, and with logits of hundreds."""
+    monkeypatch.setattr(modeling_noprop, "LOGITS_AT_ONCE", 50 * rows_at_once)
     torch.manual_seed(0)
-    prediction = torch.randn(4, 7, 16, requires_grad=True)
-    table, bias = torch.randn(50, 16), torch.randn(50, requires_grad=True)
-    targets = tokens(4, 7)
-    targets[0, :3] = -100
-    ours = vocabulary_nats(prediction, table, bias, targets, reduction)
-    theirs = F.cross_entropy((prediction @ table.T + bias).flatten(0, 1), targets.flatten(), reduction=reduction).view(
-        ours.shape
-    )
-    assert torch.allclose(ours, theirs, atol=1e-5)
-    grads = [torch.autograd.grad(loss.sum(), (prediction, bias)) for loss in (ours, theirs)]
-    for mine, reference in zip(*grads, strict=True):
-        assert torch.allclose(mine, reference, atol=1e-5)
-
-
-@pytest.mark.parametrize("compute", [linear_cross_entropy, chunked_cross_entropy])
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_both_cross_entropies_in_chunks(compute, reduction):
-    """That of torch, and the one for versions without it: values and gradients, in chunks of whole and partial size."""
-    torch.manual_seed(0)
-    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((28, 16), (50, 16), (50,))]
+    dtype = precision or torch.float32
+    inputs = [torch.randn(*shape, requires_grad=True) for shape in ((4, 7, 16), (50, 16), (50,))]
     prediction, table, bias = inputs
-    targets = tokens(28)
-    targets[3:11] = -100  # a whole chunk of five, too
-    weights = torch.rand(28, dtype=torch.float64) if reduction == "none" else 1.0
-    expected = F.cross_entropy(prediction @ table.T + bias, targets, reduction=reduction)
-    expected_gradients = torch.autograd.grad((expected * weights).sum(), inputs)
-    for chunk_size in (1, 5, 28, 100):
-        found = compute(prediction, table, bias, targets, reduction, chunk_size)
-        torch.testing.assert_close(found, expected)
-        torch.testing.assert_close(torch.autograd.grad((found * weights).sum(), inputs), expected_gradients)
+    targets = tokens(4, 7)
+    targets[0, 3:] = targets[1] = -100  # whole chunks of five, too
+    with torch.autocast("cpu", precision, enabled=precision is not None):
+        found, nats = vocabulary_nats(20 * prediction.to(dtype), table, bias, targets)
+    # the reference is in float64, with the same rounding of the prediction
+    logits = (20 * prediction.to(dtype)).double() @ table.T.double() + bias.double()
+    each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    torch.testing.assert_close(nats, each.view(4, 7).float())
+    torch.testing.assert_close(found, each.sum().float())
+    expected = torch.autograd.grad(each.sum(), inputs)
+    tolerance = {None: 1e-3, torch.float16: 1e-2, torch.bfloat16: 1e-1}[precision]  # the rounding of 20 * gradient
+    for scale in (1.0, 2.0**7):  # as with accumulation, and in float16
+        gradients = torch.autograd.grad(scale * found, inputs, retain_graph=True)
+        torch.testing.assert_close([g / scale for g in gradients], list(expected), rtol=tolerance, atol=tolerance)
+
+
+def test_vocabulary_nats_have_a_first_derivative_only():
+    inputs = [torch.randn(*shape, requires_grad=True) for shape in ((7, 16), (50, 16), (50,))]
+    total, nats = vocabulary_nats(*inputs, tokens(7))
+    assert not nats.requires_grad
+    with pytest.raises(RuntimeError, match="first derivative only"):
+        torch.autograd.grad(total, inputs, create_graph=True)
 
 
 # --- one block --------------------------------------------------------------------------------------------------------
@@ -212,12 +209,12 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("labels_are_cut", [False, True])
 def test_training_waits_for_a_device_only_to_learn_sizes(model, config, labels_are_cut):
-    """Once for the predicted tokens, once for each of the two terms, and once for the tokens of the softmax."""
+    """Once for the predicted tokens and once for the tokens of the softmax, both before anything else."""
     input_ids = tokens(3, 9)
     labels = input_ids.masked_fill(input_ids < 10, -100) if labels_are_cut else input_ids
     with Waits() as block:
         model.model.blocks[1].train()(input_ids, labels, model.model.embed_tokens).loss.backward()
-    assert sorted(block.names) == ["_unique2", "nonzero", "nonzero", "nonzero"]
+    assert block.names == ["nonzero", "_unique2"]
     with Waits() as phase_1:
         NoPropForPreTraining(config).train()(input_ids, labels=labels).loss.backward()
     assert phase_1.names == ["nonzero"]
