@@ -133,7 +133,7 @@ def vocabulary_nats(
             table.float(),
             bias.float(),
             targets.flatten(),
-            max(1, LOGITS_AT_ONCE // table.shape[0]),
+            max(1, LOGITS_AT_ONCE // max(1, len(table))),
             torch.is_grad_enabled(),
         )
     return total, nats.view(targets.shape)
@@ -315,25 +315,25 @@ class DenoisingHead(nn.Module):
         """
         if self.evidence_scale == 0:
             evidence = None
-        if evidence is None:
-            correction = self._correct_alone(context)
-        else:
-            scaled = (evidence / self.evidence_scale).to(context.dtype)
-            correction = self.correction(torch.cat([context, scaled], dim=-1))
         # Answers of norm 1, so that an optimizer step changes logits as with an ordinary tied table. Without the
         # factor it changes them sqrt(d) times as much: 0.1 nats worse on held-out text after eight epochs.
-        answer = (self.readout(context) + correction) / math.sqrt(context.shape[-1])
+        factor = 1 / math.sqrt(context.shape[-1])
         if evidence is None:
-            return answer, self.bias
-        return answer + evidence, self.bias  # float32 evidence keeps the sum in float32
+            return (self.readout(context) + self._correct(context)) * factor, self.bias
+        answer = self.readout(context) + self._correct(context, (evidence / self.evidence_scale).to(context.dtype))
+        return torch.add(evidence, answer, alpha=factor), self.bias  # float32 evidence keeps the sum in float32
 
-    def _correct_alone(self, context: torch.Tensor) -> torch.Tensor:
-        """Compute the correction on pure noise; in inference, a plain first layer skips the zeros of the evidence."""
+    def _correct(self, context: torch.Tensor, evidence: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute the correction; a plain first layer computes nothing for missing evidence and no gradient of it."""
         first, *others = self.correction
+        size = context.shape[-1]
         is_plain = is_unchanged(self.correction, {nn.Sequential: nn.Sequential.forward}) and is_plain_linear(first)
-        if not is_plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.correction(F.pad(context, (0, context.shape[-1])))
-        hidden = F.linear(context, first.weight[:, : context.shape[-1]], first.bias)
+        if not is_plain or torch.compiler.is_compiling():
+            inputs = F.pad(context, (0, size)) if evidence is None else torch.cat([context, evidence], dim=-1)
+            return self.correction(inputs)
+        hidden = F.linear(context, first.weight[:, :size], first.bias)
+        if evidence is not None:
+            hidden = hidden + F.linear(evidence, first.weight[:, size:])
         for module in others:
             hidden = module(hidden)
         return hidden
@@ -529,13 +529,13 @@ class DenoisingBlock(SeparateModel):
         inputs_embeds = table(input_ids)
         attention_inputs = self.encoder.attention_inputs(inputs_embeds, attention_mask, position_ids)
         context = self.encoder(inputs_embeds, **attention_inputs).flatten(0, 1).index_select(0, predicted)
-        evidence = sample_evidence(table(targets), self.level, generator)
         count = len(targets) if num_items_in_batch is None else num_items_in_batch
         weight = self.config.denoising_weight if self.level > 0 else 0.0  # on pure noise the two terms are equal
 
         if self.training:
             is_noised = torch.rand(targets.shape, generator=generator, device=targets.device) < weight
-            answer, bias = self.head(context, evidence * is_noised[:, None])
+            evidence = sample_evidence(table(targets), self.level, generator).mul_(is_noised[:, None])
+            answer, bias = self.head(context, evidence)
             embeddings = table.weight
             if candidates is not None:
                 tokens, targets, correction = candidates
@@ -547,6 +547,7 @@ class DenoisingBlock(SeparateModel):
                 denoising_loss=(losses * is_noised).sum() / is_noised.sum(),
             )
 
+        evidence = sample_evidence(table(targets), self.level, generator)
         (alone, bias), (informed, _) = self.head(context), self.head(context, evidence)
         context_nats, denoising_nats, updated_nats = (
             vocabulary_nats(prediction, table.weight, bias, targets)[0] / count

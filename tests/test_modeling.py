@@ -179,6 +179,15 @@ def test_ignored_labels_and_the_divisor_of_the_loss(model):
     assert torch.allclose(loss(), before)
 
 
+@pytest.mark.parametrize("loss_type", ["cross_entropy", "mse"])
+def test_labels_that_predict_nothing_give_a_zero_gradient(model, loss_type):
+    """As in one batch of several whose gradients are accumulated."""
+    model.config.loss_type = loss_type
+    block = model.model.blocks[1].train()
+    block(tokens(3, 9), torch.full((3, 9), -100), model.model.embed_tokens, num_items_in_batch=7).loss.backward()
+    assert all((parameter.grad == 0).all() for parameter in block.parameters())
+
+
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_one_term_alone(model, weight):
     model.config.denoising_weight = weight
@@ -247,6 +256,22 @@ def test_the_table_is_frozen_until_somebody_unfreezes_it(model, tmp_path):
     model.requires_grad_(True)
     model(input_ids, labels=input_ids).loss.backward()
     assert model.model.embed_tokens.weight.grad is not None  # as an embedding of any other model
+
+
+@pytest.mark.parametrize("has_evidence", [False, True])
+def test_the_head_calls_its_first_layer_when_it_is_not_plain(model, config, has_evidence):
+    """With the same answer and gradients: a hook, here of the backward pass, acts as everywhere else."""
+    head = model.model.blocks[1].head
+    torch.nn.init.normal_(head.correction[2].weight)
+    context, evidence = torch.randn(2, 6, config.hidden_size, requires_grad=True)
+    answers, seen = [], []
+    for has_hook in (False, True):
+        if has_hook:
+            head.correction[0].register_full_backward_hook(lambda *_: seen.append(1))
+        answer, _ = head(context, evidence if has_evidence else None)
+        answers.append([answer, *torch.autograd.grad(answer.sin().sum(), [*head.correction.parameters()])])
+    assert seen
+    torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
 
 
 def test_block_index_out_of_range(config):
