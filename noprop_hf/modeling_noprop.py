@@ -203,7 +203,7 @@ class TokenTable(nn.Module):
 
     def forward(
         self, inputs: torch.Tensor, bias: torch.Tensor | None = None, targets: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Look up tokens, or compare points with the table.
 
         Every use of the table is a call of `forward`, since tools that offload weights load them for `forward` only.
@@ -215,12 +215,12 @@ class TokenTable(nn.Module):
 
         Returns:
             For token ids, their rows `(..., hidden_size)`; for points, the logits `(..., vocab_size)`, or with
-            `targets` the cross-entropies in nats `(...)` (see [`vocabulary_nats`]).
+            `targets` the cross-entropies in nats, their sum and `(...)` (see [`vocabulary_nats`]).
         """
         if not inputs.is_floating_point():
             return F.embedding(inputs, self.weight)
         if targets is not None:
-            return vocabulary_nats(inputs, self.weight, bias, targets)[1]
+            return vocabulary_nats(inputs, self.weight, bias, targets)
         weight = self.weight.to(inputs.dtype)
         return product(inputs, weight, None if bias is None else bias.to(inputs.dtype))
 
@@ -939,7 +939,9 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
         Args:
             input_ids (`(batch_size, sequence_length)`): token ids.
             labels (`(batch_size, sequence_length)`, *optional*): the same tokens, not shifted; -100 is ignored.
-            logits_to_keep (`int` or `torch.Tensor`): compute the logits of the last positions only; 0 is all.
+            logits_to_keep (`int` or `torch.Tensor`): compute the logits of the last positions only; 0 is all. In the
+                predictive mode the loss is that of all `labels` all the same, without the memory of all logits; labels
+                of the kept positions only are possible too.
             num_inference_blocks (`int`, *optional*): run only the first blocks; all when not given.
             decoding_mode (`str`): with `"predictive"`, `logits` are the log-probabilities of a normalised, causal,
                 deterministic distribution: the normalised geometric mean of the blocks' distributions given the context
@@ -949,6 +951,14 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
             generator (`torch.Generator`, *optional*): source of randomness of the denoising mode.
             cache, past_key_values (`Cache`, *optional*): two names of one argument.
         """
+        is_predictive = decoding_mode == "predictive"
+        is_scored_whole = (
+            is_predictive
+            and labels is not None
+            and not (isinstance(logits_to_keep, int) and logits_to_keep == 0)
+            and any(tokens is not None and tokens.shape[:2] == labels.shape for tokens in (input_ids, inputs_embeds))
+            and self.loss_function is log_probability_loss
+        )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -957,30 +967,27 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             num_inference_blocks=num_inference_blocks,
-            logits_to_keep=logits_to_keep,
+            logits_to_keep=0 if is_scored_whole else logits_to_keep,
             **kwargs,
         )
-        if decoding_mode == "predictive":
-            output_embeddings = self.get_output_embeddings()
-            logits = output_embeddings(outputs.last_hidden_state, outputs.bias).float()
-            # The logits are the largest tensor, so normalise them in place, unless a gradient, vmap, forward mode or a
-            # hook may still use them.
-            is_shared = (
-                logits.requires_grad
-                or not is_unchanged(output_embeddings, {OutputEmbeddings: OutputEmbeddings.forward})
-                or not is_unchanged(self.model.embed_tokens, {TokenTable: TokenTable.forward})
-                or torch.compiler.is_compiling()
-                or torch._C._are_functorch_transforms_active()
-                or unpack_dual(logits).tangent is not None
-            )
-            logits = torch.log_softmax(logits, -1, out=None if is_shared else logits)
+        if is_predictive:
+            points = outputs.last_hidden_state
+            if is_scored_whole:
+                points = points[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+            logits = self._log_probabilities(points, outputs.bias)
         elif decoding_mode == "denoising":
             logits = self.denoise(outputs.context_states, num_trajectories, generator, outputs.block_logits)
         else:
             raise ValueError(f"`decoding_mode` must be 'predictive' or 'denoising', got {decoding_mode!r}.")
 
         loss = None
-        if labels is not None:
+        if is_scored_whole:
+            targets = kwargs.get("shift_labels")
+            targets = (next_tokens(labels) if targets is None else targets).to(outputs.last_hidden_state.device)
+            total, _ = self.model.embed_tokens.forward(outputs.last_hidden_state, outputs.bias, targets)
+            count = kwargs.get("num_items_in_batch")
+            loss = total / ((targets != -100).sum() if count is None else torch.as_tensor(count, device=total.device))
+        elif labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -989,6 +996,34 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
             attentions=outputs.attentions,
             **{CACHE: getattr(outputs, CACHE)},
         )
+
+    def _log_probabilities(self, points: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Compute the normalised logits of points `(..., hidden_size)`, in float32.
+
+        They are the largest tensor. So they are normalised in place, and those of half precision are computed in
+        pieces, unless a gradient, vmap, forward mode or a hook may still use them.
+        """
+        output_embeddings = self.get_output_embeddings()
+        is_shared = (
+            (torch.is_grad_enabled() and any(x.requires_grad for x in (points, bias, output_embeddings.weight)))
+            or not is_unchanged(output_embeddings, {OutputEmbeddings: OutputEmbeddings.forward})
+            or not is_unchanged(self.model.embed_tokens, {TokenTable: TokenTable.forward})
+            or torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or any(unpack_dual(tensor).tangent is not None for tensor in (points, bias))
+        )
+        if is_shared:
+            return output_embeddings(points, bias).float().log_softmax(-1)
+        if points.dtype == torch.float32:
+            logits = output_embeddings(points, bias)
+        else:
+            logits = points.new_empty((*points.shape[:-1], len(bias)), dtype=torch.float32)
+            at_once = max(1, LOGITS_AT_ONCE // len(bias))
+            for piece, rows in zip(
+                logits.flatten(0, -2).split(at_once), points.flatten(0, -2).split(at_once), strict=True
+            ):
+                piece.copy_(output_embeddings(rows, bias))
+        return torch.log_softmax(logits, -1, out=logits)
 
     @torch.no_grad()
     def variational_bound(
@@ -1035,11 +1070,11 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
                 evidence = evidence + sample_evidence(clean, block.level - level, generator)
                 level = block.level
             belief, bias, alone = beliefs.refine(block.head, context, evidence)
-            nats = table(belief + evidence, bias, targets)
+            _, nats = table(belief + evidence, bias, targets)
             if previous is not None:  # the belief before, updated to the evidence at this block
-                nats = nats - table(previous[0] + evidence, previous[1], targets)
+                nats = nats - table(previous[0] + evidence, previous[1], targets)[1]
             token_nats.append(nats)
-            context_nats.append(table(*alone, targets).mean())
+            context_nats.append(table(*alone, targets)[1].mean())
             previous = (belief, bias)
         token_nats = torch.stack(token_nats)
         mean_answer = outputs.last_hidden_state.flatten(0, 1)[predicted]
@@ -1048,7 +1083,7 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
             block_nats=token_nats.mean(1),
             token_nats=token_nats,
             context_nats=torch.stack(context_nats),
-            predictive_nats=table(mean_answer, outputs.bias, targets).mean(),
+            predictive_nats=table(mean_answer, outputs.bias, targets)[1].mean(),
         )
 
 

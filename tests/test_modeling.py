@@ -269,7 +269,7 @@ def test_the_head_calls_its_first_layer_when_it_is_not_plain(model, config, has_
         if has_hook:
             head.correction[0].register_full_backward_hook(lambda *_: seen.append(1))
         answer, _ = head(context, evidence if has_evidence else None)
-        answers.append([answer, *torch.autograd.grad(answer.sin().sum(), [*head.correction.parameters()])])
+        answers.append([answer, *torch.autograd.grad(answer.sin().sum(), [context, *head.correction.parameters()])])
     assert seen
     torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
 
@@ -312,6 +312,48 @@ def test_loss_is_the_cross_entropy_of_the_logits(model):
     output = model(input_ids, labels=labels)
     reference = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     assert torch.allclose(output.loss, reference, atol=1e-6)
+
+
+@pytest.mark.parametrize("kept", [1, 3, torch.tensor([2, 5])])
+def test_labels_are_scored_at_all_positions_whatever_logits_are_kept(model, kept):
+    input_ids = tokens(2, 8)
+    labels = input_ids.masked_fill(torch.arange(8) < 3, -100)
+    whole = model(input_ids, labels=labels)
+    for options in ({}, {"num_items_in_batch": 40}):
+        output = model(input_ids, labels=labels, logits_to_keep=kept, **options)
+        expected = whole.loss * (10 / 40 if options else 1)
+        torch.testing.assert_close(output.loss, expected)
+        index = slice(-kept, None) if isinstance(kept, int) else kept
+        torch.testing.assert_close(output.logits, whole.logits[:, index])
+        bias = model.model.blocks[0].head.bias
+        torch.testing.assert_close(
+            *(torch.autograd.grad(loss, bias, retain_graph=True) for loss in (output.loss, expected))
+        )
+    sliced = model(input_ids, labels=labels[:, -3:], logits_to_keep=3).loss  # as in stock models
+    torch.testing.assert_close(sliced, F.cross_entropy(whole.logits[:, -3:-1].flatten(0, 1), labels[:, -2:].flatten()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_half_precision_are_normalised_piece_by_piece_without_a_copy(model, dtype, monkeypatch):
+    model.to(dtype)
+    input_ids = tokens(5, 8)
+    expected = model(input_ids).logits
+    monkeypatch.setattr(modeling_noprop, "LOGITS_AT_ONCE", 50 * 3)
+
+    class Sizes(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **kwargs or {})
+            if isinstance(result, torch.Tensor) and result.dtype == dtype and result.shape[-1] == 50:
+                self.largest = max(self.largest, result.numel())
+            return result
+
+    with torch.no_grad(), Sizes() as sizes:
+        found = model(input_ids).logits
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected.detach())
+    assert 50 * 16 <= sizes.largest < found.numel()  # the table, and no copy of the logits
 
 
 def test_cached_logits_equal_uncached_ones(model):
