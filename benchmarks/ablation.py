@@ -272,9 +272,9 @@ def rescored_nats(
             noise = torch.randn(len(mass), 1, table.shape[1], generator=generator)  # one path for all candidates
             evidence = evidence + step * table[candidates] + math.sqrt(step) * noise
             belief, bias, _ = beliefs.refine(block.head, context[:, None], evidence)
-            bounds += vocabulary_nats(belief + evidence, table, bias, candidates) / 4
+            bounds += vocabulary_nats(belief + evidence, table, bias, candidates)[1] / 4
             if previous is not None:
-                bounds -= vocabulary_nats(previous[0] + evidence, table, previous[1], candidates) / 4
+                bounds -= vocabulary_nats(previous[0] + evidence, table, previous[1], candidates)[1] / 4
             previous = (belief, bias)
     shared = mass.logsumexp(-1, keepdim=True) + (-bounds).log_softmax(-1)
     log_probs = logits.log_softmax(-1).scatter(-1, candidates, shared)

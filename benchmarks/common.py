@@ -15,11 +15,12 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.generation import BaseStreamer
 
 from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, modeling_noprop
-from noprop_hf.modeling_noprop import TokenTable
+from noprop_hf.modeling_noprop import TokenTable, sampled_candidates
 from noprop_hf.noise_noprop import standardize
 from results import current_commit
 
@@ -55,7 +56,7 @@ class OneBlock(nn.Module):
 
 
 class EndToEnd(nn.Module):
-    """A stock model as deep as all blocks together, with a learned and tied table."""
+    """A stock model as deep as all blocks together, with a learned and tied table and its own loss."""
 
     def __init__(self, config: NoPropConfig):
         super().__init__()
@@ -63,6 +64,23 @@ class EndToEnd(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.model(tokens, labels=tokens, use_cache=False).loss
+
+
+class SampledEndToEnd(EndToEnd):
+    """The same with the softmax of the blocks, over the tokens that the batch predicts."""
+
+    def __init__(self, config: NoPropConfig):
+        super().__init__(config)
+        self.register_buffer("log_prior", torch.zeros(config.vocab_size))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        candidates, targets, correction = sampled_candidates(tokens[:, 1:].flatten(), self.log_prior)
+        # One look-up for input and output: two would add up two gradients of the size of the table.
+        rows = self.model.model.embed_tokens(torch.cat([tokens.flatten(), candidates]))
+        inputs, outputs = rows.split([tokens.numel(), len(candidates)])
+        states = self.model.model(inputs_embeds=inputs.view(*tokens.shape, -1), use_cache=False).last_hidden_state
+        logits = F.linear(states[:, :-1].flatten(0, 1), outputs).float() + correction
+        return F.cross_entropy(logits, targets)
 
 
 KINDS: dict[str, Callable[[NoPropConfig], nn.Module]] = {"block": OneBlock, "end_to_end": EndToEnd}

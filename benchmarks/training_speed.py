@@ -6,9 +6,11 @@ python benchmarks/training_speed.py --shape demo     # the demo's
 python benchmarks/training_speed.py --torch_compile  # the encoders of both compiled
 python benchmarks/training_speed.py --small          # a few steps of the demo's shape
 
-One block is timed, and its time multiplied by the number of blocks. Steps are those of `Trainer`: AdamW, on a GPU under
-float16 autocast. Both models run in turns; the median step of each counts. The time of a step is split into phases:
-drawing the batch, the encoder (forward and backward), the head with the loss (forward and backward), the optimizer.
+Both sides have the same softmax: once the sampled one, over the tokens that a batch predicts, and once the one over the
+whole vocabulary. One block is timed, and its time multiplied by the number of blocks. Steps are those of `Trainer`:
+AdamW, on a GPU under float16 autocast. Both models run in turns; the median step of each counts. The time of a step is
+split into phases: drawing the batch, the encoder (forward and backward), the head with the loss (forward and backward),
+the optimizer.
 """
 
 import json
@@ -25,10 +27,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import HfArgumentParser
 
-from common import KINDS, SHAPES, commit, device_name, random_text, write_results
+from common import SHAPES, EndToEnd, OneBlock, SampledEndToEnd, commit, device_name, random_text, write_results
 from noprop_hf import NoPropConfig
 
 
+SOFTMAXES = {"sampled": SampledEndToEnd, "whole": EndToEnd}
 PHASES = ("data", "encoder", "head", "optimizer")
 
 
@@ -107,15 +110,15 @@ class Stopwatch:
         }
 
 
-def measure(args: SpeedArguments) -> dict[str, Any]:
-    config = NoPropConfig(**SHAPES[args.shape])
+def measure(args: SpeedArguments, softmax: str) -> dict[str, Any]:
+    config = NoPropConfig(**SHAPES[args.shape], sampled_softmax=softmax == "sampled")
     watches = {}
-    for kind, make in KINDS.items():
+    for kind, make in (("block", OneBlock), ("end_to_end", SOFTMAXES[softmax])):
         torch.manual_seed(0)
         model = make(config)
         encoder = model.block.encoder if kind == "block" else model.model.model
         watches[kind] = Stopwatch(model, encoder, args, config.vocab_size)
-    steps: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+    steps: dict[str, list[dict[str, float]]] = {kind: [] for kind in watches}
     for step in range(args.steps + 1):  # the first warms up
         for kind, watch in watches.items():
             phases = watch.step()
@@ -127,7 +130,7 @@ def measure(args: SpeedArguments) -> dict[str, Any]:
                 activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] * torch.cuda.is_available())]
             ) as p:
                 watch.step()
-            print(f"{kind}\n{p.key_averages().table(sort_by='self_cpu_time_total', row_limit=12)}")
+            print(f"{kind}, {softmax}\n{p.key_averages().table(sort_by='self_cpu_time_total', row_limit=12)}")
     tokens, times = args.batch_size * args.max_length, config.num_blocks
     microseconds = {
         kind: {phase: 1e6 * float(np.median([step[phase] for step in found])) / tokens for phase in PHASES}
@@ -139,6 +142,7 @@ def measure(args: SpeedArguments) -> dict[str, Any]:
         "commit": commit(),
         "device": device_name(watches["block"].device),
         "shape": args.shape,
+        "softmax": softmax,
         "num_blocks": times,
         "ratio_time_per_token": totals["block"] / totals["end_to_end"],
         "microseconds_per_token": microseconds,
@@ -157,7 +161,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
                 width = run["microseconds_per_token"][kind][phase] / whole
                 axes.barh(len(names), width, left=left, color=f"C{color}", label=phase if not names else None)
                 left += width
-            names.append(f"{run['shape']}: {label}")
+            names.append(f"{run['shape']}, {run['softmax']} softmax: {label}")
     axes.set_yticks(range(len(names)), names)
     axes.axvline(1, color="gray", linewidth=1)
     axes.set(xlabel="time per token, over end to end", title=runs[0]["device"])
@@ -165,18 +169,26 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def show(runs: list[dict[str, Any]]) -> None:
+    first = runs[0]
+    print(f"{first['device']}, shape of {first['shape']}, {first['num_blocks']} blocks; microseconds per token")
+    print("| softmax | | " + " | ".join(PHASES) + " | all | ratio |\n| --- | --- |" + " ---: |" * (len(PHASES) + 2))
+    for run in runs:
+        for kind, name in (("end_to_end", "end to end"), ("block", "all blocks in turn")):
+            phases = run["microseconds_per_token"][kind]
+            cells = [f"{value:,.1f}" for value in (*(phases[phase] for phase in PHASES), sum(phases.values()))]
+            cells.append(f"{run['ratio_time_per_token']:.3f}" if kind == "block" else "")
+            print(f"| {run['softmax']} | {name} | {' | '.join(cells)} |")
+
+
 def main() -> None:
     (args,) = HfArgumentParser(SpeedArguments, description=__doc__).parse_args_into_dataclasses()
-    run = measure(args)
-    print(f"{run['device']}, shape of {run['shape']}, {run['num_blocks']} blocks; microseconds per token")
-    print("| | " + " | ".join(PHASES) + " | all |\n| --- |" + " ---: |" * (len(PHASES) + 1))
-    for kind, name in (("end_to_end", "end to end"), ("block", "all blocks in turn")):
-        phases = run["microseconds_per_token"][kind]
-        print(f"| {name} | " + " | ".join(f"{phases[p]:.1f}" for p in PHASES) + f" | {sum(phases.values()):.1f} |")
-    print(f"ratio: {run['ratio_time_per_token']:.3f}")
+    runs = [measure(args, softmax) for softmax in SOFTMAXES]
+    show(runs)
     path = Path(args.results)
     kept = json.loads(path.read_text()) if path.is_file() else []
-    kept = [one for one in kept if (one["device"], one["shape"]) != (run["device"], run["shape"])] + [run]
+    others = [one for one in kept if (one["device"], one["shape"]) != (runs[0]["device"], args.shape)]
+    kept = [*others, *runs]
     write_results(path, kept)
     plot(kept, path.with_suffix(".png"))
 

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import masking_utils
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -70,44 +68,6 @@ def create_mask(
     if not is_causal:
         arguments["or_mask_function"] = lambda batch, head, query, key: key >= 0
     return masking_utils.create_causal_mask(**arguments)
-
-
-def chunked_cross_entropy(
-    prediction: torch.Tensor,
-    table: torch.Tensor,
-    bias: torch.Tensor,
-    targets: torch.Tensor,
-    reduction: str,
-    chunk_size: int,
-) -> torch.Tensor:
-    """Compute the cross-entropy of `softmax(prediction table^T + bias)`, in chunks of `chunk_size` rows of logits.
-
-    The backward pass computes the logits again. See [`vocabulary_nats`] for the arguments; the leading shape is flat.
-    """
-
-    def nats(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(F.linear(rows, table, bias), targets, reduction="none")
-
-    chunks = zip(prediction.split(chunk_size), targets.split(chunk_size), strict=True)
-    all_nats = torch.cat([checkpoint(nats, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
-    if reduction == "none":
-        return all_nats
-    return all_nats.sum() if reduction == "sum" else all_nats.sum() / (targets != -100).sum()
-
-
-def linear_cross_entropy(
-    prediction: torch.Tensor,
-    table: torch.Tensor,
-    bias: torch.Tensor,
-    targets: torch.Tensor,
-    reduction: str,
-    chunk_size: int,
-) -> torch.Tensor:
-    """Compute [`chunked_cross_entropy`] by the function of torch (2.13), if it exists."""
-    if not hasattr(F, "linear_cross_entropy"):
-        return chunked_cross_entropy(prediction, table, bias, targets, reduction, chunk_size)
-    options = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=chunk_size)
-    return F.linear_cross_entropy(prediction, table, targets, linear_bias=bias, reduction=reduction, options=options)
 
 
 try:

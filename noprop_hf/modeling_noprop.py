@@ -45,7 +45,6 @@ from .compatibility_noprop import (
     create_mask,
     init,
     layer_arguments,
-    linear_cross_entropy,
     merge_with_config_defaults,
 )
 from .configuration_noprop import NoPropConfig
@@ -62,9 +61,60 @@ from .side_by_side_noprop import (
 )
 
 
+LOGITS_AT_ONCE = 2**23  # 32 MB in float32
+
+
+class VocabularyNats(torch.autograd.Function):
+    """Compute [`vocabulary_nats`] in chunks of `chunk_size` rows, each with its gradients while its logits exist.
+
+    The gradient of the sum is the same for every row up to one factor, which the backward pass multiplies with. So no
+    logits are kept or computed again, and a frozen table costs two products with the vocabulary.
+    """
+
+    @staticmethod
+    def forward(ctx, prediction, table, bias, targets, chunk_size, has_gradient):
+        nats = prediction.new_empty(targets.shape)
+        # The differences of targets and probabilities, weighted by their rows, in sum and by row.
+        needed = [has_gradient and needs for needs in ctx.needs_input_grad[:3]]
+        pairs = zip((prediction, table, bias), needed, strict=True)
+        gradients = [x.new_zeros(x.shape) if needs else None for x, needs in pairs]
+        by_prediction, by_table, by_bias = gradients
+        for begin in range(0, len(targets), chunk_size):
+            rows = slice(begin, begin + chunk_size)
+            is_predicted = (targets[rows] != -100)[:, None]
+            true = targets[rows, None].clamp(min=0)
+            logits = torch.addmm(bias, prediction[rows], table.T)
+            logits -= logits.amax(1, keepdim=True)
+            true_logit = logits.gather(1, true)
+            sums = logits.exp_().sum(1, keepdim=True)
+            nats[rows] = ((sums.log() - true_logit) * is_predicted)[:, 0]
+            if not any(needed):
+                continue
+            errors, weights = logits.scatter_(1, true, true_logit.exp() - sums), is_predicted / sums
+            if by_prediction is not None:
+                torch.mul(errors @ table, weights, out=by_prediction[rows])
+            if by_table is not None:
+                by_table.addmm_(errors.T, prediction[rows] * weights)
+            if by_bias is not None:
+                by_bias.addmv_(errors.T, weights[:, 0])
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(nats)
+        return nats.sum(), nats
+
+    @staticmethod
+    def backward(ctx, factor, _):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "The loss of a block or of phase 1 has a first derivative only: use `create_graph=False`, or compute "
+                "it from whole logits."
+            )
+        gradients = [None if gradient is None else factor * gradient for gradient in ctx.saved_tensors]
+        return *gradients, None, None, None
+
+
 def vocabulary_nats(
-    prediction: torch.Tensor, table: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor, reduction: str = "none"
-) -> torch.Tensor:
+    prediction: torch.Tensor, table: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the cross-entropy of `softmax(prediction E^T + bias)`, in nats, without holding all logits at once.
 
     The computation is in float32 under autocast too: the evidence makes logits of tens (hundreds with the cosine
@@ -73,27 +123,41 @@ def vocabulary_nats(
     Args:
         prediction (`(..., hidden_size)`), table (`(vocab_size, hidden_size)`), bias (`(vocab_size,)`).
         targets (`(...)`): token ids; -100 is ignored and gives 0.
-        reduction: `"none"`, `"sum"` or `"mean"`.
+
+    Returns:
+        The sum over the tokens, which has a (first) gradient, and the nats of each token `(...)`, which have none.
     """
     with torch.autocast(prediction.device.type, enabled=False):
-        nats = linear_cross_entropy(
+        total, nats = VocabularyNats.apply(
             prediction.float().flatten(0, -2),
             table.float(),
             bias.float(),
             targets.flatten(),
-            reduction,
-            # 2^23 logits (32 MB) at a time: 20 % faster on 2 CPU cores than the default of a few dozen rows.
-            chunk_size=max(1, 2**23 // table.shape[0]),
+            max(1, LOGITS_AT_ONCE // max(1, len(table))),
+            torch.is_grad_enabled(),
         )
-    return nats.view(targets.shape) if reduction == "none" else nats
+    return total, nats.view(targets.shape)
 
 
-def places(mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return the indices where a mask is true, which select the same rows as the mask.
+def predicted_places(targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the positions that predict a token.
 
-    The host waits for the device once, to learn the number of indices. Indexing with the mask waits for every tensor.
+    The host waits for the device once, to learn their number. Indexing with a mask waits for every tensor.
+
+    Args:
+        targets (`(batch, sequence)`): the token to predict at each position; -100 for none.
+
+    Returns:
+        Their indices `(num_tokens,)` in tensors whose first two dimensions are flattened, and their targets.
     """
-    return mask.nonzero(as_tuple=True)
+    targets = targets.flatten()
+    indices = (targets != -100).nonzero()[:, 0]
+    return indices, targets[indices]
+
+
+def next_tokens(labels: torch.Tensor) -> torch.Tensor:
+    """Shift labels `(batch, sequence)` so that each position has the token after it, and the last one -100."""
+    return F.pad(labels[:, 1:], (0, 1), value=-100)
 
 
 def sampled_candidates(
@@ -139,7 +203,7 @@ class TokenTable(nn.Module):
 
     def forward(
         self, inputs: torch.Tensor, bias: torch.Tensor | None = None, targets: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Look up tokens, or compare points with the table.
 
         Every use of the table is a call of `forward`, since tools that offload weights load them for `forward` only.
@@ -151,7 +215,7 @@ class TokenTable(nn.Module):
 
         Returns:
             For token ids, their rows `(..., hidden_size)`; for points, the logits `(..., vocab_size)`, or with
-            `targets` the cross-entropies in nats `(...)` (see [`vocabulary_nats`]).
+            `targets` the cross-entropies in nats, their sum and `(...)` (see [`vocabulary_nats`]).
         """
         if not inputs.is_floating_point():
             return F.embedding(inputs, self.weight)
@@ -251,25 +315,25 @@ class DenoisingHead(nn.Module):
         """
         if self.evidence_scale == 0:
             evidence = None
-        if evidence is None:
-            correction = self._correct_alone(context)
-        else:
-            scaled = (evidence / self.evidence_scale).to(context.dtype)
-            correction = self.correction(torch.cat([context, scaled], dim=-1))
         # Answers of norm 1, so that an optimizer step changes logits as with an ordinary tied table. Without the
         # factor it changes them sqrt(d) times as much: 0.1 nats worse on held-out text after eight epochs.
-        answer = (self.readout(context) + correction) / math.sqrt(context.shape[-1])
+        factor = 1 / math.sqrt(context.shape[-1])
         if evidence is None:
-            return answer, self.bias
-        return answer + evidence, self.bias  # float32 evidence keeps the sum in float32
+            return (self.readout(context) + self._correct(context)) * factor, self.bias
+        answer = self.readout(context) + self._correct(context, (evidence / self.evidence_scale).to(context.dtype))
+        return torch.add(evidence, answer, alpha=factor), self.bias  # float32 evidence keeps the sum in float32
 
-    def _correct_alone(self, context: torch.Tensor) -> torch.Tensor:
-        """Compute the correction on pure noise; in inference, a plain first layer skips the zeros of the evidence."""
+    def _correct(self, context: torch.Tensor, evidence: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute the correction; a plain first layer computes nothing for missing evidence and no gradient of it."""
         first, *others = self.correction
+        size = context.shape[-1]
         is_plain = is_unchanged(self.correction, {nn.Sequential: nn.Sequential.forward}) and is_plain_linear(first)
-        if not is_plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.correction(F.pad(context, (0, context.shape[-1])))
-        hidden = F.linear(context, first.weight[:, : context.shape[-1]], first.bias)
+        if not is_plain or torch.compiler.is_compiling():
+            inputs = F.pad(context, (0, size)) if evidence is None else torch.cat([context, evidence], dim=-1)
+            return self.correction(inputs)
+        hidden = F.linear(context, first.weight[:, :size], first.bias)
+        if evidence is not None:
+            hidden = hidden + F.linear(evidence, first.weight[:, size:])
         for module in others:
             hidden = module(hidden)
         return hidden
@@ -456,42 +520,43 @@ class DenoisingBlock(SeparateModel):
             context = self.encoder(inputs_embeds, **positions, **attention_inputs)
             return context, *self.head(context[:, kept])
         assert table is not None
+        # First everything whose size depends on the batch: the host waits for the device to learn it, and would leave
+        # the device idle later in the step.
+        predicted, targets = predicted_places(next_tokens(labels))
+        is_sampled = self.training and self.config.sampled_softmax and self.config.loss_type == "cross_entropy"
+        candidates = sampled_candidates(targets, table.log_prior) if is_sampled else None
+
         inputs_embeds = table(input_ids)
         attention_inputs = self.encoder.attention_inputs(inputs_embeds, attention_mask, position_ids)
-        context = self.encoder(inputs_embeds, **attention_inputs)[:, :-1]
-        targets = labels[:, 1:]
-        predicted = places(targets != -100)
-        context, targets = context[predicted], targets[predicted]
+        context = self.encoder(inputs_embeds, **attention_inputs).flatten(0, 1).index_select(0, predicted)
         count = len(targets) if num_items_in_batch is None else num_items_in_batch
         weight = self.config.denoising_weight if self.level > 0 else 0.0  # on pure noise the two terms are equal
 
         if self.training:
             is_noised = torch.rand(targets.shape, generator=generator, device=targets.device) < weight
-            noised, clean = places(is_noised), places(~is_noised)
-            evidence = sample_evidence(table(targets[noised]), self.level, generator)
-            (alone, bias), (informed, _) = self.head(context[clean]), self.head(context[noised], evidence)
+            evidence = sample_evidence(table(targets), self.level, generator).mul_(is_noised[:, None])
+            answer, bias = self.head(context, evidence)
             embeddings = table.weight
-            if self.config.sampled_softmax and self.config.loss_type == "cross_entropy":
-                tokens, targets, correction = sampled_candidates(targets, table.log_prior)
-                embeddings, bias = embeddings[tokens], bias[tokens] + correction
-            context_sum = self._local_loss(alone, embeddings, bias, targets[clean])
-            denoising_sum = self._local_loss(informed, embeddings, bias, targets[noised])
+            if candidates is not None:
+                tokens, targets, correction = candidates
+                embeddings, bias = embeddings[tokens], bias.index_select(0, tokens) + correction
+            total, losses = self._local_loss(answer, embeddings, bias, targets)
             return DenoisingBlockOutput(
-                loss=(context_sum + denoising_sum) / count,
-                context_loss=context_sum / len(alone),
-                denoising_loss=denoising_sum / len(informed),
+                loss=total / count,
+                context_loss=(losses * ~is_noised).sum() / (~is_noised).sum(),
+                denoising_loss=(losses * is_noised).sum() / is_noised.sum(),
             )
 
         evidence = sample_evidence(table(targets), self.level, generator)
         (alone, bias), (informed, _) = self.head(context), self.head(context, evidence)
         context_nats, denoising_nats, updated_nats = (
-            vocabulary_nats(prediction, table.weight, bias, targets, reduction="sum") / count
+            vocabulary_nats(prediction, table.weight, bias, targets)[0] / count
             for prediction in (alone, informed, alone + evidence)  # the last is Bayes' rule
         )
         context_loss, denoising_loss = context_nats, denoising_nats
         if self.config.loss_type != "cross_entropy":
             context_loss, denoising_loss = (
-                self._local_loss(prediction, table.weight, bias, targets) / count for prediction in (alone, informed)
+                self._local_loss(prediction, table.weight, bias, targets)[0] / count for prediction in (alone, informed)
             )
         return DenoisingBlockOutput(
             loss=torch.lerp(context_loss, denoising_loss, weight),
@@ -504,26 +569,23 @@ class DenoisingBlock(SeparateModel):
 
     def _local_loss(
         self, prediction: torch.Tensor, embeddings: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor
-    ) -> torch.Tensor:
-        """Compute the loss for `config.loss_type`, summed over `(num_tokens,)` predicted tokens."""
-        if len(targets) == 0:
-            return prediction.sum()  # zero with a gradient
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the loss for `config.loss_type` of `(num_tokens,)` predicted tokens: the sum, and for each token."""
         if self.config.loss_type == "cross_entropy":
-            return vocabulary_nats(prediction, embeddings, bias, targets, reduction="sum")
+            return vocabulary_nats(prediction, embeddings, bias, targets)
         # NoProp, arXiv 2503.24322, eq. 8: the block's answer is the mean embedding of its distribution. Computed in
-        # chunks, whose logits the backward pass recomputes, to bound the memory as in `vocabulary_nats`.
-        errors = [
-            checkpoint(self._squared_error, u, embeddings, bias, y, use_reentrant=False)
-            for u, y in zip(prediction.split(1024), targets.split(1024), strict=True)
-        ]
-        return torch.stack(errors).sum()
+        # chunks, whose logits the backward pass recomputes, to bound the memory.
+        chunks = zip(prediction.split(1024), targets.split(1024), strict=True)
+        errors = [checkpoint(self._squared_error, u, embeddings, bias, y, use_reentrant=False) for u, y in chunks]
+        losses = torch.cat(errors)
+        return losses.sum(), losses.detach()
 
     @staticmethod
     def _squared_error(prediction: torch.Tensor, embeddings: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor):
         with torch.autocast(prediction.device.type, enabled=False):
             embeddings = embeddings.float()
             probabilities = (prediction.float() @ embeddings.T + bias.float()).softmax(-1)
-            return (probabilities @ embeddings - embeddings[targets]).pow(2).mean(-1).sum()
+            return (probabilities @ embeddings - embeddings[targets]).pow(2).mean(-1)
 
 
 class Router(SeparateModel):
@@ -877,7 +939,9 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
         Args:
             input_ids (`(batch_size, sequence_length)`): token ids.
             labels (`(batch_size, sequence_length)`, *optional*): the same tokens, not shifted; -100 is ignored.
-            logits_to_keep (`int` or `torch.Tensor`): compute the logits of the last positions only; 0 is all.
+            logits_to_keep (`int` or `torch.Tensor`): compute the logits of the last positions only; 0 is all. In the
+                predictive mode the loss is that of all `labels` all the same, without the memory of all logits; labels
+                of the kept positions only are possible too.
             num_inference_blocks (`int`, *optional*): run only the first blocks; all when not given.
             decoding_mode (`str`): with `"predictive"`, `logits` are the log-probabilities of a normalised, causal,
                 deterministic distribution: the normalised geometric mean of the blocks' distributions given the context
@@ -887,6 +951,14 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
             generator (`torch.Generator`, *optional*): source of randomness of the denoising mode.
             cache, past_key_values (`Cache`, *optional*): two names of one argument.
         """
+        is_predictive = decoding_mode == "predictive"
+        is_scored_whole = (
+            is_predictive
+            and labels is not None
+            and not (isinstance(logits_to_keep, int) and logits_to_keep == 0)
+            and any(tokens is not None and tokens.shape[:2] == labels.shape for tokens in (input_ids, inputs_embeds))
+            and self.loss_function is log_probability_loss
+        )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -895,30 +967,27 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             num_inference_blocks=num_inference_blocks,
-            logits_to_keep=logits_to_keep,
+            logits_to_keep=0 if is_scored_whole else logits_to_keep,
             **kwargs,
         )
-        if decoding_mode == "predictive":
-            output_embeddings = self.get_output_embeddings()
-            logits = output_embeddings(outputs.last_hidden_state, outputs.bias).float()
-            # The logits are the largest tensor, so normalise them in place, unless a gradient, vmap, forward mode or a
-            # hook may still use them.
-            is_shared = (
-                logits.requires_grad
-                or not is_unchanged(output_embeddings, {OutputEmbeddings: OutputEmbeddings.forward})
-                or not is_unchanged(self.model.embed_tokens, {TokenTable: TokenTable.forward})
-                or torch.compiler.is_compiling()
-                or torch._C._are_functorch_transforms_active()
-                or unpack_dual(logits).tangent is not None
-            )
-            logits = torch.log_softmax(logits, -1, out=None if is_shared else logits)
+        if is_predictive:
+            points = outputs.last_hidden_state
+            if is_scored_whole:
+                points = points[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+            logits = self._log_probabilities(points, outputs.bias)
         elif decoding_mode == "denoising":
             logits = self.denoise(outputs.context_states, num_trajectories, generator, outputs.block_logits)
         else:
             raise ValueError(f"`decoding_mode` must be 'predictive' or 'denoising', got {decoding_mode!r}.")
 
         loss = None
-        if labels is not None:
+        if is_scored_whole:
+            targets = kwargs.get("shift_labels")
+            targets = (next_tokens(labels) if targets is None else targets).to(outputs.last_hidden_state.device)
+            total, _ = self.model.embed_tokens.forward(outputs.last_hidden_state, outputs.bias, targets)
+            count = kwargs.get("num_items_in_batch")
+            loss = total / ((targets != -100).sum() if count is None else torch.as_tensor(count, device=total.device))
+        elif labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -927,6 +996,34 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
             attentions=outputs.attentions,
             **{CACHE: getattr(outputs, CACHE)},
         )
+
+    def _log_probabilities(self, points: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Compute the normalised logits of points `(..., hidden_size)`, in float32.
+
+        They are the largest tensor. So they are normalised in place, and those of half precision are computed in
+        pieces, unless a gradient, vmap, forward mode or a hook may still use them.
+        """
+        output_embeddings = self.get_output_embeddings()
+        is_shared = (
+            (torch.is_grad_enabled() and any(x.requires_grad for x in (points, bias, output_embeddings.weight)))
+            or not is_unchanged(output_embeddings, {OutputEmbeddings: OutputEmbeddings.forward})
+            or not is_unchanged(self.model.embed_tokens, {TokenTable: TokenTable.forward})
+            or torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or any(unpack_dual(tensor).tangent is not None for tensor in (points, bias))
+        )
+        if is_shared:
+            return output_embeddings(points, bias).float().log_softmax(-1)
+        if points.dtype == torch.float32:
+            logits = output_embeddings(points, bias)
+        else:
+            logits = points.new_empty((*points.shape[:-1], len(bias)), dtype=torch.float32)
+            at_once = max(1, LOGITS_AT_ONCE // len(bias))
+            for piece, rows in zip(
+                logits.flatten(0, -2).split(at_once), points.flatten(0, -2).split(at_once), strict=True
+            ):
+                piece.copy_(output_embeddings(rows, bias))
+        return torch.log_softmax(logits, -1, out=logits)
 
     @torch.no_grad()
     def variational_bound(
@@ -958,37 +1055,35 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
         if labels is None:
             labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
         outputs = self.model(input_ids, attention_mask=attention_mask, use_cache=False)
-        targets = labels[:, 1:]
-        predicted = places(targets != -100)
-        targets = targets[predicted]
+        predicted, targets = predicted_places(next_tokens(labels))
         table, blocks = self.model.embed_tokens.forward, self.model.blocks
         clean = table(targets)
 
         evidence = torch.zeros_like(clean, dtype=torch.float32)
         level, token_nats, context_nats = 0.0, [], []
         block_logits = outputs.block_logits
-        beliefs = Beliefs(None if block_logits is None else block_logits[:, :-1][predicted])
+        beliefs = Beliefs(None if block_logits is None else block_logits.flatten(0, 1)[predicted])
         previous = None
         for block, states in zip(blocks, outputs.context_states, strict=True):
-            context = states[:, :-1][predicted]
+            context = states.flatten(0, 1)[predicted]
             if block.level > level:
                 evidence = evidence + sample_evidence(clean, block.level - level, generator)
                 level = block.level
             belief, bias, alone = beliefs.refine(block.head, context, evidence)
-            nats = table(belief + evidence, bias, targets)
+            _, nats = table(belief + evidence, bias, targets)
             if previous is not None:  # the belief before, updated to the evidence at this block
-                nats = nats - table(previous[0] + evidence, previous[1], targets)
+                nats = nats - table(previous[0] + evidence, previous[1], targets)[1]
             token_nats.append(nats)
-            context_nats.append(table(*alone, targets).mean())
+            context_nats.append(table(*alone, targets)[1].mean())
             previous = (belief, bias)
         token_nats = torch.stack(token_nats)
-        mean_answer = outputs.last_hidden_state[:, :-1][predicted]
+        mean_answer = outputs.last_hidden_state.flatten(0, 1)[predicted]
         return NoPropBoundOutput(
             bound=token_nats.sum(0).mean(),
             block_nats=token_nats.mean(1),
             token_nats=token_nats,
             context_nats=torch.stack(context_nats),
-            predictive_nats=table(mean_answer, outputs.bias, targets).mean(),
+            predictive_nats=table(mean_answer, outputs.bias, targets)[1].mean(),
         )
 
 
@@ -1084,7 +1179,7 @@ class NoPropForPreTraining(SeparateModel):
         targets = labels
         if self.config.pretraining_objective == "clm":
             targets = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
-            prediction, targets = prediction[:, :-1], targets[:, 1:]
+            targets = next_tokens(targets)
         loss = self._mean_nats(prediction, table, targets)
         if num_items_in_batch is not None:  # weight by this batch's share of the accumulated gradient
             loss = loss * ((labels != -100).sum() / num_items_in_batch)
@@ -1099,8 +1194,9 @@ class NoPropForPreTraining(SeparateModel):
         return self.readout(states) / math.sqrt(states.shape[-1])  # as in [`DenoisingHead`]
 
     def _mean_nats(self, prediction: torch.Tensor, table: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        predicted = places(targets != -100)
-        return vocabulary_nats(prediction[predicted], table, self.bias, targets[predicted], reduction="mean")
+        predicted, targets = predicted_places(targets)
+        prediction = prediction.flatten(0, 1).index_select(0, predicted)
+        return vocabulary_nats(prediction, table, self.bias, targets)[0] / len(targets)
 
 
 NoPropForMaskedLM = NoPropForPreTraining  # the name until 0.1

@@ -50,7 +50,7 @@ def sample_evidence(
         noise = torch.randn_like(embeds)
     else:  # drawn on the generator's device, so that a seed gives the same numbers for every device of the model
         noise = torch.randn(embeds.shape, generator=generator, device=generator.device).to(embeds.device)
-    return level * embeds + level.sqrt() * noise
+    return noise.mul_(level.sqrt()).addcmul_(level, embeds)
 
 
 def prior_levels(noise_schedule: str, num_blocks: int, vocab_size: int, hidden_size: int) -> list[float]:

@@ -72,11 +72,12 @@ def is_unchanged(module: nn.Module, forwards: Mapping[type, Callable]) -> bool:
         forward is not None
         and type(module).forward is forward
         and type(module).__call__ in MODULE_CALLS
-        and not torch_module._global_forward_hooks
-        and not torch_module._global_forward_pre_hooks
+        and not torch_module._has_any_global_hook()
         and "forward" not in state  # accelerate and peft replace it on the instance
         and not state["_forward_hooks"]
         and not state["_forward_pre_hooks"]
+        and not state["_backward_hooks"]
+        and not state["_backward_pre_hooks"]
         and state.get("_compiled_call_impl") is None
     )
 

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 import gpu
 from ablation import GROUPS
-from common import OneBlock, Training, num_parameters
+from common import SHAPES, OneBlock, SampledEndToEnd, Training, num_parameters
 from conftest import run_python, sentences
 from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForPreTraining
 from noprop_hf.data import data_fingerprint, load_corpus
@@ -226,17 +227,34 @@ def test_memory_speed_and_decoding_against_a_stock_model(tmp_path):
     results = {}
     for name in ("memory", "training_speed", "decoding"):
         run_python(f"benchmarks/{name}.py", "--small", "--results", str(tmp_path / f"{name}.json"))
-        (results[name],) = json.loads((tmp_path / f"{name}.json").read_text())
+        results[name] = json.loads((tmp_path / f"{name}.json").read_text())
         assert (tmp_path / f"{name}.png").is_file()
-    memory = results["memory"]
+    (memory,), (decoding,) = results["memory"], results["decoding"]
     assert 0 < memory["ratio"] < memory["bar"]
     block, layer = memory["counted"]["block"], 4 * 128**2 + 3 * 128 * 352 + 2 * 128
     block_parameters = 3 * layer + 128 + 5 * 128**2 + 128 + 2048  # layers, norm, projection, head, its biases
     assert block["parameters"] == 4 * block_parameters
     assert block["table"] == 4 * 2048 * 128
     assert block["optimizer"] == pytest.approx(2 * block["parameters"], rel=0.01)
-    assert results["training_speed"]["ratio_time_per_token"] > 0
-    assert results["decoding"]["ratio_tokens_per_second"] > 0
+    assert [run["softmax"] for run in results["training_speed"]] == ["sampled", "whole"]
+    assert all(run["ratio_time_per_token"] > 0 for run in results["training_speed"])
+    assert decoding["ratio_tokens_per_second"] > 0
+
+
+def test_the_sampled_softmax_of_the_stock_model_is_the_corrected_softmax_over_the_tokens_of_the_batch():
+    config = NoPropConfig(**{**SHAPES["demo"], "vocab_size": 50})
+    model = SampledEndToEnd(config)
+    model.log_prior.copy_(torch.randn(50).log_softmax(-1))
+    tokens = torch.randint(50, (2, 9))
+    logits, targets = model.model(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    seen = 1 - (1 - model.log_prior.exp()) ** len(targets)
+    is_present = torch.zeros(50, dtype=torch.bool).index_fill(0, targets, True)
+    expected = F.cross_entropy(torch.where(is_present, logits - seen.log(), -torch.inf), targets)
+    found = model(tokens)
+    torch.testing.assert_close(found, expected)
+    table = model.model.lm_head.weight
+    gradients = [torch.autograd.grad(loss, table)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -10,8 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, modeling_utils
 
 from conftest import tokens
-from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForPreTraining
-from noprop_hf.compatibility_noprop import chunked_cross_entropy, linear_cross_entropy
+from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForPreTraining, modeling_noprop
 from noprop_hf.modeling_noprop import TokenTable, sampled_candidates, vocabulary_nats
 from noprop_hf.noise_noprop import sample_evidence, standardize
 
@@ -45,39 +44,37 @@ def test_bayes_skip_is_the_posterior_by_brute_force(config, block_index):
         assert torch.allclose(logits[row].double().softmax(-1), torch.stack(joint).softmax(-1), atol=1e-5)
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_vocabulary_nats_is_cross_entropy(reduction):
+@pytest.mark.parametrize("rows_at_once", [1, 5, 28, 100])
+@pytest.mark.parametrize("precision", [None, torch.bfloat16, torch.float16])
+def test_vocabulary_nats_and_their_gradients_are_those_of_whole_logits(precision, rows_at_once, monkeypatch):
+    """In float32 under autocast too, with losses scaled as in float16, and with logits of hundreds."""
+    monkeypatch.setattr(modeling_noprop, "LOGITS_AT_ONCE", 50 * rows_at_once)
     torch.manual_seed(0)
-    prediction = torch.randn(4, 7, 16, requires_grad=True)
-    table, bias = torch.randn(50, 16), torch.randn(50, requires_grad=True)
-    targets = tokens(4, 7)
-    targets[0, :3] = -100
-    ours = vocabulary_nats(prediction, table, bias, targets, reduction)
-    theirs = F.cross_entropy((prediction @ table.T + bias).flatten(0, 1), targets.flatten(), reduction=reduction).view(
-        ours.shape
-    )
-    assert torch.allclose(ours, theirs, atol=1e-5)
-    grads = [torch.autograd.grad(loss.sum(), (prediction, bias)) for loss in (ours, theirs)]
-    for mine, reference in zip(*grads, strict=True):
-        assert torch.allclose(mine, reference, atol=1e-5)
-
-
-@pytest.mark.parametrize("compute", [linear_cross_entropy, chunked_cross_entropy])
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_both_cross_entropies_in_chunks(compute, reduction):
-    """That of torch, and the one for versions without it: values and gradients, in chunks of whole and partial size."""
-    torch.manual_seed(0)
-    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((28, 16), (50, 16), (50,))]
+    dtype = precision or torch.float32
+    inputs = [torch.randn(*shape, requires_grad=True) for shape in ((4, 7, 16), (50, 16), (50,))]
     prediction, table, bias = inputs
-    targets = tokens(28)
-    targets[3:11] = -100  # a whole chunk of five, too
-    weights = torch.rand(28, dtype=torch.float64) if reduction == "none" else 1.0
-    expected = F.cross_entropy(prediction @ table.T + bias, targets, reduction=reduction)
-    expected_gradients = torch.autograd.grad((expected * weights).sum(), inputs)
-    for chunk_size in (1, 5, 28, 100):
-        found = compute(prediction, table, bias, targets, reduction, chunk_size)
-        torch.testing.assert_close(found, expected)
-        torch.testing.assert_close(torch.autograd.grad((found * weights).sum(), inputs), expected_gradients)
+    targets = tokens(4, 7)
+    targets[0, 3:] = targets[1] = -100  # whole chunks of five, too
+    with torch.autocast("cpu", precision, enabled=precision is not None):
+        found, nats = vocabulary_nats(20 * prediction.to(dtype), table, bias, targets)
+    # the reference is in float64, with the same rounding of the prediction
+    logits = (20 * prediction.to(dtype)).double() @ table.T.double() + bias.double()
+    each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    torch.testing.assert_close(nats, each.view(4, 7).float())
+    torch.testing.assert_close(found, each.sum().float())
+    expected = torch.autograd.grad(each.sum(), inputs)
+    tolerance = {None: 1e-3, torch.float16: 1e-2, torch.bfloat16: 1e-1}[precision]  # the rounding of 20 * gradient
+    for scale in (1.0, 2.0**7):  # as with accumulation, and in float16
+        gradients = torch.autograd.grad(scale * found, inputs, retain_graph=True)
+        torch.testing.assert_close([g / scale for g in gradients], list(expected), rtol=tolerance, atol=tolerance)
+
+
+def test_vocabulary_nats_have_a_first_derivative_only():
+    inputs = [torch.randn(*shape, requires_grad=True) for shape in ((7, 16), (50, 16), (50,))]
+    total, nats = vocabulary_nats(*inputs, tokens(7))
+    assert not nats.requires_grad
+    with pytest.raises(RuntimeError, match="first derivative only"):
+        torch.autograd.grad(total, inputs, create_graph=True)
 
 
 # --- one block --------------------------------------------------------------------------------------------------------
@@ -182,6 +179,15 @@ def test_ignored_labels_and_the_divisor_of_the_loss(model):
     assert torch.allclose(loss(), before)
 
 
+@pytest.mark.parametrize("loss_type", ["cross_entropy", "mse"])
+def test_labels_that_predict_nothing_give_a_zero_gradient(model, loss_type):
+    """As in one batch of several whose gradients are accumulated."""
+    model.config.loss_type = loss_type
+    block = model.model.blocks[1].train()
+    block(tokens(3, 9), torch.full((3, 9), -100), model.model.embed_tokens, num_items_in_batch=7).loss.backward()
+    assert all((parameter.grad == 0).all() for parameter in block.parameters())
+
+
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_one_term_alone(model, weight):
     model.config.denoising_weight = weight
@@ -212,12 +218,12 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("labels_are_cut", [False, True])
 def test_training_waits_for_a_device_only_to_learn_sizes(model, config, labels_are_cut):
-    """Once for the predicted tokens, once for each of the two terms, and once for the tokens of the softmax."""
+    """Once for the predicted tokens and once for the tokens of the softmax, both before anything else."""
     input_ids = tokens(3, 9)
     labels = input_ids.masked_fill(input_ids < 10, -100) if labels_are_cut else input_ids
     with Waits() as block:
         model.model.blocks[1].train()(input_ids, labels, model.model.embed_tokens).loss.backward()
-    assert sorted(block.names) == ["_unique2", "nonzero", "nonzero", "nonzero"]
+    assert block.names == ["nonzero", "_unique2"]
     with Waits() as phase_1:
         NoPropForPreTraining(config).train()(input_ids, labels=labels).loss.backward()
     assert phase_1.names == ["nonzero"]
@@ -250,6 +256,22 @@ def test_the_table_is_frozen_until_somebody_unfreezes_it(model, tmp_path):
     model.requires_grad_(True)
     model(input_ids, labels=input_ids).loss.backward()
     assert model.model.embed_tokens.weight.grad is not None  # as an embedding of any other model
+
+
+@pytest.mark.parametrize("has_evidence", [False, True])
+def test_the_head_calls_its_first_layer_when_it_is_not_plain(model, config, has_evidence):
+    """With the same answer and gradients: a hook, here of the backward pass, acts as everywhere else."""
+    head = model.model.blocks[1].head
+    torch.nn.init.normal_(head.correction[2].weight)
+    context, evidence = torch.randn(2, 6, config.hidden_size, requires_grad=True)
+    answers, seen = [], []
+    for has_hook in (False, True):
+        if has_hook:
+            head.correction[0].register_full_backward_hook(lambda *_: seen.append(1))
+        answer, _ = head(context, evidence if has_evidence else None)
+        answers.append([answer, *torch.autograd.grad(answer.sin().sum(), [context, *head.correction.parameters()])])
+    assert seen
+    torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
 
 
 def test_block_index_out_of_range(config):
@@ -290,6 +312,48 @@ def test_loss_is_the_cross_entropy_of_the_logits(model):
     output = model(input_ids, labels=labels)
     reference = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     assert torch.allclose(output.loss, reference, atol=1e-6)
+
+
+@pytest.mark.parametrize("kept", [1, 3, torch.tensor([2, 5])])
+def test_labels_are_scored_at_all_positions_whatever_logits_are_kept(model, kept):
+    input_ids = tokens(2, 8)
+    labels = input_ids.masked_fill(torch.arange(8) < 3, -100)
+    whole = model(input_ids, labels=labels)
+    for options in ({}, {"num_items_in_batch": 40}):
+        output = model(input_ids, labels=labels, logits_to_keep=kept, **options)
+        expected = whole.loss * (10 / 40 if options else 1)
+        torch.testing.assert_close(output.loss, expected)
+        index = slice(-kept, None) if isinstance(kept, int) else kept
+        torch.testing.assert_close(output.logits, whole.logits[:, index])
+        bias = model.model.blocks[0].head.bias
+        torch.testing.assert_close(
+            *(torch.autograd.grad(loss, bias, retain_graph=True) for loss in (output.loss, expected))
+        )
+    sliced = model(input_ids, labels=labels[:, -3:], logits_to_keep=3).loss  # as in stock models
+    torch.testing.assert_close(sliced, F.cross_entropy(whole.logits[:, -3:-1].flatten(0, 1), labels[:, -2:].flatten()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_half_precision_are_normalised_piece_by_piece_without_a_copy(model, dtype, monkeypatch):
+    model.to(dtype)
+    input_ids = tokens(5, 8)
+    expected = model(input_ids).logits
+    monkeypatch.setattr(modeling_noprop, "LOGITS_AT_ONCE", 50 * 3)
+
+    class Sizes(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **kwargs or {})
+            if isinstance(result, torch.Tensor) and result.dtype == dtype and result.shape[-1] == 50:
+                self.largest = max(self.largest, result.numel())
+            return result
+
+    with torch.no_grad(), Sizes() as sizes:
+        found = model(input_ids).logits
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected.detach())
+    assert 50 * 16 <= sizes.largest < found.numel()  # the table, and no copy of the logits
 
 
 def test_cached_logits_equal_uncached_ones(model):
