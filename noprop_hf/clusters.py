@@ -2,7 +2,7 @@
 
 With `block_data="clusters"` each block is trained on the windows of one cluster, so that blocks know different things
 (Gururangan et al. 2023, "Scaling expert language models with unsupervised domain discovery", arXiv 2303.14177). Phase 1
-finds the clusters and trains the router. Any worker can then assign windows from the frozen table alone.
+finds the clusters and trains the router, which is published with the table. Any worker can then assign windows.
 """
 
 import copy
@@ -22,45 +22,75 @@ from .arguments import PretrainingArguments
 from .checkpoints import DurableTrainer, trainer_arguments
 from .configuration_noprop import NoPropConfig
 from .data import data_identity
-from .modeling_noprop import ContextEncoder, Router, TokenTable
+from .modeling_noprop import NUM_TOPICS, ContextEncoder, Router, TokenTable
 from .shards_noprop import clusters_hash, fingerprint
 from .tracking import track
 
 
-COMMON = 1e-3  # the probability at which a token counts half in the features of a window
-SAMPLE_WINDOWS = 50_000  # windows that the centroids are fitted to
+SAMPLE_WINDOWS = 50_000  # windows that topics and centroids are fitted to
 ITERATIONS = 50
 PRICE_RATE = 1 / 6  # change of a price, per spread of the similarities and logarithm of the cluster's relative size
 ROUTER_SHARE = 0.1  # steps of the router, for each step of phase 1
 
 
-def window_features(windows: list[list[int]], table: TokenTable) -> torch.Tensor:
-    """Compute the mean embedding of each window, with weights `a / (a + p)` against tokens of high probability `p`.
+def fit_topics(windows: list[list[int]], vocab_size: int, seed: int) -> torch.Tensor:
+    """Fit topics by latent semantic analysis: the singular vectors of the windows' weighted counts of tokens.
 
-    The weights are those of Arora, Liang and Ma 2017, "A simple but tough-to-beat baseline for sentence embeddings"
-    (ICLR), section 3, with a = 0.001.
+    A count is multiplied by the token's inverse document frequency `log((1 + n) / (1 + df))`, where `df` of the `n`
+    windows contain the token, and every window is divided by its norm (Deerwester et al. 1990, "Indexing by latent
+    semantic analysis"; tf-idf and a truncated decomposition are the features of arXiv 2303.14177, too).
 
     Args:
         windows: token ids, in windows of any length.
 
     Returns:
-        `torch.Tensor` of shape `(num_windows, hidden_size)`: features of norm 1.
+        `torch.Tensor` of shape `(vocab_size, NUM_TOPICS)`: the topics of each token, times its inverse document
+        frequency. With fewer windows or tokens than topics, the last topics are 0.
+    """
+    lengths = torch.tensor([len(window) for window in windows])
+    tokens = torch.from_numpy(np.concatenate([np.asarray(window, dtype=np.int64) for window in windows]))
+    places = torch.stack([torch.arange(len(windows)).repeat_interleave(lengths), tokens])
+    shape = (len(windows), vocab_size)
+    counts = torch.sparse_coo_tensor(places, torch.ones(len(tokens)), shape, check_invariants=True).coalesce()
+    rows, columns = counts.indices()
+    frequencies = columns.bincount(minlength=vocab_size)
+    weights = ((1 + len(windows)) / (1 + frequencies)).log()
+    values = counts.values() * weights[columns]
+    norms = torch.zeros(len(windows)).index_add_(0, rows, values.square()).sqrt().clamp(min=1e-12)
+    counts = torch.sparse_coo_tensor(
+        counts.indices(), values / norms[rows], shape, is_coalesced=True, check_invariants=True
+    )
+    topics = torch.zeros(vocab_size, NUM_TOPICS)
+    rank = min(NUM_TOPICS, *shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        topics[:, :rank] = torch.svd_lowrank(counts, rank)[2]
+    return weights[:, None] * topics
+
+
+def window_features(windows: list[list[int]], topics: torch.Tensor) -> torch.Tensor:
+    """Compute the feature of each window: the sum of its tokens' topics, divided by its norm.
+
+    Args:
+        windows: token ids, in windows of any length.
+        topics: the result of [`fit_topics`].
+
+    Returns:
+        `torch.Tensor` of shape `(num_windows, NUM_TOPICS)`.
     """
     tokens = torch.from_numpy(np.concatenate([np.asarray(window, dtype=np.int64) for window in windows]))
     starts = torch.tensor([0, *(len(window) for window in windows)][:-1]).cumsum(0)
-    weights = COMMON / (COMMON + table.log_prior.softmax(-1))
-    sums = F.embedding_bag(tokens, table.weight, starts, mode="sum", per_sample_weights=weights[tokens])
-    return F.normalize(sums, dim=-1)
+    return F.normalize(F.embedding_bag(tokens, topics, starts, mode="sum"), dim=-1)
 
 
 def fit_clusters(features: torch.Tensor, num_clusters: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Fit clusters of a similar size by spherical k-means, where large clusters become expensive.
 
     Args:
-        features (`(num_windows, hidden_size)`): features of norm 1.
+        features (`(num_windows, NUM_TOPICS)`): features of norm 1.
 
     Returns:
-        Centroids of norm 1, `(num_clusters, hidden_size)`, and prices `(num_clusters,)`; see [`Router`].
+        Centroids of norm 1, `(num_clusters, NUM_TOPICS)`, and prices `(num_clusters,)`; see [`Router`].
     """
     generator = torch.Generator().manual_seed(seed)
     centroids = features[torch.randperm(len(features), generator=generator)[:num_clusters]].clone()
@@ -82,14 +112,10 @@ def fit_clusters(features: torch.Tensor, num_clusters: int, seed: int) -> tuple[
     return fitted
 
 
-def assign_clusters(rows: Dataset, table: TokenTable, centroids: torch.Tensor, prices: torch.Tensor) -> np.ndarray:
-    """Return the cluster of each window of a tokenized split, `(num_windows,)`.
-
-    Args:
-        centroids, prices: the result of [`fit_clusters`], which a [`Router`] holds.
-    """
+def assign_clusters(rows: Dataset, router: Router) -> np.ndarray:
+    """Return the cluster of each window of a tokenized split, `(num_windows,)`."""
     clusters = [
-        (window_features(batch["input_ids"], table) @ centroids.T - prices).argmax(-1).numpy()
+        (window_features(batch["input_ids"], router.topics) @ router.centroids.T - router.prices).argmax(-1).numpy()
         for batch in rows.iter(batch_size=4096)
     ]
     return np.concatenate(clusters) if clusters else np.zeros(0, dtype=np.int64)
@@ -180,18 +206,20 @@ def train_router(
     """
     rows = dataset["train"]
     sample = rows.select(range(0, len(rows), max(1, len(rows) // SAMPLE_WINDOWS)))
-    features = torch.cat([window_features(batch["input_ids"], table) for batch in sample.iter(batch_size=4096)])
-    centroids, prices = fit_clusters(features, config.num_blocks, training_args.seed)
-    clusters = {name: assign_clusters(rows, table, centroids, prices) for name, rows in dataset.items()}
+    windows = sample["input_ids"][:]
+    topics = fit_topics(windows, config.vocab_size, training_args.seed)
+    centroids, prices = fit_clusters(window_features(windows, topics), config.num_blocks, training_args.seed)
+    args = trainer_arguments(training_args, "router", **router_fields(pretraining_args, training_args))
+    set_seed(args.seed)
+    router = Router(copy.deepcopy(config))
+    router.topics.copy_(topics)
+    router.centroids.copy_(centroids)
+    router.prices.copy_(prices)
+    clusters = {name: assign_clusters(rows, router) for name, rows in dataset.items()}
     for block_index in range(config.num_blocks):
         select_cluster(dataset, clusters, block_index)  # raises before any training if a cluster is empty
     labelled = {name: rows.add_column("label", clusters[name]) for name, rows in dataset.items()}
 
-    args = trainer_arguments(training_args, "router", **router_fields(pretraining_args, training_args))
-    set_seed(args.seed)
-    router = Router(copy.deepcopy(config))
-    router.centroids.copy_(centroids)
-    router.prices.copy_(prices)
     if start is not None and len(start.layers) == len(router.encoder.layers):
         router.encoder.load_state_dict(start.state_dict())
     trainer = RouterTrainer(

@@ -62,6 +62,7 @@ from .side_by_side_noprop import (
 
 
 LOGITS_AT_ONCE = 2**23  # 32 MB in float32
+NUM_TOPICS = 32  # of a router
 
 
 class VocabularyNats(torch.autograd.Function):
@@ -359,6 +360,7 @@ class NoPropPreTrainedModel(ShardedFilesMixin, PreTrainedModel):
             init.copy_(module.weight, standardize(torch.randn_like(module.weight)))
             init.zeros_(module.log_prior)
         elif isinstance(module, Router):
+            init.zeros_(module.topics)
             init.zeros_(module.centroids)
             init.zeros_(module.prices)
         elif isinstance(module, DenoisingHead):
@@ -591,13 +593,14 @@ class DenoisingBlock(SeparateModel):
 class Router(SeparateModel):
     """Weigh the blocks of a model with `block_data="clusters"` by the text so far.
 
-    A window of text belongs to the cluster that maximises `feature . centroid - price`, where the feature is the mean
-    of its tokens' rows of the table, weighted against frequent tokens. Block b is trained on the windows of cluster b.
-    The router has an encoder of its own and predicts from a prefix alone the cluster of the whole window. (After
-    Gururangan et al. 2023, "Scaling expert language models with unsupervised domain discovery", arXiv 2303.14177, where
-    the weights follow from the distances of the prefix to the centroids.)
+    A window of text belongs to the cluster that maximises `feature . centroid - price`, where the feature is the sum of
+    its tokens' rows of `topics`, divided by its norm. Block b is trained on the windows of cluster b. The router has an
+    encoder of its own and predicts from a prefix alone the cluster of the whole window. (After Gururangan et al. 2023,
+    "Scaling expert language models with unsupervised domain discovery", arXiv 2303.14177, where the weights follow from
+    the distances of the prefix to the centroids.)
 
-    `centroids` (`(num_blocks, hidden_size)`) have norm 1, and `prices` (`(num_blocks,)`) keep clusters of similar size.
+    `topics` (`(vocab_size, NUM_TOPICS)`) come from latent semantic analysis, `centroids` (`(num_blocks, NUM_TOPICS)`)
+    have norm 1, and `prices` (`(num_blocks,)`) keep clusters of similar size.
     """
 
     accepts_loss_kwargs = False  # for `Trainer`: the loss is a mean
@@ -606,7 +609,8 @@ class Router(SeparateModel):
         super().__init__(config)
         self.encoder = ContextEncoder(config, config.num_layers_per_block)
         self.readout = nn.Linear(config.hidden_size, config.num_blocks)
-        self.register_buffer("centroids", torch.zeros(config.num_blocks, config.hidden_size))
+        self.register_buffer("topics", torch.zeros(config.vocab_size, NUM_TOPICS))
+        self.register_buffer("centroids", torch.zeros(config.num_blocks, NUM_TOPICS))
         self.register_buffer("prices", torch.zeros(config.num_blocks))
         self.gradient_checkpointing = False
         self.post_init()

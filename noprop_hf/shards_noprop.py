@@ -48,7 +48,7 @@ HIDDEN_SHARDS = (
     f"holds {SAFE_WEIGHTS_NAME}, which hides the files that {SAFE_WEIGHTS_INDEX_NAME} names: remove one of the two"
 )
 BAD_INDEX = f"holds no readable {SAFE_WEIGHTS_INDEX_NAME}: restore it"
-CLUSTER_WEIGHTS = ("centroids", "prices")  # of the router
+CLUSTER_WEIGHTS = ("topics", "centroids", "prices")  # of the router
 CHANGED_CONFIG = "holds a table and a config.json that do not belong together: restore those of its training"
 NO_MODEL = "Give the directory of a whole model, such as the --output_dir of its training"
 PRETRAINING_FOLDER = "pretraining"  # the model of phase 1, in the directory of the model made with it
@@ -101,7 +101,7 @@ def content_hash(tensors: Iterable[tuple[str, bytes | bytearray]]) -> str:
 
 
 def clusters_hash(router: Mapping[str, torch.Tensor]) -> str:
-    """Hash what decides the cluster of a window, besides the table.
+    """Hash what decides the cluster of a window.
 
     Args:
         router: the weights of the router, by their names in it.

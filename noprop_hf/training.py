@@ -218,8 +218,7 @@ class BlockRun:
     def clusters(self) -> dict[str, np.ndarray]:
         """The cluster of each window, by split."""
         assert self.router is not None
-        centroids, prices = self.router.centroids, self.router.prices
-        return {name: assign_clusters(rows, self.table, centroids, prices) for name, rows in self.dataset.items()}
+        return {name: assign_clusters(rows, self.router) for name, rows in self.dataset.items()}
 
     def checkpoint(self, block_index: int, **fields: Any) -> str | None:
         """Find the checkpoint that the training of a block would resume from, if any.

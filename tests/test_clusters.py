@@ -27,14 +27,14 @@ from noprop_hf.clusters import (
     RouterTrainer,
     assign_clusters,
     fit_clusters,
+    fit_topics,
     router_fields,
     train_router,
     window_features,
 )
 from noprop_hf.data import DataArguments, load_corpus, load_tokenizer, tokenize
 from noprop_hf.model_directory import load_router, load_table, read_metadata
-from noprop_hf.modeling_noprop import TokenTable
-from noprop_hf.noise_noprop import standardize
+from noprop_hf.modeling_noprop import NUM_TOPICS
 from noprop_hf.pretraining import pretrain_embeddings
 from noprop_hf.shards_noprop import EMBEDDINGS_SHARD, block_shard
 from noprop_hf.training import BlockRun, train_blocks
@@ -82,15 +82,37 @@ def routed_config(**fields) -> NoPropConfig:
     )
 
 
-def test_features_are_weighted_means_of_norm_1():
-    config = NoPropConfig(vocab_size=30, hidden_size=8, num_blocks=2, num_attention_heads=2)
-    table = TokenTable(config)
-    table.weight.copy_(standardize(torch.randn(30, 8)))
-    table.log_prior.copy_(torch.randn(30).log_softmax(-1))
+def tf_idf(windows: list[list[int]], vocab_size: int) -> np.ndarray:
+    """Counts times `log((1 + n) / (1 + df))`, `(num_windows, vocab_size)`, in rows of norm 1."""
+    counts = np.array([np.bincount(window, minlength=vocab_size) for window in windows], dtype=float)
+    weighted = counts * np.log((1 + len(windows)) / (1 + (counts > 0).sum(0)))
+    return weighted / np.linalg.norm(weighted, axis=1, keepdims=True)
+
+
+def test_features_are_those_of_latent_semantic_analysis():
+    """Few kinds of windows span all topics; with many, the topics keep nearly as much as exact singular vectors."""
+    choose = np.random.default_rng(0)
+    mixtures = choose.dirichlet([0.3] * 6, 400) @ choose.dirichlet([0.05] * 60, 6)
+    windows = [choose.choice(60, choose.integers(5, 40), p=mixture).tolist() for mixture in mixtures]
+    matrix, kinds = tf_idf(windows, 60), windows[:20] * 5
+    assert np.linalg.matrix_rank(matrix) > NUM_TOPICS
+    features, few = window_features(kinds, fit_topics(kinds, 60, seed=0)), tf_idf(kinds, 60)
+    assert np.allclose(features @ features.T, few @ few.T, atol=1e-5)
+    weights = np.log(401 / (1 + (matrix > 0).sum(0)))
+    topics = fit_topics(windows, 60, seed=0)
+    kept = np.linalg.norm(matrix @ (topics.numpy() / weights[:, None])) ** 2
+    exact = (np.linalg.svd(matrix, compute_uv=False)[:NUM_TOPICS] ** 2).sum()
+    assert 0.98 * exact < kept < 1.0001 * exact
+    features = window_features(windows, topics)
+    assert torch.equal(features, window_features(windows, fit_topics(windows, 60, seed=0)))
+
+
+def test_topics_of_few_windows_are_padded_with_zeros():
     windows = [[1, 2, 2], [5], [7, 1, 29, 4, 4]]
-    for window, feature in zip(windows, window_features(windows, table), strict=True):
-        expected = sum(0.001 / (0.001 + table.log_prior[token].exp()) * table.weight[token] for token in window)
-        assert torch.allclose(feature, expected / expected.norm(), atol=1e-6)
+    features = window_features(windows, fit_topics(windows, 30, seed=0))
+    assert features.shape == (3, NUM_TOPICS) and (features[:, 3:] == 0).all()
+    matrix = tf_idf(windows, 30)  # of full rank: nothing is lost
+    assert np.allclose(features @ features.T, matrix @ matrix.T, atol=1e-5)
 
 
 def test_clusters_are_of_similar_size_whatever_the_kinds():
@@ -120,11 +142,11 @@ def test_clusters_are_of_similar_size_however_much_alike(common, num_clusters):
 
 def test_clusters_are_the_kinds_of_text(phase1, data):
     config = NoPropConfig.from_pretrained(phase1)
-    table, router = load_table(phase1, config), load_router(phase1, config)
+    router = load_router(phase1, config)
     tokenizer = load_tokenizer(str(phase1))
     rows = rows_of(phase1, data)["train"]
     kinds = [kind_of(tokenizer.decode(row)) for row in rows["input_ids"]]
-    clusters = assign_clusters(rows, table, router.centroids, router.prices)
+    clusters = assign_clusters(rows, router)
     pairs = set(zip(kinds, clusters.tolist(), strict=True))
     assert len(pairs) == 3, pairs  # one cluster for each kind
 
@@ -133,7 +155,7 @@ def test_the_router_tells_clusters_apart_by_a_prefix(phase1, data):
     config = NoPropConfig.from_pretrained(phase1)
     table, router = load_table(phase1, config), load_router(phase1, config)
     rows = rows_of(phase1, data)["validation"]
-    clusters = assign_clusters(rows, table, router.centroids, router.prices)
+    clusters = assign_clusters(rows, router)
     input_ids = torch.tensor([row[:8] for row in rows["input_ids"]])
     embeds = table(input_ids)
     with torch.no_grad():
@@ -149,7 +171,7 @@ def test_the_router_tells_clusters_apart_by_a_prefix(phase1, data):
 
 def test_a_block_is_trained_on_the_windows_of_its_cluster(trained, phase1, data, tmp_path, monkeypatch):
     config = NoPropConfig.from_pretrained(phase1)
-    table, router = load_table(phase1, config), load_router(phase1, config)
+    router = load_router(phase1, config)
     seen = []
     plain = DenoisingBlock.forward
 
@@ -164,7 +186,7 @@ def test_a_block_is_trained_on_the_windows_of_its_cluster(trained, phase1, data,
     train_blocks(data, BlockArguments(blocks="1", sample_prompts=[]), arguments(directory, max_steps=12, **RARELY))
     assert len(seen) == 12 * 4
     rows = Dataset.from_dict({"input_ids": seen})
-    assert {*assign_clusters(rows, table, router.centroids, router.prices).tolist()} == {1}
+    assert {*assign_clusters(rows, router).tolist()} == {1}
     alone, together = (load_file(folder / block_shard(1)) for folder in (directory, trained))
     assert all(torch.equal(together[name], tensor) for name, tensor in alone.items())  # blocks are independent
 
