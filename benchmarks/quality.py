@@ -79,9 +79,10 @@ MODELS = {
     "noprop_before": "NoProp, random start",
     "noprop_start": "NoProp, blocks start from phase 1",
     "noprop_random_splits": "NoProp, blocks on random splits",
+    "noprop_less": "NoProp, three quarters of the arithmetic",
     "seed": "NoProp as first described",
 }
-CHAINS = ("noprop", "noprop_before", "noprop_start", "noprop_random_splits", "seed")  # models with a bound
+CHAINS = tuple(name for name in MODELS if name.startswith("noprop") or name == "seed")  # models with a bound
 # What recipes/seed.yaml chooses: a masked table, cosine levels, squared error, denoising alone.
 SEED_CHOICES = ("pretraining_objective", "noise_schedule", "loss_type", "sampled_softmax", "denoising_weight")
 COSTS = (  # the same with every seed
@@ -98,11 +99,13 @@ class Blocks:
         changes: fields of the configuration that differ from the defaults, in both phases.
         share: share of the arithmetic that phase 1 gets.
         random_splits: whether each block is trained on its own part of the texts, which are split at random.
+        budget: share of the end-to-end model's arithmetic that the row gets.
     """
 
     changes: dict[str, Any]
     share: float
     random_splits: bool = False
+    budget: float = 1.0
 
 
 def seed_choices() -> dict[str, Any]:
@@ -245,6 +248,7 @@ class Plentiful64(QualityArguments):
         "noprop_start": Blocks({"block_initialization": "pretraining"}, 0.4),
         "noprop_random_splits": Blocks({"block_initialization": "pretraining"}, 0.4, random_splits=True),
         "noprop": Blocks({"block_data": "clusters", "block_initialization": "pretraining"}, 0.4),
+        "noprop_less": Blocks({"block_data": "clusters", "block_initialization": "pretraining"}, 0.4, budget=0.75),
     }
 
 
@@ -336,8 +340,9 @@ class Bench:
     def of_row(self, name: str) -> "Bench":
         """Create the bench of a row with a phase 1 of its own. Rows with an equal phase 1 share it."""
         row = self.args.own_phase1[name]
-        folder = "_".join(map(str, [row.share, *chain.from_iterable(row.changes.items())]))
-        return Bench(replace(self.args, pretraining_share=row.share), self.corpus, self.seed, row.changes, folder)
+        parts = [row.budget] * (row.budget != 1) + [row.share, *chain.from_iterable(row.changes.items())]
+        args = replace(self.args, pretraining_share=row.share, tokens=row.budget * self.args.tokens)
+        return Bench(args, self.corpus, self.seed, row.changes, "_".join(map(str, parts)))
 
     # --- sizes and budgets ----------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +16,14 @@ from transformers import LlamaForCausalLM
 
 import gpu
 from ablation import GROUPS
-from common import SHAPES, OneBlock, SampledEndToEnd, Training, num_parameters
+from common import SHAPES, EndToEnd, OneBlock, SampledEndToEnd, Training, num_parameters
 from conftest import run_python, sentences
+from cost import arithmetic_to_reach
 from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForPreTraining
 from noprop_hf.data import data_fingerprint, load_corpus
 from noprop_hf.model_directory import read_metadata
 from noprop_hf.shards_noprop import block_shard
-from quality import DEPTHS, MODELS, SETTINGS, Bench, QualityArguments, main, measure_rows, parse, plot
+from quality import DEPTHS, MODELS, SETTINGS, Bench, Plentiful64, QualityArguments, main, measure_rows, parse, plot
 
 
 SMALL = "--hidden_size 16 --intermediate_size 24 --num_attention_heads 2 --num_layers_per_block 1 --num_blocks 2"
@@ -155,7 +157,7 @@ def test_a_corpus_that_is_too_short_is_refused(plentiful, monkeypatch):
 
 @pytest.mark.slow
 def test_rows_where_text_is_plentiful(plentiful, tmp_path, monkeypatch):
-    rows = ["end_to_end_1", "pretraining_all", "noprop_random_splits"]
+    rows = ["end_to_end_1", "pretraining_all", "noprop_random_splits", "noprop_less"]
     monkeypatch.setattr(sys, "argv", ["quality.py", *plentiful, "--tokens", "1500", "--models", *rows])
     monkeypatch.setattr("quality.ProcessPoolExecutor", lambda *args, **options: ThreadPoolExecutor(1))
     main()
@@ -191,6 +193,52 @@ def test_rows_where_text_is_plentiful(plentiful, tmp_path, monkeypatch):
         windows = bench.load(bench.split(index))[1]["train"]
         assert read_metadata(block)["data"] == data_fingerprint(windows)
         assert entry["tokens"] <= windows.num_rows * 16
+
+    entry, whole = results["words_16"]["noprop_less"], results["words_16"]["end_to_end_1"]
+    assert entry["training_flops"] == pytest.approx(0.75 * whole["training_flops"], rel=0.01)
+    model = NoPropForCausalLM.from_pretrained(
+        folder / "0.75_0.4_block_data_clusters_block_initialization_pretraining" / "noprop_less"
+    )
+    assert model.config.block_data == "clusters" and len(entry["block_nats"][0]) == 2
+
+
+def test_arithmetic_to_reach_a_loss_is_interpolated_in_its_logarithm():
+    def loss(arithmetic: float) -> float:
+        return 3.5 - 0.2 * math.log(arithmetic)
+
+    points = [(share, loss(share)) for share in (0.5, 0.75, 1.0)]
+    for share in (0.5, 0.6, 0.75, 0.9, 1.0):
+        assert arithmetic_to_reach(loss(share) + 1e-12, points) == pytest.approx(share)
+    assert arithmetic_to_reach(loss(0.4), points) == 0.5  # not extrapolated
+    assert arithmetic_to_reach(loss(1.01), points) is None
+
+
+@pytest.mark.slow
+def test_cost_to_reach_a_loss(tmp_path):
+    tokens = {"tokens": 1e6, "pretraining_tokens": 2e6, "training_bytes": 10}
+    entries = {
+        "end_to_end": {"nats_per_token": [3.0, 4.0], "training_flops": 8.0, "tokens": 2e6, "training_bytes": 40},
+        "noprop": {"nats_per_token": [3.4, 3.6], "training_flops": 8.0, **tokens},
+        "noprop_less": {"nats_per_token": [3.7], "training_flops": 6.0, **tokens},
+    }
+    quality, results = tmp_path / "quality.json", tmp_path / "cost.json"
+    command = ["benchmarks/cost.py", "--small", "--quality", str(quality), "--results", str(results)]
+    quality.write_text(json.dumps({"plentiful_64": {"noprop": entries["noprop"]}}))
+    assert "has no row end_to_end, noprop_less of plentiful_64" in run_python(*command, fails=True)
+    quality.write_text(json.dumps({"plentiful_64": entries}))
+    run_python(*command)
+    rows = {(row["method"], row["workers"]): row for row in json.loads(results.read_text())}
+    assert all(row["arithmetic"] == pytest.approx(1.0) for row in rows.values())  # both have 3.5 nats
+    assert rows["noprop", 4]["seconds"] < rows["noprop", 1]["seconds"]
+
+    config = NoPropConfig(vocab_size=2048, **Plentiful64(["unused=unused"]).sizes(), block_data="clusters")
+    NoPropForCausalLM(config).save_pretrained(tmp_path / "model")
+    NoPropForPreTraining(config).save_pretrained(tmp_path / "phase1")
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors")}
+    fetched = sizes["embeddings.safetensors"] + (tmp_path / "phase1" / "model.safetensors").stat().st_size
+    assert rows["noprop", 4]["bytes_sent"] == pytest.approx(3 * (fetched + sizes["block-01.safetensors"]), rel=0.02)
+    stock = 4 * num_parameters(EndToEnd(config).model)
+    assert rows["end_to_end", 2]["bytes_sent"] == 2 * stock * round(2e6 / (32 * 64))
 
 
 def test_the_best_learning_rate_of_seed_0_is_used_with_further_seeds(monkeypatch):
