@@ -187,8 +187,12 @@ def compare(args: CostArguments) -> list[dict[str, Any]]:
         row("noprop", 2, first + count / 2 * seconds[TWO_BLOCKS] * steps["block"], shared + count * block // 2),
         row("noprop", count, first + seconds["block"] * steps["block"], (count - 1) * (shared + block)),
     ]
-    milliseconds = {kind: 1000 * value for kind, value in seconds.items()}
-    setting = {"commit": commit(), "device": device_name(torch.device("cpu")), "steps": steps, "milliseconds_per_step": milliseconds}
+    setting = {
+        "commit": commit(),
+        "device": device_name(torch.device("cpu")),
+        "steps": steps,
+        "milliseconds_per_step": {kind: 1000 * value for kind, value in seconds.items()},
+    }
     return [one | setting for one in rows]
 
 
