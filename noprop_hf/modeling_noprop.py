@@ -69,7 +69,8 @@ class VocabularyNats(torch.autograd.Function):
     """Compute [`vocabulary_nats`] in chunks of `chunk_size` rows, each with its gradients while its logits exist.
 
     The gradient of the sum is the same for every row up to one factor, which the backward pass multiplies with. So no
-    logits are kept or computed again, and a frozen table costs two products with the vocabulary.
+    logits are kept or computed again, and a frozen table costs two products with the vocabulary. A second derivative
+    comes from whole logits.
     """
 
     @staticmethod
@@ -98,19 +99,26 @@ class VocabularyNats(torch.autograd.Function):
                 by_table.addmm_(errors.T, prediction[rows] * weights)
             if by_bias is not None:
                 by_bias.addmv_(errors.T, weights[:, 0])
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(prediction, table, bias, targets, *gradients)
         ctx.mark_non_differentiable(nats)
         return nats.sum(), nats
 
     @staticmethod
     def backward(ctx, factor, _):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "The loss of a block or of phase 1 has a first derivative only: use `create_graph=False`, or compute "
-                "it from whole logits."
-            )
-        gradients = [None if gradient is None else factor * gradient for gradient in ctx.saved_tensors]
-        return *gradients, None, None, None
+        prediction, table, bias, targets, *gradients = ctx.saved_tensors
+        if torch.is_grad_enabled():  # `create_graph=True`
+            total = whole_vocabulary_nats(prediction, table, bias, targets).sum()
+            pairs = zip((prediction, table, bias), gradients, strict=True)
+            needed = [x for x, gradient in pairs if gradient is not None]
+            derivatives = iter(torch.autograd.grad(total, needed, create_graph=True))
+            gradients = [None if gradient is None else next(derivatives) for gradient in gradients]
+        return *(None if gradient is None else factor * gradient for gradient in gradients), None, None, None
+
+
+def whole_vocabulary_nats(
+    prediction: torch.Tensor, table: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    return F.cross_entropy(torch.addmm(bias, prediction, table.T), targets, reduction="none")
 
 
 def vocabulary_nats(
@@ -126,18 +134,21 @@ def vocabulary_nats(
         targets (`(...)`): token ids; -100 is ignored and gives 0.
 
     Returns:
-        The sum over the tokens, which has a (first) gradient, and the nats of each token `(...)`, which have none.
+        The sum over the tokens, which has a gradient, and the nats of each token `(...)`, which have none.
     """
     with torch.autocast(prediction.device.type, enabled=False):
-        total, nats = VocabularyNats.apply(
-            prediction.float().flatten(0, -2),
-            table.float(),
-            bias.float(),
-            targets.flatten(),
-            max(1, LOGITS_AT_ONCE // max(1, len(table))),
-            torch.is_grad_enabled(),
-        )
+        inputs = (prediction.float().flatten(0, -2), table.float(), bias.float())
+        if is_transformed(*inputs):
+            nats = whole_vocabulary_nats(*inputs, targets.flatten())
+            return nats.sum(), nats.detach().view(targets.shape)
+        rows_at_once = max(1, LOGITS_AT_ONCE // max(1, len(table)))
+        total, nats = VocabularyNats.apply(*inputs, targets.flatten(), rows_at_once, torch.is_grad_enabled())
     return total, nats.view(targets.shape)
+
+
+def is_transformed(*tensors: torch.Tensor) -> bool:
+    """Check whether a transform of `torch.func` is active, or a tensor has a derivative in forward mode."""
+    return torch._C._are_functorch_transforms_active() or any(unpack_dual(x).tangent is not None for x in tensors)
 
 
 def predicted_places(targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1013,8 +1024,7 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
             or not is_unchanged(output_embeddings, {OutputEmbeddings: OutputEmbeddings.forward})
             or not is_unchanged(self.model.embed_tokens, {TokenTable: TokenTable.forward})
             or torch.compiler.is_compiling()
-            or torch._C._are_functorch_transforms_active()
-            or any(unpack_dual(tensor).tangent is not None for tensor in (points, bias))
+            or is_transformed(points, bias)
         )
         if is_shared:
             return output_embeddings(points, bias).float().log_softmax(-1)

@@ -1,6 +1,7 @@
 import copy
 import itertools
 import math
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -69,12 +70,30 @@ def test_vocabulary_nats_and_their_gradients_are_those_of_whole_logits(precision
         torch.testing.assert_close([g / scale for g in gradients], list(expected), rtol=tolerance, atol=tolerance)
 
 
-def test_vocabulary_nats_have_a_first_derivative_only():
-    inputs = [torch.randn(*shape, requires_grad=True) for shape in ((7, 16), (50, 16), (50,))]
-    total, nats = vocabulary_nats(*inputs, tokens(7))
-    assert not nats.requires_grad
-    with pytest.raises(RuntimeError, match="first derivative only"):
-        torch.autograd.grad(total, inputs, create_graph=True)
+def test_vocabulary_nats_have_second_and_forward_derivatives_and_transforms():
+    """Those of whole logits, also where some inputs are frozen."""
+    targets = tokens(7)
+    targets[2] = -100
+
+    def whole(prediction, table, bias):
+        return F.cross_entropy(prediction @ table.T + bias, targets, reduction="sum")
+
+    def ours(*inputs):
+        return vocabulary_nats(*inputs, targets)[0]
+
+    for trained in ((True, True, True), (True, False, True), (True, False, False)):
+        shapes = zip(((7, 16), (50, 16), (50,)), trained, strict=True)
+        inputs = [torch.randn(*shape, requires_grad=needs) for shape, needs in shapes]
+        needed, second = [x for x in inputs if x.requires_grad], []
+        for loss in (ours, whole):
+            gradients = torch.autograd.grad(3 * loss(*inputs), needed, create_graph=True)
+            second.append(torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), needed))
+        torch.testing.assert_close(*second, rtol=1e-4, atol=1e-4)
+    values = tuple(x.detach() for x in inputs)
+    assert not vocabulary_nats(*inputs, targets)[1].requires_grad
+    for transform in (torch.func.grad, torch.func.hessian, lambda loss: partial(torch.func.jvp, loss)):
+        arguments = (values, values) if isinstance(transform(ours), partial) else values
+        torch.testing.assert_close(transform(ours)(*arguments), transform(whole)(*arguments), rtol=1e-4, atol=1e-4)
 
 
 # --- one block --------------------------------------------------------------------------------------------------------
