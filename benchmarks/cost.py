@@ -5,9 +5,9 @@ python benchmarks/quality.py --setting plentiful_64 --corpora plentiful=DIR --mo
 python benchmarks/cost.py           # two minutes on two idle cores
 python benchmarks/cost.py --small   # a few steps of each kind, too short for a reliable figure
 
-Losses come from the results of `quality.py`. NoProp has two rows there, with all of the end-to-end model's arithmetic
-and with three quarters of it; the arithmetic with which it reaches the loss of the end-to-end model is interpolated
-between them, in its logarithm. The time of a step of each kind of training is measured here, by one process and by two
+Losses come from the results of `quality.py`. NoProp has a row there with all of the end-to-end model's arithmetic and
+can have one with three quarters of it; the arithmetic with which it reaches the loss of the end-to-end model is
+interpolated between them, in its logarithm. The time of a step of each kind of training is measured here, by one process and by two
 at once with a thread each, and multiplied by the number of steps. Two processes train the end-to-end model in step
 (`DistributedDataParallel`, half a batch each). With NoProp one of them runs phase 1, then each trains half of the
 blocks alone. Times do not include start-up, evaluation and the reading of data.
@@ -150,13 +150,14 @@ def compare(args: CostArguments) -> list[dict[str, Any]]:
         SystemExit: if a row of `quality.py` is missing.
     """
     entries = json.loads(Path(args.quality).read_text()).get(args.row, {})
-    missing = [name for name in ("end_to_end", "noprop", "noprop_less") if name not in entries]
+    missing = [name for name in ("end_to_end", "noprop") if name not in entries]
     if missing:
         raise SystemExit(f"{args.quality} has no row {', '.join(missing)} of {args.row}: measure it with quality.py.")
     sizes = SETTINGS[args.setting](corpora=["unused=unused"])
-    stock, noprop, less = (entries[name] for name in ("end_to_end", "noprop", "noprop_less"))
+    stock, noprop = entries["end_to_end"], entries["noprop"]
     loss, total = statistics.mean(stock["nats_per_token"]), stock["training_flops"]
-    points = [(row["training_flops"] / total, statistics.mean(row["nats_per_token"])) for row in (less, noprop)]
+    rows_of_noprop = [entries[name] for name in ("noprop_less", "noprop") if name in entries]
+    points = [(row["training_flops"] / total, statistics.mean(row["nats_per_token"])) for row in rows_of_noprop]
     share = arithmetic_to_reach(loss, sorted(points))
 
     changes = sizes.own_phase1["noprop"].changes
