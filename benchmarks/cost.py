@@ -7,10 +7,10 @@ python benchmarks/cost.py --small   # a few steps of each kind, too short for a 
 
 Losses come from the results of `quality.py`. NoProp has a row there with all of the end-to-end model's arithmetic and
 can have one with three quarters of it; the arithmetic with which it reaches the loss of the end-to-end model is
-interpolated between them, in its logarithm. The time of a step of each kind of training is measured here, by one process and by two
-at once with a thread each, and multiplied by the number of steps. Two processes train the end-to-end model in step
-(`DistributedDataParallel`, half a batch each). With NoProp one of them runs phase 1, then each trains half of the
-blocks alone. Times do not include start-up, evaluation and the reading of data.
+interpolated between them, in its logarithm. The time of a step of each kind of training is measured here, by one
+process and by two at once with a thread each, and multiplied by the number of steps. Two processes train the end-to-
+end model in step (`DistributedDataParallel`, half a batch each). With NoProp one of them runs phase 1, then each
+trains half of the blocks alone. Times do not include start-up, evaluation and the reading of data.
 """
 
 import json
