@@ -40,7 +40,7 @@ from filelock import FileLock
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, mm_flop
 from transformers import (
     HfArgumentParser,
     LlamaConfig,
@@ -398,17 +398,17 @@ class Bench:
     def flops(self) -> dict[str, float]:
         """Floating-point operations per training token: end to end, in phase 1 and its router, and in one block."""
         args, config, tokens = self.args, self.config(), self.random_tokens()
-        block, table = DenoisingBlock(config, config.num_blocks - 1).train(), TokenTable(config)
+        block = DenoisingBlock(self.config(sampled_softmax=False), config.num_blocks - 1).train()
+        table = TokenTable(config)
         phase1 = NoPropForPreTraining(self.config(pretraining_objective="clm")).train()
         predicted = PretrainingArguments().mlm_probability if self.config().pretraining_objective == "mlm" else 1.0
         for model in (block, phase1):
             model.set_attn_implementation("eager")  # its products are known to the counter
-        # A token through the vocabulary is counted apart, since the fused loss is not known to the counter: forward
-        # and backward to the input and, where it is learned, to the table. Blocks see the tokens of the batch alone.
+        # All tokens pass through the whole vocabulary here: forward and backward to the input and, where it is learned,
+        # to the table. In a masked phase 1 only predicted tokens do, and blocks see the tokens of the batch alone.
         product = 2 * args.hidden_size * (args.max_length - 1) / args.max_length
-        whole, sampled = 3 * product * args.vocab_size, 2 * product * self.candidates()
-        if config.loss_type == "mse":
-            sampled = 0.0  # the counter knows its products
+        not_predicted = (1 - predicted) * 3 * product * args.vocab_size
+        not_sampled = 2 * product * (args.vocab_size - self.candidates())
         router_flops = 0.0
         if config.block_data == "clusters":
             router, labels = Router(config).train(), torch.zeros(args.batch_size, dtype=torch.long)
@@ -417,9 +417,9 @@ class Bench:
         return {
             "end_to_end": self.total_flops / args.tokens,
             "phase1": count_flops(lambda: phase1(tokens, labels=tokens).loss) / tokens.numel()
-            + predicted * whole
+            - not_predicted
             + ROUTER_SHARE * router_flops,
-            "block": count_flops(lambda: block(tokens, tokens, table).loss) / tokens.numel() + sampled,
+            "block": count_flops(lambda: block(tokens, tokens, table).loss) / tokens.numel() - not_sampled,
         }
 
     def candidates(self) -> float:
@@ -648,7 +648,8 @@ class Bench:
 
 def count_flops(compute: Callable[[], torch.Tensor], backward: bool = True) -> float:
     """Count the floating-point operations of the matrix products in a forward pass and, optionally, a backward pass."""
-    with FlopCounterMode(display=False) as counter:
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **options: mm_flop(a, b)}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         result = compute()
         if backward:
             result.backward()

@@ -62,6 +62,8 @@ def test_every_model_gets_the_same_arithmetic_parameters_and_depth():
     head = 6 * last * (width**2 + 3 * width**2) + 4 * last * args.vocab_size * width
     block = args.num_layers_per_block * layer + 4 * width**2 + head  # the embeddings get no gradient
     assert flops["block"] == pytest.approx(block, rel=0.03)
+    phase1 = args.num_layers_per_block * layer + 6 * 2 * width**2 + 6 * last * args.vocab_size * width
+    assert flops["phase1"] == pytest.approx(phase1, rel=0.03)
     clustered = Bench(bench.args, "shakespeare", 0, {"sampled_softmax": False, "block_data": "clusters"})
     router = args.num_layers_per_block * layer + 4 * width**2 + 6 * args.num_blocks * width
     assert clustered.flops["phase1"] - flops["phase1"] == pytest.approx(router / 10, rel=0.03)
