@@ -67,7 +67,8 @@ class Way:
     Attributes:
         trains: what a device trains at a time: `"all"` weights, a `"group"` of as many layers as a block has or the
             table, the others being frozen (block-coordinate descent as in BAdam, Luo et al. 2024, arXiv 2404.02827,
-            with the table as one more group), a `"shard"` of all, which N devices hold together (FSDP), or a `"block"`.
+            with the table as one more group), `"layers"` for the same with a frozen table, a `"shard"` of all, which N
+            devices hold together (FSDP), or a `"block"`.
         checkpointing: recompute the activations of a layer in the backward pass.
         in_pieces: for a stock model, compute the loss without holding all logits.
     """
@@ -93,6 +94,9 @@ METHODS = {
     "noprop_checkpointing_adafactor": (CHECKPOINTED_BLOCK, "adafactor"),
     "noprop_checkpointing_8bit": (CHECKPOINTED_BLOCK, "8bit"),
 }
+# By what is trained, the groups that need the most memory: the table, the first layers with the longest way back, the
+# last with the loss.
+GROUPS = {"group": (0, 1, -1), "layers": (1, -1)}
 OPTIMIZERS = ("adamw", "adafactor", "8bit")
 Parts = dict[str, int]  # bytes by purpose
 
@@ -156,7 +160,7 @@ def build(way: Way, config: NoPropConfig, group: int = 0, half: bool = False, ph
         trained = module.model
     if way.checkpointing:
         trained.gradient_checkpointing_enable({"use_reentrant": False})
-    if way.trains == "group":
+    if way.trains in GROUPS:
         module.requires_grad_(False)
         for part in list(groups(module, config.num_layers_per_block))[group]:
             part.requires_grad_(True)
@@ -224,11 +228,8 @@ def count(
         with DataDependentShapes() as shapes:
             build(replace(way, checkpointing=False), thin, phase1=phase1)(tokens)
         recorded = shapes.results
-    # The first layers have the longest way back, and the table has another size: no other group needs more.
-    counts = [
-        count_group(way, config, tokens.shape, group, half, phase1, recorded)
-        for group in range(2 if way.trains == "group" else 1)
-    ]
+    shape = tokens.shape
+    counts = [count_group(way, config, shape, group, half, phase1, recorded) for group in GROUPS.get(way.trains, (0,))]
     return {name: max((each[name] for each in counts), key=lambda parts: sum(parts.values())) for name in OPTIMIZERS}
 
 
@@ -305,6 +306,7 @@ class MemoryArguments:
         if self.small:
             self.num_blocks, self.batch_size, self.max_length = [2], 4, 32
             self.vocab_size, self.hidden_size, self.intermediate_size = 2048, 128, 352
+            self.num_layers_per_block = 1
         if self.results is None:
             self.results = f"benchmarks/results/{'largest_model' if self.largest else 'memory'}.json"
 
@@ -373,20 +375,24 @@ def measure(args: MemoryArguments, num_blocks: int) -> list[dict[str, Any]]:
     """Measure every method.
 
     Returns:
-        A row for each method. `ratio` is over plain end-to-end training; for ours, `over_same` is over the best other
-        method on one device with the same optimizer and checkpointing, and `over_best` over the best of all of them.
+        A row for each method. `ratio` is over plain end-to-end training. For ours, `over_same` is over the best other
+        method on one device with the same optimizer and checkpointing, `over_best` over the best of all of them,
+        `over_layers` over the best if those that train groups leave the table frozen, as a block does, and
+        `phase1_over_best` is phase 1, which trains the table, over the best.
     """
     config, tokens = args.config(num_blocks), args.tokens()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     counts = count_all(config, tokens)
     totals = {name: sum(parts.values()) for name, parts in counts.items()}
+    layers = min(sum(parts.values()) for parts in count(Way("layers"), config, tokens).values())
     table_share = 4 * config.vocab_size * config.hidden_size / totals["end_to_end"]
     rows = []
     for name, (way, optim) in METHODS.items():
         row = {"method": name, "num_blocks": num_blocks, "bytes": totals[name], **counts[name]}
         row |= {"ratio": totals[name] / totals["end_to_end"], "resident": None, "device": device_name(device)}
+        # The server has imported this file and computed nothing, so that its children are fresh.
         if way.trains != "shard" and (optim != "8bit" or find_spec("bitsandbytes")):
-            with get_context("spawn").Pool(1) as pool:
+            with get_context("forkserver").Pool(1) as pool:
                 row["resident"] = pool.apply(peak, (name, config, tokens))
         if way.trains == "block":
             others = {other: each for other, each in METHODS.items() if each[0].trains in ("all", "group")}
@@ -395,14 +401,17 @@ def measure(args: MemoryArguments, num_blocks: int) -> list[dict[str, Any]]:
             ]
             row["over_same"] = totals[name] / min(totals[other] for other in same)
             row["over_best"] = totals[name] / min(totals[other] for other in others)
+            row["over_layers"] = totals[name] / min(layers, *(totals[other] for other in others))
             row["over_fsdp"] = totals[name] / totals["fsdp"]
+            row["phase1_bytes"] = sum(count(way, config, tokens, phase1=True)[optim].values())
+            row["phase1_over_best"] = row["phase1_bytes"] / min(totals[other] for other in others)
         rows.append(row)
     by_name = {row["method"]: row for row in rows}
     noprop = by_name["noprop"]
     noprop |= {"table_share": table_share, "bar": SLACK / num_blocks + table_share}
     noprop["ratio_resident"] = noprop["resident"] / by_name["end_to_end"]["resident"]
     if device.type == "cpu":
-        with TemporaryDirectory() as folder, get_context("spawn").Pool(1) as pool:
+        with TemporaryDirectory() as folder, get_context("forkserver").Pool(1) as pool:
             NoPropForCausalLM(config).save_pretrained(folder)
             noprop["ratio_assembled"] = pool.apply(assembled, (folder,))
     return rows
@@ -410,18 +419,18 @@ def measure(args: MemoryArguments, num_blocks: int) -> list[dict[str, Any]]:
 
 def memory_text(rows: list[dict[str, Any]]) -> str:
     """Format rows of one number of blocks as a table."""
+    ratios = ("over_same", "over_best", "over_layers", "over_fsdp", "phase1_over_best")
     lines = [
         f"**{rows[0]['num_blocks']} blocks**",
         "",
-        "| method | counted, MB | over end to end | resident, MB | over the same options | over the best |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| method | counted, MB | resident, MB | ratio | same options | best | best, layers | FSDP | phase 1 |",
+        "| --- |" + " ---: |" * 8,
     ]
     for row in rows:
         resident = "" if row["resident"] is None else f"{row['resident'] / 1e6:,.0f}"
-        over = [f"{row[name]:.2f}" if name in row else "" for name in ("over_same", "over_best")]
-        lines.append(
-            f"| `{row['method']}` | {row['bytes'] / 1e6:,.0f} | {row['ratio']:.3f} | {resident} | {' | '.join(over)} |"
-        )
+        over = [f"{row[name]:.2f}" if name in row else "" for name in ratios]
+        cells = [f"`{row['method']}`", f"{row['bytes'] / 1e6:,.0f}", resident, f"{row['ratio']:.3f}", *over]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
