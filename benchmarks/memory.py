@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from multiprocessing import get_context
+from multiprocessing.pool import Pool
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -335,6 +336,13 @@ def train(name: str, config: NoPropConfig, tokens: torch.Tensor, device: str) ->
         optimizer.zero_grad()
 
 
+def fresh_process() -> Pool:
+    """Start a process from a server that has imported this file and computed nothing."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload([Path(__file__).stem])
+    return context.Pool(1)
+
+
 def peak(name: str, config: NoPropConfig, tokens: torch.Tensor) -> int:
     """Measure the growth of memory in training: of a fresh process on Linux, or of a GPU's allocator."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -390,9 +398,8 @@ def measure(args: MemoryArguments, num_blocks: int) -> list[dict[str, Any]]:
     for name, (way, optim) in METHODS.items():
         row = {"method": name, "num_blocks": num_blocks, "bytes": totals[name], **counts[name]}
         row |= {"ratio": totals[name] / totals["end_to_end"], "resident": None, "device": device_name(device)}
-        # The server has imported this file and computed nothing, so that its children are fresh.
         if way.trains != "shard" and (optim != "8bit" or find_spec("bitsandbytes")):
-            with get_context("forkserver").Pool(1) as pool:
+            with fresh_process() as pool:
                 row["resident"] = pool.apply(peak, (name, config, tokens))
         if way.trains == "block":
             others = {other: each for other, each in METHODS.items() if each[0].trains in ("all", "group")}
@@ -411,7 +418,7 @@ def measure(args: MemoryArguments, num_blocks: int) -> list[dict[str, Any]]:
     noprop |= {"table_share": table_share, "bar": SLACK / num_blocks + table_share}
     noprop["ratio_resident"] = noprop["resident"] / by_name["end_to_end"]["resident"]
     if device.type == "cpu":
-        with TemporaryDirectory() as folder, get_context("forkserver").Pool(1) as pool:
+        with TemporaryDirectory() as folder, fresh_process() as pool:
             NoPropForCausalLM(config).save_pretrained(folder)
             noprop["ratio_assembled"] = pool.apply(assembled, (folder,))
     return rows
