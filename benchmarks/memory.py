@@ -24,6 +24,7 @@ from multiprocessing.pool import Pool
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from matplotlib.figure import Figure
@@ -32,6 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import HfArgumentParser
+from transformers.models.llama import modeling_llama
 
 from common import EndToEnd, OneBlock, Peak, device_name, process_bytes, random_text
 from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForPreTraining
@@ -238,7 +240,8 @@ def count_group(
     way: Way, config: NoPropConfig, shape: torch.Size, group: int, half: bool, phase1: bool, recorded: list[Any]
 ) -> dict[str, Parts]:
     """Count the bytes while one group is trained; see [`count`]."""
-    with FakeTensorMode():
+    # Without data, transformers would not see that no position is masked, and would hold a mask.
+    with FakeTensorMode(), patch.object(modeling_llama, "create_causal_mask", return_value=None):
         module = build(way, config, group, half, phase1)
         tokens = torch.zeros(shape, dtype=torch.long)
         # Half precision is bfloat16, as large as float16, which a CPU has fewer functions for. With checkpointing, a
@@ -296,6 +299,9 @@ class MemoryArguments:
     hidden_size: int = field(default=384, metadata={"help": "Width."})
     num_layers_per_block: int = field(default=3, metadata={"help": "Layers of a block."})
     intermediate_size: int = field(default=1344, metadata={"help": "Width of the feed-forward layers."})
+    resident: list[int] = field(
+        default_factory=lambda: [4], metadata={"help": "Numbers of blocks for which resident memory is measured."}
+    )
     largest: bool = field(default=False, metadata={"help": "Find the largest model on 16 GB instead."})
     results: str | None = field(
         default=None,
@@ -305,7 +311,7 @@ class MemoryArguments:
 
     def __post_init__(self):
         if self.small:
-            self.num_blocks, self.batch_size, self.max_length = [2], 4, 32
+            self.num_blocks, self.resident, self.batch_size, self.max_length = [2], [2], 4, 32
             self.vocab_size, self.hidden_size, self.intermediate_size = 2048, 128, 352
             self.num_layers_per_block = 1
         if self.results is None:
@@ -394,11 +400,13 @@ def measure(args: MemoryArguments, num_blocks: int) -> list[dict[str, Any]]:
     totals = {name: sum(parts.values()) for name, parts in counts.items()}
     layers = min(sum(parts.values()) for parts in count(Way("layers"), config, tokens).values())
     table_share = 4 * config.vocab_size * config.hidden_size / totals["end_to_end"]
+    phase1 = {way: count(way, config, tokens, phase1=True) for way in (BLOCK, CHECKPOINTED_BLOCK)}
     rows = []
     for name, (way, optim) in METHODS.items():
         row = {"method": name, "num_blocks": num_blocks, "bytes": totals[name], **counts[name]}
         row |= {"ratio": totals[name] / totals["end_to_end"], "resident": None, "device": device_name(device)}
-        if way.trains != "shard" and (optim != "8bit" or find_spec("bitsandbytes")):
+        runs = num_blocks in args.resident and way.trains != "shard"
+        if runs and (optim != "8bit" or find_spec("bitsandbytes")):
             with fresh_process() as pool:
                 row["resident"] = pool.apply(peak, (name, config, tokens))
         if way.trains == "block":
@@ -410,13 +418,14 @@ def measure(args: MemoryArguments, num_blocks: int) -> list[dict[str, Any]]:
             row["over_best"] = totals[name] / min(totals[other] for other in others)
             row["over_layers"] = totals[name] / min(layers, *(totals[other] for other in others))
             row["over_fsdp"] = totals[name] / totals["fsdp"]
-            row["phase1_bytes"] = sum(count(way, config, tokens, phase1=True)[optim].values())
+            row["phase1_bytes"] = sum(phase1[way][optim].values())
             row["phase1_over_best"] = row["phase1_bytes"] / min(totals[other] for other in others)
         rows.append(row)
     by_name = {row["method"]: row for row in rows}
     noprop = by_name["noprop"]
     noprop |= {"table_share": table_share, "bar": SLACK / num_blocks + table_share}
-    noprop["ratio_resident"] = noprop["resident"] / by_name["end_to_end"]["resident"]
+    if noprop["resident"] is not None:
+        noprop["ratio_resident"] = noprop["resident"] / by_name["end_to_end"]["resident"]
     if device.type == "cpu":
         with TemporaryDirectory() as folder, fresh_process() as pool:
             NoPropForCausalLM(config).save_pretrained(folder)
@@ -444,17 +453,35 @@ def memory_text(rows: list[dict[str, Any]]) -> str:
 # --- the largest model on 16 GB ---------------------------------------------------------------------------------------
 
 
-def family_config(name: str) -> NoPropConfig:
-    """Create the configuration of a model of the family, with gated feed-forward layers of as many parameters."""
+def family_config(name: str, num_blocks: int | None = None) -> NoPropConfig:
+    """Create the configuration of a model of the family, with gated feed-forward layers of as many parameters.
+
+    Args:
+        num_blocks: another depth, in blocks.
+    """
     layers, width, heads = FAMILY[name]
     return NoPropConfig(
         vocab_size=FAMILY_VOCABULARY,
         hidden_size=width,
         intermediate_size=64 * round(8 * width / 3 / 64),
         num_attention_heads=heads,
-        num_blocks=layers // FAMILY_LAYERS_PER_BLOCK,
+        num_blocks=num_blocks or layers // FAMILY_LAYERS_PER_BLOCK,
         num_layers_per_block=FAMILY_LAYERS_PER_BLOCK,
     )
+
+
+def count_deep(way: Way, name: str, length: int, group: int = 0) -> dict[str, Parts]:
+    """Count the bytes of training a stock model of the family on one window.
+
+    Every part grows linearly with the depth, so that two depths are counted.
+    """
+    shape = torch.Size((1, length))
+    few, more = (count_group(way, family_config(name, n), shape, group, True, False, []) for n in (2, 3))
+    further = family_config(name).num_blocks - 2
+    return {
+        optim: {part: size + further * (more[optim][part] - size) for part, size in parts.items()}
+        for optim, parts in few.items()
+    }
 
 
 def family_bytes(way: Way, name: str, length: int, devices: int) -> dict[str, int]:
@@ -463,13 +490,14 @@ def family_bytes(way: Way, name: str, length: int, devices: int) -> dict[str, in
     For NoProp, this is the larger of a block and phase 1.
     """
     config = family_config(name)
-    tokens = random_text(config.vocab_size, 1, length)
-    if way.trains == "shard":
-        counts = [count(CHECKPOINTED, config, tokens, half=True)]
-        counts = [{optim: shard(parts, config, devices, half=True) for optim, parts in counts[0].items()}]
+    if way.trains == "block":
+        tokens = random_text(config.vocab_size, 1, length)
+        counts = [count(way, config, tokens, half=True, phase1=phase1) for phase1 in (False, True)]
+    elif way.trains == "shard":
+        whole = count_deep(CHECKPOINTED, name, length)
+        counts = [{optim: shard(parts, config, devices, half=True) for optim, parts in whole.items()}]
     else:
-        phases = (False, True) if way.trains == "block" else (False,)
-        counts = [count(way, config, tokens, half=True, phase1=phase1) for phase1 in phases]
+        counts = [count_deep(way, name, length, group) for group in GROUPS.get(way.trains, (0,))]
     return {optim: max(sum(each[optim].values()) for each in counts) for optim in OPTIMIZERS}
 
 
@@ -482,14 +510,14 @@ def largest_models(length: int, family: list[str], devices: int = 4) -> list[dic
     """
     rows = []
     for way in dict.fromkeys(way for way, _ in METHODS.values()):
+        methods = {method: optim for method, (its_way, optim) in METHODS.items() if its_way == way}
         needs: dict[str, dict[str, int]] = {}
         for name in family:
             needs[name] = family_bytes(way, name, length, devices)
-            if min(needs[name].values()) > BUDGET:
+            if all(needs[name][optim] > BUDGET for optim in methods.values()):
                 break
-        for method, (its_way, optim) in METHODS.items():
-            if its_way == way:
-                rows.append({"method": method, "tokens": length, **largest(needs, optim)})
+        rows += [{"method": method, "tokens": length, **largest(needs, optim)} for method, optim in methods.items()]
+        print(f"{length} tokens, {', '.join(methods)}: counted up to {[*needs][-1]}", flush=True)
     return rows
 
 

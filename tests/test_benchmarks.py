@@ -13,12 +13,14 @@ import torch
 from transformers import LlamaForCausalLM
 
 import gpu
+import memory
 from ablation import GROUPS
-from common import OneBlock, Training, num_parameters
+from common import OneBlock, Training, num_parameters, random_text
 from conftest import run_python, sentences
 from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForPreTraining
 from noprop_hf.data import data_fingerprint, load_corpus
 from noprop_hf.model_directory import read_metadata
+from noprop_hf.planning import PeakBytes
 from noprop_hf.shards_noprop import block_shard
 from quality import DEPTHS, MODELS, SETTINGS, Bench, QualityArguments, main, measure_rows, parse, plot
 
@@ -226,17 +228,115 @@ def test_memory_speed_and_decoding_against_a_stock_model(tmp_path):
     results = {}
     for name in ("memory", "training_speed", "decoding"):
         run_python(f"benchmarks/{name}.py", "--small", "--results", str(tmp_path / f"{name}.json"))
-        (results[name],) = json.loads((tmp_path / f"{name}.json").read_text())
+        results[name] = json.loads((tmp_path / f"{name}.json").read_text())
         assert (tmp_path / f"{name}.png").is_file()
-    memory = results["memory"]
-    assert 0 < memory["ratio"] < memory["bar"]
-    block, layer = memory["counted"]["block"], 4 * 128**2 + 3 * 128 * 352 + 2 * 128
-    block_parameters = 3 * layer + 128 + 5 * 128**2 + 128 + 2048  # layers, norm, projection, head, its biases
-    assert block["parameters"] == 4 * block_parameters
-    assert block["table"] == 4 * 2048 * 128
-    assert block["optimizer"] == pytest.approx(2 * block["parameters"], rel=0.01)
-    assert results["training_speed"]["ratio_time_per_token"] > 0
-    assert results["decoding"]["ratio_tokens_per_second"] > 0
+    rows = {row["method"]: row for row in results["memory"]}
+    assert list(rows) == [*memory.METHODS] and all(row["num_blocks"] == 2 for row in rows.values())
+    parts = ("parameters", "gradients", "optimizer", "table", "activations")
+    assert all(row["bytes"] == sum(row[part] for part in parts) for row in rows.values())
+    assert all(row["resident"] > 0 for name, row in rows.items() if name != "fsdp" and not name.endswith("8bit"))
+    block, stock, layer = rows["noprop"], rows["end_to_end"], 4 * 128**2 + 3 * 128 * 352 + 2 * 128
+    assert 0 < block["ratio"] < block["bar"]
+    # by hand: a layer, norm, projection, head and its biases; two layers, norm and table
+    assert block["parameters"] == block["gradients"] == 4 * (layer + 128 + 5 * 128**2 + 128 + 2048)
+    assert stock["parameters"] == stock["gradients"] == 4 * (2 * layer + 128 + 2048 * 128)
+    assert (block["table"], stock["table"]) == (4 * 2048 * 128, 0)
+    assert block["optimizer"] == 2 * block["parameters"]
+    # one layer, or the table and a norm
+    group = rows["block_coordinate"]
+    assert group["parameters"] == stock["parameters"] and group["gradients"] in (4 * layer, 4 * (2048 * 128 + 128))
+    assert rows["fsdp"]["gradients"] == stock["gradients"] / 2
+    assert results["training_speed"][0]["ratio_time_per_token"] > 0
+    assert results["decoding"][0]["ratio_tokens_per_second"] > 0
+
+
+SHORT = NoPropConfig(
+    vocab_size=900, hidden_size=64, intermediate_size=192, num_blocks=2, num_layers_per_block=2, num_attention_heads=4
+)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(
+    ("way", "phase1"),
+    [
+        (memory.PLAIN, False),
+        (memory.CHECKPOINTED, False),
+        (memory.Way("layers"), False),
+        (memory.BLOCK, False),
+        (memory.CHECKPOINTED_BLOCK, False),
+        (memory.CHECKPOINTED_BLOCK, True),
+    ],
+)
+def test_tensors_without_data_need_as_much_memory_as_real_ones(way, phase1, half):
+    torch.manual_seed(0)
+    tokens = random_text(900, 8, 64)
+    counted = memory.count(way, SHORT, tokens, half, phase1)["adamw"]
+    peaks = []
+    for group in memory.GROUPS.get(way.trains, (0,)):
+        model = memory.build(way, SHORT, group, half, phase1)
+        with PeakBytes([model]) as tracker:
+            with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=not way.checkpointing):
+                loss = model(tokens)
+            loss.backward()
+        peaks.append(tracker.peak)
+    assert counted["activations"] == pytest.approx(max(peaks), rel=0.03)
+    assert counted["gradients"] == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("group", memory.GROUPS["group"])
+def test_memory_grows_linearly_with_the_depth(group, monkeypatch):
+    monkeypatch.setattr(memory, "FAMILY", {"deep": (24, 64, 4)})
+    monkeypatch.setattr(memory, "FAMILY_VOCABULARY", 900)
+    way = memory.BY_GROUP if group else memory.CHECKPOINTED
+    whole = memory.count_group(way, memory.family_config("deep"), torch.Size((1, 64)), group, True, False, [])
+    for optim, parts in memory.count_deep(way, "deep", 64, group).items():
+        assert parts == pytest.approx(whole[optim], rel=0.01)
+
+
+def test_no_group_needs_more_memory_than_those_counted():
+    config = NoPropConfig(**SHORT.to_diff_dict() | {"num_blocks": 4, "num_layers_per_block": 1, "noise_levels": None})
+    shape = torch.Size((8, 64))
+    counts = [memory.count_group(memory.BY_GROUP, config, shape, group, False, False, []) for group in range(5)]
+    for optim in memory.OPTIMIZERS:
+        needs = [sum(parts[optim].values()) for parts in counts]
+        assert max(needs) == max(needs[group] for group in memory.GROUPS["group"])
+        assert max(needs[1:]) == max(needs[group] for group in memory.GROUPS["layers"])
+
+
+@pytest.mark.parametrize("optim", memory.OPTIMIZERS)
+def test_states_of_optimizers_by_formula(optim):
+    if optim == "8bit":
+        pytest.importorskip("bitsandbytes")
+    model = OneBlock(SHORT)
+    parameters = [*model.block.parameters()]
+    optimizer = memory.new_optimizer(optim, parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    states = [t for state in optimizer.state.values() for name, t in state.items() if not name.startswith("qmap")]
+    counted = sum(t.nbytes for t in states if isinstance(t, torch.Tensor) and t.ndim > 0)
+    assert memory.state_bytes(optim, parameters) == pytest.approx(counted, rel=1e-3)
+
+
+def test_the_largest_model_of_a_family(tmp_path, monkeypatch):
+    family = {"small": (4, 32, 4), "large": (8, 64, 4)}
+    monkeypatch.setattr(memory, "FAMILY", family)
+    monkeypatch.setattr(memory, "FAMILY_VOCABULARY", 500)
+    stock = [500 * width + layers * (4 * width**2 + 3 * width * inner + 2 * width) + width
+             for (layers, width, _), inner in zip(family.values(), (64, 192), strict=True)]  # fmt: skip
+    monkeypatch.setattr(memory, "BUDGET", 16 * stock[1])  # weights, gradients and moments, but no activations
+    path = tmp_path / "largest.json"
+    monkeypatch.setattr(sys, "argv", ["memory.py", "--largest", "--results", str(path)])
+    memory.main()
+    rows = {(row["method"], row["tokens"]): row for row in json.loads(path.read_text())}
+    assert rows.keys() == {(method, tokens) for method in memory.METHODS for tokens in (128, 1024)}
+    for row in rows.values():
+        assert row["parameters"] in (0, *stock) and (row["parameters"] == 0) == (row["model"] is None)
+        assert row["parameters"] == 0 or row["bytes"] <= memory.BUDGET
+        assert row["next_bytes"] is None or row["next_bytes"] > memory.BUDGET
+    assert rows["end_to_end", 128]["parameters"] < stock[1]
+    assert all(rows[method, 1024]["parameters"] <= rows[method, 128]["parameters"] for method in memory.METHODS)
+    assert path.with_suffix(".png").is_file()
 
 
 @pytest.mark.slow
