@@ -258,15 +258,21 @@ class Memory:
 
     Attributes:
         parts: by purpose.
-        row: the part that grows with the batch, for each of its rows.
+        batch: rows of a batch.
+        row: bytes for each of these rows.
     """
 
     parts: dict[str, int]
+    batch: int
     row: int
 
     @property
     def total(self) -> int:
         return sum(self.parts.values())
+
+    def largest_batch(self, usable: int) -> int:
+        """Return the largest batch that fits into some bytes; 0 if none does."""
+        return max(0, self.batch + (usable - self.total) // self.row)
 
 
 def memory(trainer: DurableTrainer, frozen: Sequence[nn.Module] = ()) -> Memory:
@@ -278,6 +284,7 @@ def memory(trainer: DurableTrainer, frozen: Sequence[nn.Module] = ()) -> Memory:
     Args:
         frozen: other modules on the device.
     """
+    batch = trainer.args.per_device_train_batch_size
     many = min(SAMPLE_ROWS, sum(1 for _ in islice(trainer.train_dataset, SAMPLE_ROWS)))
     few = many // 2
     saved = activations(trainer, many, frozen)
@@ -290,9 +297,9 @@ def memory(trainer: DurableTrainer, frozen: Sequence[nn.Module] = ()) -> Memory:
         "gradients": parameters,
         "states of the optimizer": moments or 2 * parameters,
         "frozen table": sum(tensor.nbytes for module in frozen for tensor in (*module.parameters(), *module.buffers())),
-        "activations": max(0, saved + row * (trainer.args.per_device_train_batch_size - many)),
+        "activations": max(0, saved + row * (batch - many)),
     }
-    return Memory(parts, row)
+    return Memory(parts, batch, row)
 
 
 def usable_bytes(device: torch.device) -> int:
@@ -583,14 +590,10 @@ class Plan:
             where = f"the free memory of {torch.cuda.get_device_name(self.device)}"
         usage = f"{needed / 1e9:,.3g} GB of {self.usable_bytes / 1e9:,.3g} GB ({USABLE:.0%} of {where})"
         rows = [("fits" if fits else "DOES NOT FIT", f"{usage}, for {largest}")]
-        batches = {
-            "phase 1": ("pretraining_per_device_train_batch_size", self.recipe.pretraining),
-            "one block": ("per_device_train_batch_size", self.recipe.training),
-        }
+        flags = {"phase 1": "--pretraining_per_device_train_batch_size", "one block": "--per_device_train_batch_size"}
         for name, each in held.items():
-            flag, values = batches[name]
-            batch = getattr(values, flag) + (self.usable_bytes - each.total) // each.row
-            rows.append((f"largest batch, {name}", f"--{flag} {batch}" if batch > 0 else "none at this hidden_size"))
+            batch = each.largest_batch(self.usable_bytes)
+            rows.append((f"largest batch, {name}", f"{flags[name]} {batch}" if batch else "none at this hidden_size"))
         width = largest_width(self.config, held, self.usable_bytes)
         rows.append(("largest width", f"--hidden_size {width} at these batches" if width else "none at these batches"))
         if not fits:

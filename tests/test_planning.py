@@ -17,8 +17,8 @@ from conftest import BLOCKS, MODEL, ROOT, arguments, run_python
 from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForPreTraining
 from noprop_hf.arguments import BlockArguments, PretrainingArguments, RunArguments, ShareArguments
 from noprop_hf.data import CausalCollator, load_corpus, load_tokenizer, tokenize
-from noprop_hf.modeling_noprop import DenoisingBlock
-from noprop_hf.planning import PeakBytes, activations, count_steps, group_processes, memory, plan
+from noprop_hf.modeling_noprop import DenoisingBlock, TokenTable
+from noprop_hf.planning import PeakBytes, activations, count_steps, group_processes, largest_width, memory, plan
 from noprop_hf.pretraining import pretrain_embeddings
 from noprop_hf.recipes import Recipe
 from noprop_hf.training import BlockTrainer, train_blocks
@@ -161,12 +161,38 @@ def test_states_of_the_optimizer_are_its_own(phase1, data, tmp_path, optim):
     assert memory(trainer, [trainer.table]).parts["states of the optimizer"] == pytest.approx(4 * numbers, rel=0.05)
 
 
-def test_half_precision_halves_activations(phase1, data, tmp_path):
+def test_half_precision_needs_less_memory(phase1, data, tmp_path):
     full, half = (
         activations(trainer := trainer_of(phase1, data, tmp_path, bf16=bf16), 8, [trainer.table])
         for bf16 in (False, True)
     )
-    assert 0.4 < half / full < 0.8
+    assert 0.5 < half / full < 0.9  # logits are in float32
+
+
+def test_what_fits(phase1, data, tmp_path):
+    planned = plan(recipe_of(phase1, data))
+    needed = planned.block.memory.total
+    text = str(dataclasses.replace(planned, usable_bytes=needed))
+    assert re.search(r"\n +fits +\S+ GB of \S+ GB \(90% of this machine's available memory\), for one block\n", text)
+    text = str(dataclasses.replace(planned, usable_bytes=needed - 1))
+    assert re.search(r"\n +DOES NOT FIT ", text) and re.search(r"\n +lower ", text)
+    assert re.search(r"\n +largest batch, one block +--per_device_train_batch_size 3\n", text)
+    assert "none at this hidden_size" in str(dataclasses.replace(planned, usable_bytes=needed // 10))
+
+    trainer = trainer_of(phase1, data, tmp_path, per_device_train_batch_size=40)
+    assert planned.block.memory.largest_batch(memory(trainer, [trainer.table]).total) == pytest.approx(40, abs=2)
+
+    config = NoPropConfig.from_pretrained(phase1)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "correction_size": 64, "head_dim": 4 * config.head_dim}
+    wide = NoPropConfig(**config.to_diff_dict() | sizes)
+    table = TokenTable(wide)
+    trainer = BlockTrainer(
+        DenoisingBlock(wide, 1), table, args=trainer.args, train_dataset=trainer.train_dataset,
+        data_collator=trainer.data_collator,
+    )  # fmt: skip
+    trainer.args.per_device_train_batch_size = 4
+    usable = memory(trainer, [table]).total
+    assert largest_width(config, {"one block": planned.block.memory}, usable) == pytest.approx(64, abs=10)
 
 
 class Layer(nn.Module):
