@@ -32,7 +32,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
 from common import EndToEnd, OneBlock, Peak, device_name, process_bytes, random_text
@@ -56,7 +56,7 @@ FAMILY = {
     "66B": (64, 9216, 72),
 }
 FAMILY_VOCABULARY = 50_304
-FAMILY_LAYERS_PER_BLOCK = 4
+LENGTHS = (128, 1024)  # tokens of a window
 SLACK = 1.25  # the bar of a block is SLACK / N plus the table's share
 
 
@@ -137,6 +137,11 @@ def groups(model: EndToEnd, size: int) -> Iterator[list[nn.Module]]:
         yield list(inner.layers[start : start + size])
 
 
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # 5.22
+    enable({"use_reentrant": False})
+
+
 def halve_frozen(model: nn.Module) -> None:
     """Keep frozen weights in half precision; tied ones stay tied."""
     halves: dict[nn.Parameter, nn.Parameter] = {}
@@ -162,7 +167,7 @@ def build(way: Way, config: NoPropConfig, group: int = 0, half: bool = False, ph
         module = LossInPieces(config) if way.in_pieces else EndToEnd(config)
         trained = module.model
     if way.checkpointing:
-        trained.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(trained)
     if way.trains in GROUPS:
         module.requires_grad_(False)
         for part in list(groups(module, config.num_layers_per_block))[group]:
@@ -303,6 +308,7 @@ class MemoryArguments:
         default_factory=lambda: [4], metadata={"help": "Numbers of blocks for which resident memory is measured."}
     )
     largest: bool = field(default=False, metadata={"help": "Find the largest model on 16 GB instead."})
+    family_layers: int = field(default=2, metadata={"help": "With --largest: layers of a block; 1, 2 or 4."})
     results: str | None = field(
         default=None,
         metadata={"help": "Results (benchmarks/results/memory.json, or largest_model.json); a .png goes beside them."},
@@ -343,9 +349,9 @@ def train(name: str, config: NoPropConfig, tokens: torch.Tensor, device: str) ->
 
 
 def fresh_process() -> Pool:
-    """Start a process from a server that has imported this file and computed nothing."""
+    """Start a process that has computed nothing, from a server that has imported the packages."""
     context = get_context("forkserver")
-    context.set_forkserver_preload([Path(__file__).stem])
+    context.set_forkserver_preload(["noprop_hf.planning", "matplotlib.figure", modeling_llama.__name__])
     return context.Pool(1)
 
 
@@ -453,7 +459,7 @@ def memory_text(rows: list[dict[str, Any]]) -> str:
 # --- the largest model on 16 GB ---------------------------------------------------------------------------------------
 
 
-def family_config(name: str, num_blocks: int | None = None) -> NoPropConfig:
+def family_config(name: str, layers_per_block: int, num_blocks: int | None = None) -> NoPropConfig:
     """Create the configuration of a model of the family, with gated feed-forward layers of as many parameters.
 
     Args:
@@ -465,73 +471,88 @@ def family_config(name: str, num_blocks: int | None = None) -> NoPropConfig:
         hidden_size=width,
         intermediate_size=64 * round(8 * width / 3 / 64),
         num_attention_heads=heads,
-        num_blocks=num_blocks or layers // FAMILY_LAYERS_PER_BLOCK,
-        num_layers_per_block=FAMILY_LAYERS_PER_BLOCK,
+        num_blocks=num_blocks or layers // layers_per_block,
+        num_layers_per_block=layers_per_block,
     )
 
 
-def count_deep(way: Way, name: str, length: int, group: int = 0) -> dict[str, Parts]:
+def count_deep(way: Way, name: str, layers_per_block: int, length: int, group: int = 0) -> dict[str, Parts]:
     """Count the bytes of training a stock model of the family on one window.
 
     Every part grows linearly with the depth, so that two depths are counted.
     """
-    shape = torch.Size((1, length))
-    few, more = (count_group(way, family_config(name, n), shape, group, True, False, []) for n in (2, 3))
-    further = family_config(name).num_blocks - 2
+    few, more = (
+        count_group(way, family_config(name, layers_per_block, n), torch.Size((1, length)), group, True, False, [])
+        for n in (2, 3)
+    )
+    further = family_config(name, layers_per_block).num_blocks - 2
     return {
         optim: {part: size + further * (more[optim][part] - size) for part, size in parts.items()}
         for optim, parts in few.items()
     }
 
 
-def family_bytes(way: Way, name: str, length: int, devices: int) -> dict[str, int]:
+def family_bytes(way: Way, name: str, layers_per_block: int, length: int, devices: int) -> list[dict[str, int]]:
     """Count the bytes of training a model of the family with each optimizer, on one window for each device.
 
-    For NoProp, this is the larger of a block and phase 1.
+    Returns:
+        For each phase of a training: one, or for NoProp a block and phase 1.
     """
-    config = family_config(name)
+    config = family_config(name, layers_per_block)
     if way.trains == "block":
         tokens = random_text(config.vocab_size, 1, length)
         counts = [count(way, config, tokens, half=True, phase1=phase1) for phase1 in (False, True)]
-    elif way.trains == "shard":
-        whole = count_deep(CHECKPOINTED, name, length)
+        return [{optim: sum(each[optim].values()) for optim in OPTIMIZERS} for each in counts]
+    if way.trains == "shard":
+        whole = count_deep(CHECKPOINTED, name, layers_per_block, length)
         counts = [{optim: shard(parts, config, devices, half=True) for optim, parts in whole.items()}]
     else:
-        counts = [count_deep(way, name, length, group) for group in GROUPS.get(way.trains, (0,))]
-    return {optim: max(sum(each[optim].values()) for each in counts) for optim in OPTIMIZERS}
+        counts = [count_deep(way, name, layers_per_block, length, group) for group in GROUPS.get(way.trains, (0,))]
+    return [{optim: max(sum(each[optim].values()) for each in counts) for optim in OPTIMIZERS}]
 
 
-def largest_models(length: int, family: list[str], devices: int = 4) -> list[dict[str, Any]]:
+def largest_models(
+    length: int, family: list[str], layers_per_block: int = 2, devices: int = 4
+) -> Iterator[dict[str, Any]]:
     """Find the largest model of the family that each method trains within `BUDGET`.
 
-    Returns:
-        A row for each method. `parameters` are those of the stock model, 0 if none fits; NoProp has 8 to 10 % more, in
-        the heads of its blocks. `next_bytes` is the need of the next model of the family.
+    Yields:
+        A row for each method, see [`largest`]. For NoProp, phase 1 has to fit as well; the fields that begin with
+        `block_` are those of a block alone, for a table that comes from elsewhere.
     """
-    rows = []
     for way in dict.fromkeys(way for way, _ in METHODS.values()):
         methods = {method: optim for method, (its_way, optim) in METHODS.items() if its_way == way}
-        needs: dict[str, dict[str, int]] = {}
+        needs: dict[str, list[dict[str, int]]] = {}
         for name in family:
-            needs[name] = family_bytes(way, name, length, devices)
-            if all(needs[name][optim] > BUDGET for optim in methods.values()):
+            needs[name] = family_bytes(way, name, layers_per_block, length, devices)
+            if all(needs[name][0][optim] > BUDGET for optim in methods.values()):
                 break
-        rows += [{"method": method, "tokens": length, **largest(needs, optim)} for method, optim in methods.items()]
-        print(f"{length} tokens, {', '.join(methods)}: counted up to {[*needs][-1]}", flush=True)
-    return rows
+        for method, optim in methods.items():
+            row = {"method": method, "tokens": length, "num_layers_per_block": layers_per_block}
+            row |= largest({name: max(phase[optim] for phase in phases) for name, phases in needs.items()})
+            if way.trains == "block":
+                alone = largest({name: phases[0][optim] for name, phases in needs.items()})
+                row |= {f"block_{field}": value for field, value in alone.items()}
+            yield row
 
 
-def largest(needs: dict[str, dict[str, int]], optim: str) -> dict[str, Any]:
-    """Describe the largest model that fits with an optimizer, and the need of the next one."""
-    row: dict[str, Any] = {"parameters": 0, "model": None, "next_bytes": None}
+def largest(needs: dict[str, int]) -> dict[str, Any]:
+    """Describe the largest model that fits into `BUDGET`.
+
+    Args:
+        needs: bytes of training by model, from small to large.
+
+    Returns:
+        Its `parameters`, as a stock model (NoProp has about a tenth more, in the heads of its blocks), or 0 if none fits,
+        its name, its `bytes`, and `next_bytes` of the first one that does not fit.
+    """
+    row: dict[str, Any] = {"parameters": 0, "model": None, "bytes": None, "next_bytes": None}
     for name, need in needs.items():
-        if need[optim] > BUDGET:
-            return row | {"next_bytes": need[optim]}
-        config = family_config(name)
-        layers, width, _ = FAMILY[name]
+        if need > BUDGET:
+            return row | {"next_bytes": need}
+        config, (layers, width, _) = family_config(name, 1), FAMILY[name]
         layer = 4 * width**2 + 3 * width * config.intermediate_size + 2 * width
-        row |= {"model": name, "num_layers": layers, "hidden_size": width, "bytes": need[optim]}
-        row["parameters"] = config.vocab_size * width + layers * layer + width
+        row |= {"parameters": config.vocab_size * width + layers * layer + width, "model": name, "bytes": need}
     return row
 
 
@@ -539,12 +560,17 @@ def largest_text(rows: list[dict[str, Any]]) -> str:
     """Format the largest models as a table with a column for each length of windows."""
     lengths = sorted({row["tokens"] for row in rows})
     lines = [
-        "| method | " + " | ".join(f"{length:,} tokens" for length in lengths) + " |",
-        "| --- |" + " ---: |" * len(lengths),
+        "| method | " + " | ".join(f"{length:,} tokens | a block alone" for length in lengths) + " |",
+        "| --- |" + " ---: |" * 2 * len(lengths),
     ]
+
+    def cell(row: dict[str, Any], prefix: str = "") -> str:
+        model = row.get(f"{prefix}model")
+        return f"{model} ({row[f'{prefix}bytes'] / 1e9:.1f} GB)" if model else ""
+
     for method in METHODS:
         own = {row["tokens"]: row for row in rows if row["method"] == method}
-        cells = [f"{own[n]['model']} ({own[n]['bytes'] / 1e9:.1f} GB)" if own[n]["model"] else "none" for n in lengths]
+        cells = [each for length in lengths for each in (cell(own[length]), cell(own[length], "block_"))]
         lines.append(f"| `{method}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -584,7 +610,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     if args.largest:
         family = [*FAMILY][:1] if args.small else [*FAMILY]
-        rows = [row for length in (128, 1024) for row in largest_models(length, family)]
+        for length in LENGTHS:
+            rows += largest_models(length, family, args.family_layers)
         print(largest_text(rows))
     else:
         for num_blocks in args.num_blocks:
