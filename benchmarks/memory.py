@@ -479,7 +479,8 @@ def family_config(name: str, layers_per_block: int, num_blocks: int | None = Non
 def count_deep(way: Way, name: str, layers_per_block: int, length: int, group: int = 0) -> dict[str, Parts]:
     """Count the bytes of training a stock model of the family on one window.
 
-    Every part grows linearly with the depth, so that two depths are counted.
+    The count of two depths is continued linearly. Weights grow so; activations may grow faster from some depth on, when
+    the loss instead of a layer needs the most, so that this is a lower bound.
     """
     few, more = (
         count_group(way, family_config(name, layers_per_block, n), torch.Size((1, length)), group, True, False, [])
@@ -543,8 +544,8 @@ def largest(needs: dict[str, int]) -> dict[str, Any]:
         needs: bytes of training by model, from small to large.
 
     Returns:
-        Its `parameters`, as a stock model (NoProp has about a tenth more, in the heads of its blocks), or 0 if none fits,
-        its name, its `bytes`, and `next_bytes` of the first one that does not fit.
+        Its `parameters` as a stock model (NoProp has more, in the heads of its blocks), or 0 if none fits, its name and
+        `bytes`, and `next_bytes` of the first one that does not fit.
     """
     row: dict[str, Any] = {"parameters": 0, "model": None, "bytes": None, "next_bytes": None}
     for name, need in needs.items():

@@ -284,20 +284,20 @@ def test_tensors_without_data_need_as_much_memory_as_real_ones(way, phase1, half
     assert sum(counted.values()) == pytest.approx(max(needs), rel=0.02)
 
 
-@pytest.mark.parametrize("group", memory.GROUPS["group"])
-def test_memory_grows_linearly_with_the_depth(group, monkeypatch):
-    monkeypatch.setattr(memory, "FAMILY", {"deep": (12, 64, 4)})
+def test_memory_of_deep_models_from_shallow_ones(monkeypatch):
+    monkeypatch.setattr(memory, "FAMILY", {"deep": (6, 64, 4)})
     monkeypatch.setattr(memory, "FAMILY_VOCABULARY", 900)
-    way = memory.BY_GROUP if group else memory.CHECKPOINTED
-    whole = memory.count_group(way, memory.family_config("deep", 1), torch.Size((1, 64)), group, True, False, [])
-    for optim, parts in memory.count_deep(way, "deep", 1, 64, group).items():
-        assert parts == pytest.approx(whole[optim], rel=0.01)
+    config, shape = memory.family_config("deep", 1), torch.Size((1, 16))
+    whole = memory.count_group(memory.CHECKPOINTED, config, shape, 0, True, False, [])
+    for optim, parts in memory.count_deep(memory.CHECKPOINTED, "deep", 1, 16).items():
+        needed = sum(whole[optim].values())
+        assert 0.98 * needed < sum(parts.values()) <= needed
 
 
 def test_no_group_needs_more_memory_than_those_counted():
-    config = NoPropConfig(**SHORT.to_diff_dict() | {"num_blocks": 4, "num_layers_per_block": 1, "noise_levels": None})
+    config = NoPropConfig(**SHORT.to_diff_dict() | {"num_blocks": 3, "noise_levels": None})
     shape = torch.Size((8, 64))
-    counts = [memory.count_group(memory.BY_GROUP, config, shape, group, False, False, []) for group in range(5)]
+    counts = [memory.count_group(memory.BY_GROUP, config, shape, group, False, False, []) for group in range(4)]
     for optim in memory.OPTIMIZERS:
         needs = [sum(parts[optim].values()) for parts in counts]
         assert max(needs) == max(needs[group] for group in memory.GROUPS["group"])
@@ -325,20 +325,25 @@ def test_the_largest_model_of_a_family(tmp_path, monkeypatch):
         500 * width + layers * (4 * width**2 + 3 * width * inner + 2 * width) + width
         for (layers, width, _), inner in zip(family.values(), (64, 192), strict=True)
     ]
-    for name, value in {"FAMILY": family, "FAMILY_VOCABULARY": 500, "LENGTHS": (32,), "BUDGET": 16 * stock[1]}.items():
-        monkeypatch.setattr(memory, name, value)  # room for weights, gradients and moments, but for no activations
+    methods = {name: memory.METHODS[name] for name in ("end_to_end", "noprop_checkpointing_adafactor")}
+    budget = 16 * stock[1]  # room for weights, gradients and moments, but for no activations
+    values = {"FAMILY": family, "FAMILY_VOCABULARY": 500, "LENGTHS": (32,), "METHODS": methods, "BUDGET": budget}
+    for name, value in values.items():
+        monkeypatch.setattr(memory, name, value)
     path = tmp_path / "largest.json"
     monkeypatch.setattr(sys, "argv", ["memory.py", "--largest", "--family_layers", "1", "--results", str(path)])
     memory.main()
-    rows = {row["method"]: row for row in json.loads(path.read_text())}
-    assert list(rows) == [*memory.METHODS]
-    for row in rows.values():
-        assert row["parameters"] == {None: 0, "small": stock[0], "large": stock[1]}[row["model"]]
-        assert row["bytes"] is None or row["bytes"] <= memory.BUDGET
-        assert row["next_bytes"] is None or row["next_bytes"] > memory.BUDGET
-        assert row.get("block_parameters", stock[1]) >= row["parameters"]
-    assert rows["end_to_end"]["parameters"] < stock[1]
+    stocks, ours = json.loads(path.read_text())
+    assert stocks["method"] == "end_to_end" and stocks["model"] == "small" and stocks["parameters"] == stock[0]
+    assert 16 * stock[0] < stocks["bytes"] <= budget < stocks["next_bytes"] < 2 * budget
+    assert ours["model"] == ours["block_model"] == "large" and ours["parameters"] == stock[1]
+    assert ours["block_bytes"] <= ours["bytes"] <= budget and ours["next_bytes"] is None
     assert path.with_suffix(".png").is_file()
+
+    needs = {"small": budget - 1, "large": budget + 1}
+    assert memory.largest(needs)["parameters"] == stock[0]
+    nothing = memory.largest({"small": budget + 1})
+    assert (nothing["parameters"], nothing["model"], nothing["next_bytes"]) == (0, None, budget + 1)
 
 
 @pytest.mark.slow
