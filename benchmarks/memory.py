@@ -409,7 +409,7 @@ def measure(args: MemoryArguments, num_blocks: int) -> list[dict[str, Any]]:
     phase1 = {way: count(way, config, tokens, phase1=True) for way in (BLOCK, CHECKPOINTED_BLOCK)}
     rows = []
     for name, (way, optim) in METHODS.items():
-        row = {"method": name, "num_blocks": num_blocks, "bytes": totals[name], **counts[name]}
+        row: dict[str, Any] = {"method": name, "num_blocks": num_blocks, "bytes": totals[name], **counts[name]}
         row |= {"ratio": totals[name] / totals["end_to_end"], "resident": None, "device": device_name(device)}
         runs = num_blocks in args.resident and way.trains != "shard"
         if runs and (optim != "8bit" or find_spec("bitsandbytes")):
