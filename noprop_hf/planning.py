@@ -4,6 +4,7 @@ Sizes are computed; activations and seconds per step are measured in a few real 
 folder.
 """
 
+import bisect
 import copy
 import dataclasses
 import math
@@ -11,7 +12,8 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
@@ -19,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
@@ -26,10 +29,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
 
 from .arguments import check_training_arguments, parse_blocks
-from .checkpoints import DurableTrainer, newest_checkpoint, run_identity, use_one_device
+from .checkpoints import CHECKPOINTING, DurableTrainer, newest_checkpoint, run_identity, use_one_device
 from .clusters import check_clustered_data, router_fields
 from .configuration_noprop import NoPropConfig
 from .data import load_corpus, load_tokenizer, tokenize, training_fingerprint
@@ -48,7 +53,7 @@ from .pretraining import (
 )
 from .recipes import Recipe
 from .shards_noprop import EMBEDDINGS_SHARD
-from .training import BlockRun, BlockTrainer, block_trainer
+from .training import BlockRun, block_trainer
 
 
 Section = tuple[tuple[str, ...], Sequence[tuple[str, ...]]]  # the title with the names of columns, and rows
@@ -56,6 +61,7 @@ Section = tuple[tuple[str, ...], Sequence[tuple[str, ...]]]  # the title with th
 TIMED_STEPS = 5
 TIME_LIMIT = 10  # seconds of timed steps
 SAMPLE_ROWS = 8  # whose activations are counted
+USABLE = 0.9  # share of a device's memory; the allocator reserves some that it does not use
 SMALL_FILES = 1_000_000  # bytes of code, configurations, results and card in a model directory
 WIDEST_LINE = 500
 CHECKPOINT_FILES = 100_000  # bytes of a checkpoint's states and logs, without weights, moments and tokenizer
@@ -176,42 +182,162 @@ def saved_bytes(compute: Callable[[], torch.Tensor], modules: Sequence[nn.Module
     return total
 
 
+class PeakBytes(TorchDispatchMode):
+    """Track the largest number of bytes of the tensors that exist at a time, besides weights and finished gradients.
+
+    Unlike [`saved_bytes`], it covers the backward pass, with what activation checkpointing computes again there, and
+    temporary tensors. A storage counts once. On a GPU, it is what the allocator hands out.
+
+    Args:
+        modules: their weights and gradients do not count.
+
+    Attributes:
+        peak: the largest number of bytes so far.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]):
+        super().__init__()
+        self.live, self.peak = 0, 0
+        self._sizes: dict[int, int] = {}  # by id of the storage; 0 if it does not count
+        self._hooks = []
+        for module in modules:
+            for tensor in (*module.parameters(), *module.buffers()):
+                self._sizes[id(tensor.untyped_storage())] = 0
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    self._hooks.append(parameter.register_post_accumulate_grad_hook(self._exclude_gradient))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def __exit__(self, *exception):
+        for hook in self._hooks:
+            hook.remove()
+        return super().__exit__(*exception)
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if id(storage) not in self._sizes:
+            self._sizes[id(storage)] = storage.nbytes()
+            weakref.finalize(storage, self._remove, id(storage))
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+
+    def _remove(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+    def _exclude_gradient(self, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        key = id(parameter.grad.untyped_storage())
+        self.live -= self._sizes.get(key, 0)
+        self._sizes[key] = 0
+
+
 def activations(trainer: DurableTrainer, rows: int, frozen: Sequence[nn.Module] = ()) -> int:
-    """Count the bytes that a step on the first training rows saves for the backward pass, in the training precision."""
+    """Count the bytes that a step on the first training rows needs besides weights, gradients and optimizer.
+
+    The precision is that of training.
+    """
+    model = trainer.model
     inputs = trainer._prepare_inputs(trainer.data_collator(list(islice(trainer.train_dataset, rows))))
-    trainer.model.train()
-    with trainer.accelerator.autocast():
-        return saved_bytes(lambda: trainer.compute_loss(trainer.model, inputs), [trainer.model, *frozen])
+    model.train()
+    with PeakBytes([model, *frozen]) as tracker:
+        with trainer.accelerator.autocast():
+            loss = trainer.compute_loss(model, inputs)
+        loss.backward()
+    model.zero_grad()
+    return tracker.peak
 
 
-def memory(trainer: DurableTrainer, config: NoPropConfig, frozen: Sequence[nn.Module] = ()) -> dict[str, int]:
-    """Estimate the bytes on a device during training, by purpose.
+@dataclass
+class Memory:
+    """Bytes on a device during training.
 
-    Activations are counted for a few rows, in the training precision, and scaled to the batch size.
+    Attributes:
+        parts: by purpose.
+        batch: rows of a batch.
+        row: bytes for each of these rows.
+    """
+
+    parts: dict[str, int]
+    batch: int
+    row: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    def largest_batch(self, usable: int) -> int:
+        """Return the largest batch that fits into some bytes; 0 if none does."""
+        return max(0, self.batch + (usable - self.total) // self.row)
+
+
+def memory(trainer: DurableTrainer, frozen: Sequence[nn.Module] = ()) -> Memory:
+    """Estimate the bytes on a device during training.
+
+    Activations are counted for a few rows, and scaled to the batch size. The states of the optimizer are those that it
+    has, or AdamW's two moments before the first step.
 
     Args:
         frozen: other modules on the device.
     """
     batch = trainer.args.per_device_train_batch_size
-    rows = min(batch, SAMPLE_ROWS)
-    fewer_rows = (rows + 1) // 2
-    saved = activations(trainer, rows, frozen)
-    if fewer_rows < rows:
-        per_row = (saved - activations(trainer, fewer_rows, frozen)) / (rows - fewer_rows)
-        saved += math.ceil(per_row * (batch - rows))
+    many = min(SAMPLE_ROWS, sum(1 for _ in islice(trainer.train_dataset, SAMPLE_ROWS)))
+    few = many // 2
+    saved = activations(trainer, many, frozen)
+    row = math.ceil((saved - (activations(trainer, few, frozen) if few else 0)) / (many - few))
     parameters = sum(parameter.nbytes for parameter in trainer.model.parameters())
-    positions = batch * config.max_position_embeddings
-    sampled = config.sampled_softmax and isinstance(trainer, BlockTrainer)
-    vocabulary = min(config.vocab_size, positions) if sampled else config.vocab_size
-    logits = min(2**23, positions * vocabulary)  # see `vocabulary_nats`
-    return {
+    states = {} if trainer.optimizer is None else trainer.optimizer.state
+    moments = sum(t.nbytes for state in states.values() for t in state.values() if isinstance(t, torch.Tensor))
+    parts = {
         "parameters": parameters,
         "gradients": parameters,
-        "AdamW's moments": 2 * parameters,
+        "states of the optimizer": moments or 2 * parameters,
         "frozen table": sum(tensor.nbytes for module in frozen for tensor in (*module.parameters(), *module.buffers())),
-        "activations": saved,
-        "logits, in pieces": 3 * 4 * logits,
+        "activations": max(0, saved + row * (batch - many)),
     }
+    return Memory(parts, batch, row)
+
+
+def usable_bytes(device: torch.device) -> int:
+    """Return the bytes that a training can take: a share of what is free on a GPU, or available on the machine."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return int(USABLE * free)
+
+
+def largest_width(config: NoPropConfig, held: dict[str, Memory], usable: int) -> int:
+    """Estimate the largest `hidden_size` that fits, with feed-forward layers and heads as much wider; 0 if none does.
+
+    Weights are counted, and activations scaled with the width.
+
+    Args:
+        held: estimates at the width of `config`, by the names "phase 1" and "one block".
+        usable: bytes that a training can take.
+    """
+    models = {"phase 1": NoPropForPreTraining, "one block": DenoisingBlock}
+
+    def weights(width: int, name: str) -> int:
+        scale, wider = width / config.hidden_size, copy.deepcopy(config)
+        for field in ("hidden_size", "intermediate_size", "correction_size", "head_dim"):
+            setattr(wider, field, round(scale * getattr(config, field)))
+        with torch.device("meta"):
+            return sum(tensor.numel() for tensor in models[name](wider).parameters())
+
+    def needed(width: int) -> int:
+        scale, totals = width / config.hidden_size, []
+        for name, each in held.items():
+            in_width = each.parts["frozen table"] + each.parts["activations"]
+            growth = weights(width, name) / weights(config.hidden_size, name)
+            totals.append(round(scale * in_width + growth * (each.total - in_width)))
+        return max(totals)
+
+    step = 2 * config.num_attention_heads  # rotary positions need heads of an even size
+    widths = range(step, 64 * config.hidden_size, step)
+    index = bisect.bisect_right(widths, usable, key=needed)
+    return widths[index - 1] if index else 0
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
@@ -242,7 +368,7 @@ class TrainingCost:
         steps: optimizer steps.
         tokens: tokens that all processes of the group read in these steps, without padding.
         epochs: passes over the training split; None if it is a stream.
-        memory: bytes on a device, by purpose.
+        memory: estimate for a device.
         seconds: seconds per step.
         checkpoints: upper bound on bytes on disk.
     """
@@ -250,7 +376,7 @@ class TrainingCost:
     steps: int
     tokens: int
     epochs: float | None
-    memory: dict[str, int]
+    memory: Memory
     seconds: float
     checkpoints: int
 
@@ -329,12 +455,13 @@ class Rehearsal:
         epochs = None if split.windows is None else windows / split.windows
         weights = sum(tensor.nbytes for tensor in trainer.model.state_dict().values()) + self.tokenizer_bytes / 3
         kept = checkpoints_kept(self.recipe.training, steps, epochs)
+        seconds = seconds_per_step(trainer)
         return TrainingCost(
             steps=steps,
             tokens=round(windows * length),
             epochs=epochs,
-            memory=memory(trainer, self.config, frozen),
-            seconds=seconds_per_step(trainer),
+            memory=memory(trainer, frozen),  # after a step, when the optimizer has its states
+            seconds=seconds,
             checkpoints=math.ceil(checkpoint_bytes(weights + CHECKPOINT_FILES / 3, kept)) if kept else 0,
         )
 
@@ -357,6 +484,7 @@ class Plan:
         groups: number of blocks trained at a time, and of processes for each.
         model_bytes: upper bound on the size of the model directory without checkpoints.
         device: the device on which steps were timed.
+        usable_bytes: memory of the device that a training can take.
     """
 
     recipe: Recipe
@@ -372,6 +500,7 @@ class Plan:
     groups: tuple[int, int]
     model_bytes: int
     device: torch.device
+    usable_bytes: int
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -393,7 +522,7 @@ class Plan:
         return 0.0 if self.block is None else self.block.seconds * max(loads)
 
     def __str__(self) -> str:
-        work = [self._training(), self._memory(), self._time()] if self._columns() else []
+        work = [self._training(), self._memory(), self._fit(), self._time()] if self._columns() else []
         sections = [self._data(), self._model(), self._done(), *work, self._disk(), self._sharing()]
         return "\n\n".join(section_text(*section) for section in sections)
 
@@ -448,14 +577,29 @@ class Plan:
 
     def _memory(self) -> Section:
         held = [cost.memory for cost in self._columns().values()]
-        rows = [(purpose, *(f"{each[purpose] / 1e6:,.1f}" for each in held)) for purpose in held[0]]
-        totals = [sum(each.values()) for each in held]
-        rows.append(("together", *(f"{total / 1e6:,.1f}" for total in totals)))
-        if self.device.type == "cuda":
-            available = torch.cuda.get_device_properties(self.device).total_memory
-            rows.append(("the device has", *(f"{available / 1e6:,.1f}" for _ in totals)))
-            rows.append(("fits", *("yes" if total < available else "NO" for total in totals)))
+        rows = [(part, *(f"{each.parts[part] / 1e6:,.1f}" for each in held)) for part in held[0].parts]
+        rows.append(("together", *(f"{each.total / 1e6:,.1f}" for each in held)))
         return ("memory per device, MB (estimated)", *self._columns()), rows
+
+    def _fit(self) -> Section:
+        held = {name: cost.memory for name, cost in self._columns().items()}
+        largest = max(held, key=lambda name: held[name].total)
+        needed, fits = held[largest].total, held[largest].total <= self.usable_bytes
+        where = "this machine's available memory"
+        if self.device.type == "cuda":
+            where = f"the free memory of {torch.cuda.get_device_name(self.device)}"
+        usage = f"{needed / 1e9:,.3g} GB of {self.usable_bytes / 1e9:,.3g} GB ({USABLE:.0%} of {where})"
+        rows = [("fits" if fits else "DOES NOT FIT", f"{usage}, for {largest}")]
+        flags = {"phase 1": "--pretraining_per_device_train_batch_size", "one block": "--per_device_train_batch_size"}
+        for name, each in held.items():
+            batch = each.largest_batch(self.usable_bytes)
+            rows.append((f"largest batch, {name}", f"{flags[name]} {batch}" if batch else "none at this hidden_size"))
+        width = largest_width(self.config, held, self.usable_bytes)
+        rows.append(("largest width", f"--hidden_size {width} at these batches" if width else "none at these batches"))
+        if not fits:
+            rows.append(("lower", "the batch (and raise --gradient_accumulation_steps), --hidden_size or the layers"))
+            rows.append(("or save memory", f"by --{CHECKPOINTING}, --optim adafactor"))
+        return ("fit per device",), [*rows, ("num_blocks", "any: a device trains one block at a time")]
 
     def _time(self) -> Section:
         groups, size = self.groups
@@ -503,6 +647,7 @@ def plan(recipe: Recipe) -> Plan:
         ValueError: if the run itself would raise it before it trains.
     """
     check_training_arguments(recipe.training, recipe.pretraining)
+    usable = usable_bytes(recipe.training.device)
     directory, args = Path(recipe.training.output_dir), recipe.training
     has_table = (directory / EMBEDDINGS_SHARD).is_file()
     corpus = load_corpus(recipe.data)
@@ -569,6 +714,7 @@ def plan(recipe: Recipe) -> Plan:
         groups=groups,
         model_bytes=model_bytes,
         device=args.device,
+        usable_bytes=usable,
     )
 
 

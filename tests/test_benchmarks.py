@@ -15,13 +15,15 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 import gpu
+import memory
 from ablation import GROUPS
-from common import SHAPES, EndToEnd, OneBlock, SampledEndToEnd, Training, num_parameters
+from common import SHAPES, EndToEnd, OneBlock, SampledEndToEnd, Training, num_parameters, random_text
 from conftest import run_python, sentences
 from cost import arithmetic_to_reach
 from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForPreTraining
 from noprop_hf.data import data_fingerprint, load_corpus
 from noprop_hf.model_directory import read_metadata
+from noprop_hf.planning import PeakBytes
 from noprop_hf.shards_noprop import block_shard
 from quality import DEPTHS, MODELS, SETTINGS, Bench, Plentiful64, QualityArguments, main, measure_rows, parse, plot
 
@@ -279,16 +281,121 @@ def test_memory_speed_and_decoding_against_a_stock_model(tmp_path):
         run_python(f"benchmarks/{name}.py", "--small", "--results", str(tmp_path / f"{name}.json"))
         results[name] = json.loads((tmp_path / f"{name}.json").read_text())
         assert (tmp_path / f"{name}.png").is_file()
-    (memory,), (decoding,) = results["memory"], results["decoding"]
-    assert 0 < memory["ratio"] < memory["bar"]
-    block, layer = memory["counted"]["block"], 4 * 128**2 + 3 * 128 * 352 + 2 * 128
-    block_parameters = 3 * layer + 128 + 5 * 128**2 + 128 + 2048  # layers, norm, projection, head, its biases
-    assert block["parameters"] == 4 * block_parameters
-    assert block["table"] == 4 * 2048 * 128
-    assert block["optimizer"] == pytest.approx(2 * block["parameters"], rel=0.01)
+    rows = {row["method"]: row for row in results["memory"]}
+    assert list(rows) == [*memory.METHODS] and all(row["num_blocks"] == 2 for row in rows.values())
+    parts = ("parameters", "gradients", "optimizer", "table", "activations")
+    assert all(row["bytes"] == sum(row[part] for part in parts) for row in rows.values())
+    assert all(row["resident"] > 0 for name, row in rows.items() if name != "fsdp" and not name.endswith("8bit"))
+    block, stock, layer = rows["noprop"], rows["end_to_end"], 4 * 128**2 + 3 * 128 * 352 + 2 * 128
+    assert 0 < block["ratio"] < block["bar"]
+    # by hand: a layer, norm, projection, head and its biases; two layers, norm and table
+    assert block["parameters"] == block["gradients"] == 4 * (layer + 128 + 5 * 128**2 + 128 + 2048)
+    assert stock["parameters"] == stock["gradients"] == 4 * (2 * layer + 128 + 2048 * 128)
+    assert (block["table"], stock["table"]) == (4 * 2048 * 128, 0)
+    assert block["optimizer"] == 2 * block["parameters"]
+    # one layer, or the table and a norm
+    group = rows["block_coordinate"]
+    assert group["parameters"] == stock["parameters"] and group["gradients"] in (4 * layer, 4 * (2048 * 128 + 128))
+    assert rows["fsdp"]["gradients"] == stock["gradients"] / 2
     assert [run["softmax"] for run in results["training_speed"]] == ["sampled", "whole"]
     assert all(run["ratio_time_per_token"] > 0 for run in results["training_speed"])
-    assert decoding["ratio_tokens_per_second"] > 0
+    assert results["decoding"][0]["ratio_tokens_per_second"] > 0
+
+
+SHORT = NoPropConfig(
+    vocab_size=900, hidden_size=64, intermediate_size=192, num_blocks=2, num_layers_per_block=1, num_attention_heads=4
+)
+
+
+@pytest.mark.parametrize(
+    ("way", "phase1", "half"),
+    [
+        (memory.PLAIN, False, False),
+        (memory.PLAIN, False, True),
+        (memory.CHECKPOINTED, False, True),
+        (memory.BY_GROUP, False, True),
+        (memory.BLOCK, False, False),
+        (memory.CHECKPOINTED_BLOCK, False, True),
+        (memory.CHECKPOINTED_BLOCK, True, False),
+    ],
+)
+def test_tensors_without_data_need_as_much_memory_as_real_ones(way, phase1, half):
+    torch.manual_seed(0)
+    tokens = random_text(900, 8, 64)
+    needs = []
+    for group in memory.GROUPS.get(way.trains, (0,)):
+        model = memory.build(way, SHORT, group, half, phase1)
+        with PeakBytes([model]) as tracker:
+            with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=not way.checkpointing):
+                loss = model(tokens)
+            loss.backward()
+        gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        weights = sum(p.nbytes for p in model.parameters())
+        needs.append(weights + 3 * gradients + tracker.peak)  # AdamW's moments
+    counted = memory.count(way, SHORT, tokens, half, phase1)["adamw"]
+    assert sum(counted.values()) == pytest.approx(max(needs), rel=0.02)
+
+
+def test_memory_of_deep_models_from_shallow_ones(monkeypatch):
+    monkeypatch.setattr(memory, "FAMILY", {"deep": (6, 64, 4)})
+    monkeypatch.setattr(memory, "FAMILY_VOCABULARY", 900)
+    config, shape = memory.family_config("deep", 1), torch.Size((1, 16))
+    whole = memory.count_group(memory.CHECKPOINTED, config, shape, 0, True, False, [])
+    for optim, parts in memory.count_deep(memory.CHECKPOINTED, "deep", 1, 16).items():
+        needed = sum(whole[optim].values())
+        assert 0.98 * needed < sum(parts.values()) <= needed
+
+
+def test_no_group_needs_more_memory_than_those_counted():
+    config = NoPropConfig(**SHORT.to_diff_dict() | {"num_blocks": 3, "noise_levels": None})
+    shape = torch.Size((8, 64))
+    counts = [memory.count_group(memory.BY_GROUP, config, shape, group, False, False, []) for group in range(4)]
+    for optim in memory.OPTIMIZERS:
+        needs = [sum(parts[optim].values()) for parts in counts]
+        assert max(needs) == max(needs[group] for group in memory.GROUPS["group"])
+        assert max(needs[1:]) == max(needs[group] for group in memory.GROUPS["layers"])
+
+
+@pytest.mark.parametrize("optim", memory.OPTIMIZERS)
+def test_states_of_optimizers_by_formula(optim):
+    if optim == "8bit":
+        pytest.importorskip("bitsandbytes")
+    model = OneBlock(SHORT)
+    parameters = [*model.block.parameters()]
+    optimizer = memory.new_optimizer(optim, parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    states = [t for state in optimizer.state.values() for name, t in state.items() if not name.startswith("qmap")]
+    counted = sum(t.nbytes for t in states if isinstance(t, torch.Tensor) and t.ndim > 0)
+    assert memory.state_bytes(optim, parameters) == pytest.approx(counted, rel=1e-3)
+
+
+def test_the_largest_model_of_a_family(tmp_path, monkeypatch):
+    family = {"small": (2, 32, 4), "large": (4, 64, 4)}
+    stock = [
+        500 * width + layers * (4 * width**2 + 3 * width * inner + 2 * width) + width
+        for (layers, width, _), inner in zip(family.values(), (64, 192), strict=True)
+    ]
+    methods = {name: memory.METHODS[name] for name in ("end_to_end", "noprop_checkpointing_adafactor")}
+    budget = 16 * stock[1]  # room for weights, gradients and moments, but for no activations
+    values = {"FAMILY": family, "FAMILY_VOCABULARY": 500, "LENGTHS": (32,), "METHODS": methods, "BUDGET": budget}
+    for name, value in values.items():
+        monkeypatch.setattr(memory, name, value)
+    path = tmp_path / "largest.json"
+    monkeypatch.setattr(sys, "argv", ["memory.py", "--largest", "--family_layers", "1", "--results", str(path)])
+    memory.main()
+    stocks, ours = json.loads(path.read_text())
+    assert stocks["method"] == "end_to_end" and stocks["model"] == "small" and stocks["parameters"] == stock[0]
+    assert 16 * stock[0] < stocks["bytes"] <= budget < stocks["next_bytes"] < 2 * budget
+    assert ours["model"] == ours["block_model"] == "large" and ours["parameters"] == stock[1]
+    assert ours["block_bytes"] <= ours["bytes"] <= budget and ours["next_bytes"] is None
+    assert path.with_suffix(".png").is_file()
+
+    needs = {"small": budget - 1, "large": budget + 1}
+    assert memory.largest(needs)["parameters"] == stock[0]
+    nothing = memory.largest({"small": budget + 1})
+    assert (nothing["parameters"], nothing["model"], nothing["next_bytes"]) == (0, None, budget + 1)
 
 
 def test_the_sampled_softmax_of_the_stock_model_is_the_corrected_softmax_over_the_tokens_of_the_batch():
