@@ -333,7 +333,7 @@ def test_tensors_without_data_need_as_much_memory_as_real_ones(way, phase1, half
         weights = sum(p.nbytes for p in model.parameters())
         needs.append(weights + 3 * gradients + tracker.peak)  # AdamW's moments
     counted = memory.count(way, SHORT, tokens, half, phase1)["adamw"]
-    assert sum(counted.values()) == pytest.approx(max(needs), rel=0.02)
+    assert sum(counted.values()) == pytest.approx(max(needs), rel=0.03)
 
 
 def test_memory_of_deep_models_from_shallow_ones(monkeypatch):
