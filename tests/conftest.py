@@ -197,7 +197,7 @@ def copy_project(folder: Path) -> None:
     """Copy the tracked files of the project, without the results of benchmarks."""
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in names:
-        if not name.startswith("benchmarks/results"):
+        if not name.startswith("benchmarks/results/"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name, follow_symlinks=False)
 
