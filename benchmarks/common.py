@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.generation import BaseStreamer
 
-from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, modeling_noprop
+from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForPreTraining, modeling_noprop
 from noprop_hf.modeling_noprop import TokenTable, sampled_candidates
 from noprop_hf.noise_noprop import standardize
 from results import current_commit
@@ -53,6 +53,17 @@ class OneBlock(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.block(tokens, tokens, self.table).loss
+
+
+class PhaseOne(nn.Module):
+    """The model of phase 1 and its loss."""
+
+    def __init__(self, config: NoPropConfig):
+        super().__init__()
+        self.model = NoPropForPreTraining(config)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.model(tokens, labels=tokens).loss
 
 
 class EndToEnd(nn.Module):

@@ -29,10 +29,11 @@ from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 from transformers import HfArgumentParser
 
-from common import EndToEnd, OneBlock, Training, commit, device_name, random_text, write_results
-from noprop_hf import NoPropConfig, NoPropForPreTraining
+from common import EndToEnd, OneBlock, PhaseOne, Training, commit, device_name, random_text, write_results
+from noprop_hf import NoPropConfig
 from noprop_hf.clusters import ROUTER_SHARE
 from noprop_hf.modeling_noprop import Router, TokenTable
+from noprop_hf.planning import Sizes
 from quality import SETTINGS, QualityArguments
 
 
@@ -53,17 +54,6 @@ class CostArguments:
 # --- time of a step ---------------------------------------------------------------------------------------------------
 
 
-class FirstPhase(nn.Module):
-    """The model of phase 1."""
-
-    def __init__(self, config: NoPropConfig):
-        super().__init__()
-        self.model = NoPropForPreTraining(config)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.model(tokens, labels=tokens).loss
-
-
 class OneRouter(nn.Module):
     """The router, with the frozen table."""
 
@@ -78,7 +68,7 @@ class OneRouter(nn.Module):
 TWO_IN_STEP, TWO_BLOCKS = "end_to_end, two in step", "block, two at once"
 TRAININGS: dict[str, Callable[[NoPropConfig], nn.Module]] = {
     "end_to_end": EndToEnd,
-    "phase1": FirstPhase,
+    "phase1": PhaseOne,
     "router": OneRouter,
     "block": OneBlock,
 }
@@ -139,10 +129,6 @@ def arithmetic_to_reach(loss: float, points: list[tuple[float, float]]) -> float
     return None
 
 
-def weights(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in module.state_dict().values())
-
-
 def compare(args: CostArguments) -> list[dict[str, Any]]:
     """Return a row for each method and number of workers.
 
@@ -164,9 +150,10 @@ def compare(args: CostArguments) -> list[dict[str, Any]]:
     config = NoPropConfig(vocab_size=sizes.vocab_size, **sizes.sizes(), **changes)
     count = config.num_blocks
     with torch.device("meta"):
-        shared = weights(TokenTable(config)) + weights(Router(config)) + weights(NoPropForPreTraining(config))
-        block = weights(OneBlock(config).block)
+        router = sum(tensor.nbytes for tensor in Router(config).state_dict().values())
         whole = sum(parameter.nbytes for parameter in EndToEnd(config).parameters())  # the tied table once
+    files = Sizes.of(config)
+    shared, block = files.table + router + files.phase1, files.block
     steps = {"end_to_end": sizes.steps(stock["tokens"])}
     steps |= {"phase1": sizes.steps(noprop["pretraining_tokens"]), "block": sizes.steps(noprop["tokens"])}
     steps["router"] = math.ceil(ROUTER_SHARE * steps["phase1"])

@@ -51,8 +51,20 @@ from transformers import CompileConfig, HfArgumentParser, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the package need not be installed
 
-from common import EndToEnd, OneBlock, Peak, Training, commit, device_name, generate, measure, models, random_text
-from noprop_hf import NoPropConfig, NoPropForPreTraining
+from common import (
+    EndToEnd,
+    OneBlock,
+    Peak,
+    PhaseOne,
+    Training,
+    commit,
+    device_name,
+    generate,
+    measure,
+    models,
+    random_text,
+)
+from noprop_hf import NoPropConfig
 
 
 ROOT = Path(__file__).parent.parent
@@ -115,17 +127,6 @@ class Setting:
     def text(self, batch_size: int) -> torch.Tensor:
         """Create a batch of random windows, `(batch_size, max_length)`."""
         return random_text(self.config.vocab_size, batch_size, self.max_length).to(self.device)
-
-
-class PhaseOne(nn.Module):
-    """The model of phase 1 and its loss."""
-
-    def __init__(self, config: NoPropConfig):
-        super().__init__()
-        self.model = NoPropForPreTraining(config)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.model(tokens, labels=tokens).loss
 
 
 PHASES: dict[str, Make] = {"phase_1": PhaseOne, "block": OneBlock}

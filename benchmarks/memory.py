@@ -35,8 +35,8 @@ from torch.utils._pytree import tree_map_only
 from transformers import HfArgumentParser, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
-from common import EndToEnd, OneBlock, Peak, commit, device_name, process_bytes, random_text, write_results
-from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForPreTraining
+from common import EndToEnd, OneBlock, Peak, PhaseOne, commit, device_name, process_bytes, random_text, write_results
+from noprop_hf import NoPropConfig, NoPropForCausalLM
 from noprop_hf.planning import USABLE, PeakBytes
 
 
@@ -115,17 +115,6 @@ class LossInPieces(EndToEnd):
             return F.linear_cross_entropy(states.to(weight.dtype), weight, tokens[:, 1:].flatten(), options=options)
 
 
-class Phase1(nn.Module):
-    """The model of phase 1, which yields the table."""
-
-    def __init__(self, config: NoPropConfig):
-        super().__init__()
-        self.model = NoPropForPreTraining(config)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.model(tokens, labels=tokens).loss
-
-
 def groups(model: EndToEnd, size: int) -> Iterator[list[nn.Module]]:
     """Divide a stock model into groups: the table and the last norm, then each `size` layers."""
     inner = model.model.model
@@ -158,7 +147,7 @@ def build(way: Way, config: NoPropConfig, group: int = 0, half: bool = False, ph
         phase1: the model of phase 1 instead of a block.
     """
     if way.trains == "block":
-        module: nn.Module = Phase1(config) if phase1 else OneBlock(config)
+        module: nn.Module = PhaseOne(config) if phase1 else OneBlock(config)
         trained = module.model if phase1 else module.block
     else:
         module = LossInPieces(config) if way.in_pieces else EndToEnd(config)

@@ -118,6 +118,7 @@ class VocabularyNats(torch.autograd.Function):
 def whole_vocabulary_nats(
     prediction: torch.Tensor, table: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
+    """Compute the nats of [`vocabulary_nats`] from whole logits, for any derivative."""
     return F.cross_entropy(torch.addmm(bias, prediction, table.T), targets, reduction="none")
 
 
