@@ -187,7 +187,7 @@ def test_rows_where_text_is_plentiful(plentiful, tmp_path, monkeypatch):
 
     entry = results["words_16"]["noprop_random_splits"]
     assert len(entry["block_nats"][0]) == 2 and sum(entry["block_nats"][0]) == pytest.approx(entry["bound"][0])
-    model = folder / "0.4_block_initialization_pretraining" / "noprop_random_splits"
+    model = folder / "0.65_block_initialization_pretraining" / "noprop_random_splits"
     parts = [load_corpus(bench.split(index))["train"]["text"][:] for index in range(2)]
     assert sorted(parts[0] + parts[1]) == sorted(sentences(800, 1)) and abs(len(parts[0]) - len(parts[1])) < 2
     fetched = [model / "embeddings.safetensors", model / "pretraining" / "model.safetensors"]
@@ -201,7 +201,7 @@ def test_rows_where_text_is_plentiful(plentiful, tmp_path, monkeypatch):
     entry, whole = results["words_16"]["noprop_less"], results["words_16"]["end_to_end_1"]
     assert entry["training_flops"] == pytest.approx(0.75 * whole["training_flops"], rel=0.01)
     model = NoPropForCausalLM.from_pretrained(
-        folder / "0.75_0.4_block_data_clusters_block_initialization_pretraining" / "noprop_less"
+        folder / "0.75_0.65_block_data_clusters_block_initialization_pretraining" / "noprop_less"
     )
     assert model.config.block_data == "clusters" and len(entry["block_nats"][0]) == 2
 
