@@ -510,8 +510,12 @@ class Plan:
 
     @property
     def phase1_seconds(self) -> float:
-        # A step of the router costs no more than one of phase 1, which has the same layers and a softmax.
-        return 0.0 if self.phase1 is None else self.phase1.seconds * (self.phase1_remaining + self.router_steps)
+        return 0.0 if self.phase1 is None else self.phase1.seconds * self.phase1_remaining
+
+    @property
+    def router_seconds(self) -> float:
+        # A step of the router costs no more than one of a block, which has as many layers and a softmax.
+        return 0.0 if self.block is None else self.block.seconds * self.router_steps
 
     @property
     def blocks_seconds(self) -> float:
@@ -607,13 +611,16 @@ class Plan:
         rows = []
         if self.phase1 is not None:
             rows.append(("phase 1", f"{self.phase1_seconds / 60:,.1f}", f"{1000 * self.phase1.seconds:,.1f} ms a step"))
+        if self.router_steps > 0:
+            rows.append(("router", f"{self.router_seconds / 60:,.1f}", f"{self.router_steps:,} steps"))
         if self.block is not None:
             minutes = self.block.seconds * self.block.steps / 60
             rows.append(("one block", f"{minutes:,.1f}", f"{1000 * self.block.seconds:,.1f} ms a step"))
             waiting = sum(steps > 0 for steps in self.remaining.values())
             each = f", {size} processes each" if size > 1 else ""
             rows.append((f"{waiting} blocks, {groups} at a time{each}", f"{self.blocks_seconds / 60:,.1f}", ""))
-        rows.append(("together", f"{(self.phase1_seconds + self.blocks_seconds) / 60:,.1f}", ""))
+        seconds = self.phase1_seconds + self.router_seconds + self.blocks_seconds
+        rows.append(("together", f"{seconds / 60:,.1f}", ""))
         return (f"time, minutes (steps on {device}; evaluations and saving not counted)",), rows
 
     def _disk(self) -> Section:

@@ -195,6 +195,17 @@ def test_what_fits(phase1, data, tmp_path):
     assert largest_width(config, {"one block": planned.block.memory}, usable) == pytest.approx(64, abs=10)
 
 
+def test_the_time_of_the_router_counts_with_any_table(phase1, data):
+    planned = plan(recipe_of(phase1, data))
+    assert planned.phase1 is None
+    block = dataclasses.replace(planned.block, seconds=0.1)
+    without, with_router = (
+        float(re.findall(r"\n +together +(\S+)", str(dataclasses.replace(planned, block=block, router_steps=n)))[-1])
+        for n in (0, 1200)
+    )
+    assert with_router - without == pytest.approx(2.0, abs=0.11)  # minutes, printed to a tenth
+
+
 class Layer(nn.Module):
     def __init__(self):
         super().__init__()
