@@ -32,7 +32,7 @@ from quality import DEPTHS, MODELS, SETTINGS, Bench, Plentiful64, QualityArgumen
 
 
 SMALL = "--hidden_size 16 --intermediate_size 24 --num_attention_heads 2 --num_layers_per_block 1 --num_blocks 2"
-SMALL += " --vocab_size 280 --max_length 16 --batch_size 4 --tokens 3000 --num_workers 1"
+SMALL += " --vocab_size 280 --max_length 16 --batch_size 4 --tokens 1500 --num_workers 1"
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_a_corpus_that_is_too_short_is_refused(plentiful, monkeypatch):
 @pytest.mark.slow
 def test_rows_where_text_is_plentiful(plentiful, tmp_path, monkeypatch):
     rows = ["end_to_end_1", "pretraining_all", "noprop_random_splits", "noprop_less"]
-    monkeypatch.setattr(sys, "argv", ["quality.py", *plentiful, "--tokens", "1500", "--models", *rows])
+    monkeypatch.setattr(sys, "argv", ["quality.py", *plentiful, "--models", *rows])
     monkeypatch.setattr("quality.ProcessPoolExecutor", OneThread)
     main()
     results = json.loads((tmp_path / "quality.json").read_text())
