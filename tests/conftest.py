@@ -2,10 +2,11 @@ import gc
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from functools import cache
+from contextlib import ExitStack
+from functools import cache, cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 
 # Nothing in the tests may reach for the network: what is not on this machine is an error, at once.
@@ -18,6 +19,7 @@ import torch
 from datasets import DatasetDict
 from transformers import TrainingArguments
 
+from hub_server import hub_server
 from noprop_hf import NoPropConfig, NoPropForCausalLM
 from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments
 from noprop_hf.data import DataArguments, load_corpus, load_tokenizer, train_tokenizer
@@ -29,7 +31,13 @@ from warm_python import WarmPython
 
 
 ROOT = Path(__file__).parent.parent
+# The files that take longest begin first, so that no process is left alone with one of them.
+LONGEST = ("test_benchmarks.py", "test_parallel.py", "test_documents.py", "test_end_to_end.py", "test_training.py")
 WORDS = "the cat sat on a mat while old dogs slept near warm stones and birds sang over green hills".split()
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -181,16 +189,50 @@ def trained(phase1, data, tmp_path_factory) -> Path:
     return train_blocks(data, BLOCKS, arguments(directory), MODEL)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def warm_python():
-    yield
-    if warm.cache_info().currsize:
-        warm().close()
+class Programs:
+    """Processes that have loaded the libraries, begun when a test first needs them, and the Hub that they know alone.
+
+    A fresh interpreter takes seconds to load them.
+    """
+
+    def __init__(self):
+        self.stack = ExitStack()
+        self.hub = self.stack.enter_context(hub_server())
+        self.home = Path(self.stack.enter_context(TemporaryDirectory()), "home")
+        changes = {"HF_ENDPOINT": self.hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(self.home)}
+        changes |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONPATH": str(ROOT)}
+        self.environment = {**os.environ, **changes}
+        self.environment.pop("HF_TOKEN", None)
+
+    @cached_property
+    def ours(self) -> WarmPython:
+        python = WarmPython(self.environment)
+        self.stack.callback(python.close)
+        return python
+
+    @cached_property
+    def stock(self) -> WarmPython:
+        """Without our package."""
+        modules = ("transformers.pipelines", "transformers.trainer", "transformers.models.llama.modeling_llama")
+        python = WarmPython(self.environment | {"PYTHONPATH": ""}, modules)
+        self.stack.callback(python.close)
+        return python
+
+    def forget(self) -> None:
+        """Empty the Hub and all caches."""
+        self.hub.reset()
+        shutil.rmtree(self.home, ignore_errors=True)
 
 
 @cache
-def warm() -> WarmPython:
-    return WarmPython()
+def programs() -> Programs:
+    return Programs()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def close_programs(trackio_folder):
+    yield programs()
+    programs().stack.close()
 
 
 def copy_project(folder: Path) -> None:
@@ -210,15 +252,16 @@ def run_process(command: Sequence[str], cwd: Path, env: Mapping[str, str] | None
     return done.returncode, done.stdout
 
 
-def run_python(*command: str, cwd: Path = ROOT, env: dict[str, str] | None = None, fails: bool = False) -> str:
-    """Run a script or a module in a process of its own; returns all it prints, and insists on its success or failure.
+def run_python(*command: str, cwd: Path = ROOT, fails: bool = False, **variables: str) -> str:
+    """Run a script, code (`-c`) or a module (`-m`) in a process of its own, and insist on its success or failure.
 
-    With another environment, or as a module (`-m`), it is a fresh interpreter, which takes seconds to begin.
+    Args:
+        variables: more of the environment.
+
+    Returns:
+        All that it prints.
     """
-    if env is None and command[0] != "-m":
-        status, output = warm().run(*command, cwd=cwd)
-    else:
-        status, output = run_process([sys.executable, *command], cwd, env)
+    status, output = programs().ours.run(*command, cwd=cwd, variables=[variables])
     assert (status != 0) == fails, output
     return output
 

@@ -3,9 +3,11 @@
 import gzip
 import json
 import math
+import pickle
 import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ import torch
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
+import ablation
 import gpu
 import memory
 from ablation import GROUPS
@@ -29,7 +32,7 @@ from quality import DEPTHS, MODELS, SETTINGS, Bench, Plentiful64, QualityArgumen
 
 
 SMALL = "--hidden_size 16 --intermediate_size 24 --num_attention_heads 2 --num_layers_per_block 1 --num_blocks 2"
-SMALL += " --vocab_size 280 --max_length 16 --batch_size 4 --tokens 3000 --num_workers 1"
+SMALL += " --vocab_size 280 --max_length 16 --batch_size 4 --tokens 1500 --num_workers 1"
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +45,16 @@ def corpora(tmp_path_factory) -> Path:
         with gzip.open(folder / "documents" / f"{split}.jsonl.gz", "wt") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     return folder
+
+
+class OneThread(ThreadPoolExecutor):
+    """Takes the place of a pool of processes, which start slowly. A job must be picklable, as for a process."""
+
+    def __init__(self, *args, **options):
+        super().__init__(1)
+
+    def submit(self, function, *args) -> Future:
+        return super().submit(*pickle.loads(pickle.dumps((function, *args))))
 
 
 def test_every_model_gets_the_same_arithmetic_parameters_and_depth():
@@ -84,18 +97,12 @@ def test_a_model_far_behind_does_not_hide_how_the_others_differ(far, tmp_path, m
 
 
 @pytest.mark.slow
-def test_quality_measures_every_model_and_goes_on_where_it_stopped(corpora, tmp_path):
-    command = ["benchmarks/quality.py", "--output_dir", str(tmp_path / "runs")]
-    command += [
-        "--corpora",
-        f"shakespeare={corpora / 'shakespeare.txt'}",
-        "--results",
-        str(tmp_path / "quality.json"),
-        "--num_seeds",
-        "1",
-        *SMALL.split(),
-    ]
-    run_python(*command)
+def test_quality_measures_every_model_and_goes_on_where_it_stopped(corpora, tmp_path, monkeypatch):
+    options = ["--corpora", f"shakespeare={corpora / 'shakespeare.txt'}", "--num_seeds", "1", *SMALL.split()]
+    options += ["--output_dir", str(tmp_path / "runs"), "--results", str(tmp_path / "quality.json")]
+    monkeypatch.setattr(sys, "argv", ["quality.py", *options])
+    monkeypatch.setattr("quality.ProcessPoolExecutor", OneThread)
+    main()
     results = json.loads((tmp_path / "quality.json").read_text())
     figures, rows = results["shakespeare"], QualityArguments(["unused=unused"]).models
     assert all(0 < nats < 20 for name in rows for nats in figures[name]["nats_per_token"])
@@ -106,7 +113,7 @@ def test_quality_measures_every_model_and_goes_on_where_it_stopped(corpora, tmp_
 
     kept = tmp_path / "runs" / "shakespeare" / "0" / "0.001" / "end_to_end.json"
     kept.write_text(json.dumps(json.loads(kept.read_text()) | {"nats_per_token": 1.5}))
-    run_python(*command)  # nothing is trained again
+    main()  # nothing is trained again
     again = json.loads((tmp_path / "quality.json").read_text())
     assert again["shakespeare"]["end_to_end"]["nats_per_token"] == [1.5]
     assert again["shakespeare"]["noprop"] == results["shakespeare"]["noprop"]
@@ -162,8 +169,8 @@ def test_a_corpus_that_is_too_short_is_refused(plentiful, monkeypatch):
 @pytest.mark.slow
 def test_rows_where_text_is_plentiful(plentiful, tmp_path, monkeypatch):
     rows = ["end_to_end_1", "pretraining_all", "noprop_random_splits", "noprop_less"]
-    monkeypatch.setattr(sys, "argv", ["quality.py", *plentiful, "--tokens", "1500", "--models", *rows])
-    monkeypatch.setattr("quality.ProcessPoolExecutor", lambda *args, **options: ThreadPoolExecutor(1))
+    monkeypatch.setattr(sys, "argv", ["quality.py", *plentiful, "--models", *rows])
+    monkeypatch.setattr("quality.ProcessPoolExecutor", OneThread)
     main()
     results = json.loads((tmp_path / "quality.json").read_text())
     assert list(results) == ["words_16"] and results["words_16"]["setting"]["kind"] == "plentiful"
@@ -263,10 +270,14 @@ def test_the_best_learning_rate_of_seed_0_is_used_with_further_seeds(monkeypatch
 
 
 @pytest.mark.slow
-def test_ablation_measures_variations(corpora, tmp_path):
-    command = ["benchmarks/ablation.py", "--data_dir", str(corpora), "--output_dir", str(tmp_path / "runs")]
-    command += ["--results", str(tmp_path / "ablation.json"), "--tokens", "6000", "--groups", "head"]
-    run_python(*command)
+def test_ablation_measures_variations(corpora, tmp_path, monkeypatch):
+    options = ["--data_dir", str(corpora), "--tokens", "6000", "--groups", "head"]
+    options += ["--output_dir", str(tmp_path / "runs"), "--results", str(tmp_path / "ablation.json")]
+    monkeypatch.setattr(sys, "argv", ["ablation.py", *options])
+    monkeypatch.setattr(ablation, "ProcessPoolExecutor", OneThread)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_layers_per_block": 1, "vocab_size": 280}
+    monkeypatch.setattr(ablation, "QualityArguments", partial(QualityArguments, **sizes, max_length=16))
+    ablation.main()
     results = json.loads((tmp_path / "ablation.json").read_text())
     assert set(results) == {"reference", *GROUPS["head"]}
     for figures in results.values():

@@ -6,21 +6,20 @@ cannot run here (`ELSEWHERE`) is named with what is run in its place.
 
 import ast
 import configparser
-import os
 import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 import yaml
 
-from conftest import ROOT, copy_project, run_process, sentences
-from hub_server import TOKEN, hub_server
+from conftest import ROOT, copy_project, programs, run_process, sentences
+from hub_server import TOKEN
 from noprop_hf.arguments import BlockArguments
-from warm_python import WarmPython
 
 
 # Later commands use what earlier ones made, so all of them run in one process (`--dist loadfile`).
@@ -111,23 +110,28 @@ def copy(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(copy):
-    with hub_server() as server:
-        options = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-        environment = {**os.environ, **options, "HF_HOME": str(copy / "home"), "OMP_NUM_THREADS": "1"}
+    variables = {"HF_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
 
-        python = WarmPython(environment)
+    def run(command: list[str]) -> str:
+        program, *words = command
+        if program == ".venv/bin/python":
+            status, output = programs().ours.run(*words, cwd=copy, variables=[variables], timeout=500)
+        elif program == ".venv/bin/accelerate":
+            status, output = programs().ours.run(*command, cwd=copy, variables=[variables], timeout=500)
+        else:
+            status, output = run_process(command, copy, programs().environment | variables)
+        assert status == 0, f"{shlex.join(command)}\n{output}"
+        return output
 
-        def run(command: list[str]) -> str:
-            if command[0] == ".venv/bin/python" and command[1] != "-m":
-                status, output = python.run(*command[1:], cwd=copy, timeout=500)
-            else:
-                status, output = run_process(command, copy, environment)
-            assert status == 0, f"{shlex.join(command)}\n{output}"
-            return output
+    programs().forget()
+    run([".venv/bin/python", "scripts/train.py", "recipes/demo.yaml"])
+    return run
 
-        run([".venv/bin/python", "scripts/train.py", "recipes/demo.yaml"])
-        yield run
-        python.close()
+
+@pytest.fixture(scope="module")
+def options(run):
+    """The help of a benchmark, asked for once."""
+    return cache(lambda script: run([".venv/bin/python", script, "--help"]))
 
 
 def test_the_demo_installs_what_pictures_need():
@@ -184,7 +188,7 @@ def test_tests_that_documents_name_exist():
 
 
 @pytest.mark.parametrize("command", list(dict.fromkeys(command for _, command in ALL)))
-def test_command(run, command):
+def test_command(run, options, command):
     for part, instead in ELSEWHERE.items():
         if part in command:
             if instead is None:
@@ -194,8 +198,8 @@ def test_command(run, command):
         command = re.sub(placeholder, value, command)
     words = shlex.split(command)
     if "benchmarks/" in command:  # tests/test_benchmarks.py and others run them, small
-        known = run([*words[:2], "--help"])
-        assert all(word in known for word in words if word.startswith("--"))
+        assert words[0] == ".venv/bin/python"
+        assert all(word in options(words[1]) for word in words if word.startswith("--"))
     else:
         run(words)
 

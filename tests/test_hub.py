@@ -3,9 +3,7 @@
 import ast
 import dataclasses
 import json
-import os
 import re
-import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,40 +14,22 @@ from huggingface_hub import ModelCard, constants
 from markdown_it import MarkdownIt
 from safetensors.torch import load_file
 
-from conftest import ROOT
-from hub_server import TOKEN, Fault, HubServer, hub_server
+from conftest import ROOT, programs, run_python
+from hub_server import TOKEN, Fault, HubServer
 from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForPreTraining
 from noprop_hf.evaluation import ModelNats, results_table
 from noprop_hf.hub import model_card, push_model
 from noprop_hf.model_directory import create_model_directory, save_block
-from warm_python import WarmPython
 
 
 pytestmark = pytest.mark.slow
 INPUT = "torch.arange(12).view(2, 6)"
 
 
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    """A server, and processes that know this Hub alone: with our package loaded, and with transformers alone."""
-    home = tmp_path_factory.mktemp("home")
-    with hub_server() as server:
-        values = environment(server, home, None)
-        stock = ("torch", "transformers.pipelines", "transformers.models.llama.modeling_llama")
-        pythons = WarmPython(values), WarmPython(values | {"PYTHONPATH": ""}, stock)
-        yield server, home, *pythons
-        for python in pythons:
-            python.close()
-
-
 @pytest.fixture
-def server(hub):
-    server, home, with_package, without_package = hub
-    server.with_package, server.without_package = with_package, without_package
-    server.reset()
-    for path in home.iterdir():
-        shutil.rmtree(path)
-    return server
+def server() -> HubServer:
+    programs().forget()
+    return programs().hub
 
 
 @pytest.fixture
@@ -162,30 +142,12 @@ def test_card_tells_how_blocks_were_trained(directory, model):
     assert "https://huggingface.co/user/tiny/blob/main/modeling_noprop.py" in text
 
 
-def environment(server: HubServer, tmp_path: Path, token: str | None = TOKEN) -> dict[str, str]:
-    """Of a process that knows this Hub alone, and is clean of caches."""
-    values = {
-        **os.environ,
-        "HF_ENDPOINT": server.url,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    values.pop("HF_TOKEN", None)
-    return values if token is None else values | {"HF_TOKEN": token}
-
-
-def push(server: HubServer, directory: Path, *options: str, token: str | None = TOKEN, fails: bool = False) -> str:
+def push(directory: Path, *options: str, token: str | None = TOKEN, fails: bool = False) -> str:
     command = ["scripts/push_to_hub.py", str(directory), "user/tiny", *options]
-    variables = {} if token is None else {"HF_TOKEN": token}
-    status, output = server.with_package.run(*command, cwd=ROOT, variables=[variables])
-    assert (status != 0) == fails, output
-    return output
+    return run_python(*command, fails=fails, **({} if token is None else {"HF_TOKEN": token}))
 
 
-def load(server: HubServer, tmp_path: Path, code: str, fails: bool = False) -> str:
+def load(tmp_path: Path, code: str, fails: bool = False) -> str:
     """Run code in a process without `noprop_hf`, against this Hub."""
     preamble = f"""
 import sys
@@ -195,13 +157,13 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, 
 options = dict(trust_remote_code=True)
 inputs = {INPUT}
 """
-    status, output = server.without_package.run("-c", preamble + code, cwd=tmp_path)
+    status, output = programs().stock.run("-c", preamble + code, cwd=tmp_path)
     assert (status != 0) == fails, output
     return output
 
 
 def test_push_and_load_back(server, directory, model, tmp_path):
-    output = push(server, directory, "--license", "apache-2.0", "--language", "en")
+    output = push(directory, "--license", "apache-2.0", "--language", "en")
     assert "Uploaded: http" in output
     repository = server.repositories["user/tiny"]
     assert repository.messages == ["initial commit", "Upload NoProp model"]  # all in one commit
@@ -212,7 +174,6 @@ def test_push_and_load_back(server, directory, model, tmp_path):
     first = repository.head
 
     load(
-        server,
         tmp_path,
         f"""
 model = AutoModelForCausalLM.from_pretrained("user/tiny", **options)
@@ -231,26 +192,26 @@ AutoTokenizer.from_pretrained("user/tiny", **options)
     save_file(
         {name: tensor + 0.5 for name, tensor in shard.items()}, directory / "block-00.safetensors", {"format": "pt"}
     )
-    assert "already holds a model. Use --update" in push(server, directory, fails=True)
-    push(server, directory, "--update", "--commit_message", "second")
+    assert "already holds a model. Use --update" in push(directory, fails=True)
+    push(directory, "--update", "--commit_message", "second")
     assert repository.messages[-1] == "second"
     code = f"""
 for revision in ({first!r}, "main"):
     model = AutoModelForCausalLM.from_pretrained("user/tiny", revision=revision, code_revision=revision, **options)
     torch.save(model(inputs).logits, {str(tmp_path)!r} + f"/{{revision}}.pt")
 """
-    load(server, tmp_path, code)
+    load(tmp_path, code)
     assert torch.equal(torch.load(tmp_path / f"{first}.pt"), model(eval(INPUT)).logits)
     assert not torch.allclose(torch.load(tmp_path / "main.pt"), model(eval(INPUT)).logits)
     message = load(
-        server, tmp_path, 'AutoModelForCausalLM.from_pretrained("user/tiny", revision="nope", **options)', fails=True
+        tmp_path, 'AutoModelForCausalLM.from_pretrained("user/tiny", revision="nope", **options)', fails=True
     )
     assert "nope" in message and "revision" in message.lower()
 
 
 def test_the_card_is_made_of_what_was_measured(server, directory):
     pytest.importorskip("matplotlib")
-    push(server, directory, "--license", "mit", "--language", "en")
+    push(directory, "--license", "mit", "--language", "en")
     files = server.repositories["user/tiny"].files("main")
     card = ModelCard(files["README.md"].decode())
     data = card.data.to_dict()
@@ -268,32 +229,32 @@ def test_the_card_is_made_of_what_was_measured(server, directory):
 
 
 def test_the_card_s_example_runs(server, directory, tmp_path, model, tokenizer):
-    push(server, directory)
+    push(directory)
     text = server.repositories["user/tiny"].files("main")["README.md"].decode()
     example = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     # the fixture's model has fewer tokens than the tokenizer; the example is run up to generating
-    load(server, tmp_path, example.split("prompt =")[0])
+    load(tmp_path, example.split("prompt =")[0])
 
 
 def test_private_and_dry_run(server, directory, tmp_path):
-    output = push(server, directory, "--dry_run")
+    output = push(directory, "--dry_run")
     assert re.search(r"[\d,]+  block-01.safetensors", output) and "to be uploaded to user/tiny" in output
     assert not server.repositories
-    push(server, directory, "--private")
+    push(directory, "--private")
     assert server.repositories["user/tiny"].private
-    message = load(server, tmp_path, 'AutoModelForCausalLM.from_pretrained("user/tiny", **options)', fails=True)
+    message = load(tmp_path, 'AutoModelForCausalLM.from_pretrained("user/tiny", **options)', fails=True)
     assert "user/tiny" in message and "not a valid model identifier" in message
 
 
 def test_no_token(server, directory):
-    assert "hf auth login" in push(server, directory, token=None, fails=True)
-    assert "hf auth login" in push(server, directory, token="wrong", fails=True)
+    assert "hf auth login" in push(directory, token=None, fails=True)
+    assert "hf auth login" in push(directory, token="wrong", fails=True)
     assert not server.repositories
 
 
 def test_half_trained_models_stay_at_home(server, directory):
     (directory / "block-01.safetensors").unlink()
-    assert "not fully trained: block-01.safetensors missing" in push(server, directory, fails=True)
+    assert "not fully trained: block-01.safetensors missing" in push(directory, fails=True)
     assert not server.repositories
 
 
@@ -334,15 +295,15 @@ def test_faults_that_pass_are_ridden_out(server, directory):
         Fault("PUT", "/lfs/"),
         Fault("POST", "objects/batch", status=503),
     ]
-    push(server, directory)
+    push(directory)
     assert "block-00.safetensors" in server.repositories["user/tiny"].files("main")
 
 
 def test_a_corrupted_shard_is_told(server, directory, tmp_path):
-    push(server, directory)
+    push(directory)
     files = server.repositories["user/tiny"].files("main")
     files["block-01.safetensors"] = files["block-01.safetensors"][:-100]
-    message = load(server, tmp_path, 'AutoModelForCausalLM.from_pretrained("user/tiny", **options)', fails=True)
+    message = load(tmp_path, 'AutoModelForCausalLM.from_pretrained("user/tiny", **options)', fails=True)
     assert "block-01" in message
 
 
@@ -355,13 +316,13 @@ def test_a_shard_corrupted_on_disk_is_told(server, directory, how):
     content[-20] ^= 4
     path.write_bytes({"cut": content[:-100], "flipped bit": content, "empty": b"", "no header": b"x" * 99}[how])
     if how == "cut":
-        assert "corrupted: block-01.safetensors" in push(server, directory, fails=True)
+        assert "corrupted: block-01.safetensors" in push(directory, fails=True)
     with pytest.raises(OSError, match=r"corrupted: block-01\.safetensors\."):
         AutoModelForCausalLM.from_pretrained(directory)
 
 
 def test_a_repository_with_missing_blocks(server, directory, tmp_path):
-    push(server, directory)
+    push(directory)
     del server.repositories["user/tiny"].files("main")["block-01.safetensors"]
-    message = load(server, tmp_path, 'AutoModelForCausalLM.from_pretrained("user/tiny", **options)', fails=True)
+    message = load(tmp_path, 'AutoModelForCausalLM.from_pretrained("user/tiny", **options)', fails=True)
     assert "block-01.safetensors" in message

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
-from conftest import run_python
+from conftest import programs
 from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForPreTraining, NoPropModel
 from noprop_hf.hub import files_to_push
 from noprop_hf.model_directory import (
@@ -79,8 +79,9 @@ model.save_pretrained({str(tmp_path / "again")!r})
 AutoModelForCausalLM.from_pretrained({str(tmp_path / "again")!r}, **options)
 print(*names)
 """
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
-    output = run_python("-c", code, cwd=tmp_path, env=environment)
+    programs().forget()
+    status, output = programs().stock.run("-c", code, cwd=tmp_path)
+    assert status == 0, output
     heads = ["NoPropForPreTraining", "NoPropForSequenceClassification", "NoPropForTokenClassification"]
     assert output.split()[-7:] == ["NoPropConfig", "NoPropModel", *heads, "(1,", "5)"]
     assert torch.equal(torch.load(tmp_path / "logits.pt"), model(INPUT).logits)

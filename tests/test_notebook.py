@@ -2,7 +2,6 @@
 
 import ast
 import math
-import os
 import re
 import shutil
 import sys
@@ -17,8 +16,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from conftest import ROOT, sentences
-from hub_server import TOKEN, HubServer, hub_server
+from conftest import ROOT, programs, sentences
+from hub_server import TOKEN, HubServer
 from noprop_hf import NoPropForCausalLM
 from noprop_hf.data import load_tokenizer
 from noprop_hf.recipes import parse_recipe
@@ -150,14 +149,12 @@ def test_run_all(tmp_path, monkeypatch):
     notebook.cells.insert(parameters_cell(notebook) + 1, nbformat.v4.new_code_cell(replaced))
     blocks = cell_with(notebook, 'noprop("train-blocks")')
 
-    with hub_server() as server, Listener(str(tmp_path / "socket")) as listener:
-        options = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    programs().forget()
+    server, python = programs().hub, programs().ours
+    with Listener(str(tmp_path / "socket")) as listener:
         folders = {name: str(tmp_path / name) for name in ("HF_HOME", "IPYTHONDIR", "JUPYTER_RUNTIME_DIR")}
-        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        for name, value in {**options, **folders, "PYTHONPATH": path}.items():
+        for name, value in {**programs().environment, **folders, "HF_TOKEN": TOKEN}.items():
             monkeypatch.setenv(name, value)
-        python = WarmPython()
-        monkeypatch.setenv("HF_TOKEN", TOKEN)  # of the notebook alone
         threading.Thread(target=serve, args=(listener, python), daemon=True).start()
         client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
         with client.setup_kernel():
@@ -173,7 +170,6 @@ def test_run_all(tmp_path, monkeypatch):
                     assert "block-01.safetensors" not in first
                     shutil.rmtree(values["output_dir"])
                 client.execute_cell(cell, index)
-        python.close()
         repository = server.repositories["user/tiny"]
         files = repository.files("main")
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch.autograd import forward_ad
 from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.cache_utils import DynamicLayer
@@ -203,7 +204,12 @@ def test_continuous_batching(model):
     prompts = [[3, 7, 11, 4], [9, 2]]
     config = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1)
     expected = [model.generate(torch.tensor([row]), config)[0, len(row) :].tolist() for row in prompts]
-    outputs = model.generate_batch(prompts, generation_config=config)
+    small, options = {"num_blocks": 4, "max_batch_tokens": 64}, {}  # by default, the cache takes most of the memory
+    if hasattr(transformers, "ContinuousBatchingConfig"):
+        options["continuous_batching_config"] = transformers.ContinuousBatchingConfig(**small)
+    else:  # of older versions, the generation configuration
+        vars(config).update(small)
+    outputs = model.generate_batch(prompts, generation_config=config, **options)
     assert [output.generated_tokens for output in outputs.values()] == expected
 
 

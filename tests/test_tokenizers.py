@@ -6,7 +6,6 @@ The reference is made by hand: the plain tokens of the original tokenizer, after
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +30,7 @@ from transformers import (
     pipeline,
 )
 
-from conftest import MODEL, run_python, sentences
+from conftest import MODEL, programs, sentences
 from noprop_hf import NoPropConfig, NoPropForCausalLM
 from noprop_hf.data import DataArguments, load_tokenizer, prompt_tokenizer, tokenize
 from noprop_hf.evaluation import encode_prompt
@@ -254,8 +253,9 @@ for options in ({{}}, {{"trust_remote_code": False}}):
         print(AutoTokenizer.from_pretrained(directory, **options)("the cat")["input_ids"])
 assert not any(name.endswith("_noprop") for name in sys.modules)
 """
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
-    output = run_python("-c", code, cwd=tmp_path, env=environment)
+    programs().forget()
+    status, output = programs().stock.run("-c", code, cwd=tmp_path)
+    assert status == 0, output
     assert not any("custom code" in part for part in output.split("---")[-2:])  # nothing is asked
     assert all(output.count(str(model.ids("the cat"))) == 2 for model in saved_models)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 class WarmPython:
-    """Runs `python script.py ...` and `python -c code ...` one after the other.
+    """Runs `python script.py ...`, `python -c code ...` and `python -m module ...` one after the other.
 
     Args:
         environment: of all programs; that of this process by default. Libraries read it when they are imported.
@@ -43,6 +43,8 @@ class WarmPython:
         self, *command: str, cwd: Path, variables: Sequence[Mapping[str, str]] = ({},), timeout: float = 540
     ) -> tuple[int, str]:
         """Run a program, once for each set of more `variables` of the environment, all at a time.
+
+        Of what libraries and the interpreter read when they begin, only a `PYTHONPATH` among them has an effect.
 
         Returns:
             The highest exit status, and all that was printed.
@@ -73,6 +75,9 @@ def run(command: list[str]) -> None:
     if command[0] == "-c":
         sys.argv, sys.path[0] = ["-c", *command[2:]], ""
         exec(compile(command[1], "<string>", "exec"), {"__name__": "__main__"})
+    elif command[0] == "-m":
+        sys.argv, sys.path[0] = command[1:], os.getcwd()
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv, sys.path[0] = command, str(Path(command[0]).absolute().parent)
         runpy.run_path(command[0], run_name="__main__")
@@ -89,6 +94,7 @@ def serve() -> None:
             if children[-1] == 0:
                 os.chdir(request["cwd"])
                 os.environ.update(variables)
+                sys.path[1:1] = filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))
                 output = os.open(request["output"], os.O_WRONLY | os.O_APPEND)
                 for stream in (sys.stdout, sys.stderr):
                     os.dup2(output, stream.fileno())
