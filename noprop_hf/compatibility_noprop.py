@@ -38,7 +38,11 @@ try:
     from transformers import initialization as init  # 5.0
 except ImportError:
     init = SimpleNamespace(
-        copy_=torch.Tensor.copy_, eye_=nn.init.eye_, orthogonal_=nn.init.orthogonal_, zeros_=nn.init.zeros_
+        copy_=torch.Tensor.copy_,
+        eye_=nn.init.eye_,
+        normal_=nn.init.normal_,
+        orthogonal_=nn.init.orthogonal_,
+        zeros_=nn.init.zeros_,
     )
 
 

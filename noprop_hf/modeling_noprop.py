@@ -14,6 +14,7 @@ Method: NoProp (Li, Teh, Pascanu 2025, arXiv 2503.24322), with the noise enterin
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -1142,6 +1143,8 @@ class NoPropForPreTraining(SeparateModel):
     def __init__(self, config: NoPropConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # The rows are scaled to one norm wherever they are used. The shorter they are, the further a step turns them.
+        self.embed_tokens.initialize = partial(init.normal_, std=config.initializer_range / 20)
         assert config.num_pretraining_layers is not None
         self.encoder = ContextEncoder(config, config.num_pretraining_layers)
         self.readout = linear(config.hidden_size, config.hidden_size, init.orthogonal_)
