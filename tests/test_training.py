@@ -406,7 +406,7 @@ def test_the_system_as_first_described(data, tmp_path):
     model = dataclasses.replace(MODEL, **{name: value for name, value in choices.items() if name in names})
     directory = tmp_path / "model"
     pretrain_embeddings(model, data, PretrainingArguments(pretraining_max_steps=20), arguments(directory))
-    train_blocks(data, BLOCKS, arguments(directory, max_steps=80, eval_steps=40, learning_rate=3e-3), model)
+    train_blocks(data, BLOCKS, arguments(directory, max_steps=40, eval_steps=20, learning_rate=3e-3), model)
     trained = NoPropForCausalLM.from_pretrained(directory).eval()
     config = trained.config
     assert (config.pretraining_objective, config.loss_type, config.denoising_weight) == ("mlm", "mse", 1.0)
