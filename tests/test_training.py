@@ -425,3 +425,12 @@ def test_the_system_as_first_described(data, tmp_path):
     options = {"decoding_mode": "denoising", "do_sample": True, "max_new_tokens": 5, "eos_token_id": None}
     texts = trained.generate(labels[:2, :4], attention_mask=torch.ones(2, 4, dtype=torch.long), **options)
     assert texts.shape == (2, 9)
+
+
+@pytest.mark.parametrize(("objective", "std"), [("clm", 0.05 / 20), ("mlm", 0.05)])
+def test_initial_rows_are_short_for_next_tokens(objective, std):
+    config = NoPropConfig(
+        vocab_size=500, hidden_size=64, initializer_range=0.05, num_blocks=2, pretraining_objective=objective
+    )
+    rows = NoPropForPreTraining(config).embed_tokens.weight
+    assert rows.std().item() == pytest.approx(std, rel=0.02)
