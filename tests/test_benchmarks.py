@@ -28,7 +28,19 @@ from noprop_hf.data import data_fingerprint, load_corpus
 from noprop_hf.model_directory import read_metadata
 from noprop_hf.planning import PeakBytes
 from noprop_hf.shards_noprop import block_shard
-from quality import DEPTHS, MODELS, SETTINGS, Bench, Plentiful64, QualityArguments, main, measure_rows, parse, plot
+from quality import (
+    DEPTHS,
+    MODELS,
+    SETTINGS,
+    Bench,
+    Blocks,
+    Plentiful64,
+    QualityArguments,
+    main,
+    measure_rows,
+    parse,
+    plot,
+)
 
 
 SMALL = "--hidden_size 16 --intermediate_size 24 --num_attention_heads 2 --num_layers_per_block 1 --num_blocks 2"
@@ -154,6 +166,8 @@ def plentiful(corpora, tmp_path) -> list[str]:
 
 def test_a_corpus_that_is_too_short_is_refused(plentiful, monkeypatch):
     short = "too short for '{}': it has [0-9,]+ training tokens"
+    row = Blocks({"block_initialization": "pretraining"}, 0.4, random_splits=True)  # its blocks read more than phase 1
+    monkeypatch.setitem(Plentiful64.own_phase1, "noprop_random_splits", row)
     for models, tokens, message in (
         ("end_to_end", 1e6, short.format("end_to_end") + ", of which a training reads 1,000,000 once"),
         ("noprop_start", 1e6, short.format("noprop_start")),
