@@ -57,7 +57,7 @@ CHANGES = {
         "eval_steps": 1,
         "save_strategy": "best",
         "metric_for_best_model": "loss",
-        "learning_rate": 0.2,
+        "learning_rate": 1.0,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
         "max_steps": 6,
