@@ -2,7 +2,7 @@
 """Train one model with a fleet of independent workers, which are killed at random and whose network fails.
 
 python benchmarks/fleet.py             # 24 workers, 12 blocks, 200 kills: some minutes on two cores
-python benchmarks/fleet.py --small     # 3 workers, 2 blocks, 6 kills
+python benchmarks/fleet.py --small     # 4 workers, 3 blocks, 10 kills
 python benchmarks/fleet.py --simulate  # up to 1,000 workers, 96 blocks, a simulated clock: see fleet_simulation.py
 
 The workers are processes with a directory each. They share a repository of a local server with the Hub's protocol,
@@ -44,11 +44,11 @@ class FleetArguments:
     timeout: float = field(default=2.0, metadata={"help": "Seconds after which a worker gives a request up."})
     clocks: float = field(default=1e6, metadata={"help": "Seconds, at most, by which the clock of a worker is wrong."})
     seed: int = field(default=0, metadata={"help": "Seed of kills, faults and clocks."})
-    small: bool = field(default=False, metadata={"help": "3 workers, 2 blocks, 6 kills."})
+    small: bool = field(default=False, metadata={"help": "4 workers, 3 blocks, 10 kills."})
 
     def __post_init__(self):
         if self.small:
-            self.num_workers, self.num_blocks, self.num_kills = 3, 2, 6
+            self.num_workers, self.num_blocks, self.num_kills = 4, 3, 10
 
 
 # --- what a worker does -----------------------------------------------------------------------------------------------

@@ -113,11 +113,9 @@ def run(copy):
     variables = {"HF_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
 
     def run(command: list[str]) -> str:
-        program, *words = command
-        if program == ".venv/bin/python":
+        if command[0] in (".venv/bin/python", ".venv/bin/accelerate"):
+            words = command[1:] if command[0] == ".venv/bin/python" else command  # a launcher is a script itself
             status, output = programs().ours.run(*words, cwd=copy, variables=[variables], timeout=500)
-        elif program == ".venv/bin/accelerate":
-            status, output = programs().ours.run(*command, cwd=copy, variables=[variables], timeout=500)
         else:
             status, output = run_process(command, copy, programs().environment | variables)
         assert status == 0, f"{shlex.join(command)}\n{output}"
