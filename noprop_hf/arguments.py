@@ -55,6 +55,13 @@ class ModelArguments:
             "help": "Take the input embeddings and the tokenizer of this transformers model instead of pretraining."
         },
     )
+    trunk_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Let phase 1 and all blocks read the last hidden states of this causal model of transformers, "
+            "which is frozen and copied into the model, with its tokenizer. Blocks then start from phase 1."
+        },
+    )
     hidden_size: int | None = field(default=None, metadata={"help": "Width of the table and of every layer."})
     num_blocks: int | None = field(default=None, metadata={"help": "Number of denoising blocks."})
     num_layers_per_block: int | None = field(default=None, metadata={"help": "Transformer layers in a block."})
@@ -88,6 +95,15 @@ class ModelArguments:
             "a router weighs the blocks)."
         },
     )
+
+    def __post_init__(self):
+        if self.embeddings_from is not None and self.trunk_from is not None:
+            raise ValueError("A trunk comes with its embeddings: leave --embeddings_from out.")
+
+    @property
+    def trains_tokenizer(self) -> bool:
+        """Whether a tokenizer is trained on the corpus, since no other model has one."""
+        return self.tokenizer_name is None and self.embeddings_from is None and self.trunk_from is None
 
     def config_fields(self) -> dict[str, Any]:
         """Return the fields of [`NoPropConfig`] that are set."""

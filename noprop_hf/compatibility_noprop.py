@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 MASK_PARAMETERS = inspect.signature(masking_utils.create_causal_mask).parameters
 CACHE = "cache" if "cache" in MASK_PARAMETERS else "past_key_values"  # 5.24: the name of a key-value cache
 INPUTS_EMBEDS = "inputs_embeds" if "inputs_embeds" in MASK_PARAMETERS else "input_embeds"  # 5.2
+READS_ROPE_PARAMETERS = hasattr(masking_utils, "create_bidirectional_mask")  # 5.0: the form of saved configurations
 # Until 5.3: masks and layers take the positions of their tokens in the cache.
 TAKES_CACHE_POSITION = "cache_position" in inspect.signature(LlamaDecoderLayer.forward).parameters
 

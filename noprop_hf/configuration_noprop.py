@@ -1,11 +1,13 @@
 """NoProp model configuration."""
 
+import copy
 import math
 
+from transformers import CONFIG_MAPPING
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .compatibility_noprop import PreTrainedConfig
+from .compatibility_noprop import READS_ROPE_PARAMETERS, PreTrainedConfig
 from .noise_noprop import prior_levels
 
 
@@ -33,6 +35,9 @@ class NoPropConfig(PreTrainedConfig):
             `"clusters"` (the windows of one of `num_blocks` clusters of similar text, so that blocks know different
             things; a router, a small encoder of its own, weighs the blocks by the prefix). Clusters are better where
             text is plentiful and of several kinds.
+        trunk_config (`dict`, *optional*): configuration of a trunk, a causal model of transformers as wide as
+            `hidden_size`. It is frozen and saved with the table, and the encoders of phase 1, of the blocks and of the
+            router read its last hidden states instead of rows of the table.
         max_position_embeddings (`int`, defaults to 512): longest sequence that the model is trained for. Positions are
             rotary, so this is not a hard limit.
         noise_schedule (`str`, defaults to `"information"`): `"information"` or `"cosine"`.
@@ -69,6 +74,7 @@ class NoPropConfig(PreTrainedConfig):
     pretraining_objective: str = "clm"
     block_initialization: str = "random"
     block_data: str = "shared"
+    trunk_config: dict | None = None
     max_position_embeddings: int = 512
     noise_schedule: str = "information"
     noise_levels: list[float] | None = None
@@ -97,6 +103,7 @@ class NoPropConfig(PreTrainedConfig):
             self.num_pretraining_layers = self.num_layers_per_block
         self._check_choices()
         self._check_sizes()
+        self._check_trunk()
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.noise_levels is None:
@@ -126,25 +133,38 @@ class NoPropConfig(PreTrainedConfig):
         return self.num_layers_per_block if self.block_data == "clusters" else 0
 
     @property
+    def num_trunk_layers(self) -> int:
+        """Layers of the trunk, which are the first ones in a key-value cache; 0 without a trunk."""
+        if self.trunk_config is None:
+            return 0
+        names = CONFIG_MAPPING[self.trunk_config["model_type"]].attribute_map
+        return self.trunk_config[names.get("num_hidden_layers", "num_hidden_layers")]
+
+    @property
+    def num_shared_layers(self) -> int:
+        """Layers before those of block 0 in a key-value cache: those of the trunk, then those of the router."""
+        return self.num_trunk_layers + self.num_router_layers
+
+    @property
     def num_running_blocks(self) -> int:
         """Blocks that run: all, unless `num_hidden_layers` is set to fewer layers."""
-        return (self.num_hidden_layers - self.num_router_layers) // self.num_layers_per_block
+        return (self.num_hidden_layers - self.num_shared_layers) // self.num_layers_per_block
 
     @property
     def num_hidden_layers(self) -> int:
-        """Layers that run: those of blocks and router unless set. Early exit sets fewer, in whole blocks."""
-        every_layer = self.num_blocks * self.num_layers_per_block + self.num_router_layers
+        """Layers that run: those of trunk, router and blocks unless set. Early exit sets fewer, in whole blocks."""
+        every_layer = self.num_shared_layers + self.num_blocks * self.num_layers_per_block
         return self.__dict__.get("_num_hidden_layers", every_layer)
 
     @num_hidden_layers.setter
     def num_hidden_layers(self, value: int) -> None:
-        step, router = self.num_layers_per_block, self.num_router_layers
-        blocks, rest = divmod(value - router, step)
+        step, shared = self.num_layers_per_block, self.num_shared_layers
+        blocks, rest = divmod(value - shared, step)
         if rest or not 1 <= blocks <= self.num_blocks:
             raise ValueError(
                 f"`num_hidden_layers` follows from `num_blocks` ({self.num_blocks}) and `num_layers_per_block` "
-                f"({step}). For early exit after some blocks, give a multiple of {step} from {step + router} to "
-                f"{self.num_blocks * step + router}, got {value}."
+                f"({step}). For early exit after some blocks, give a multiple of {step} from {step + shared} to "
+                f"{self.num_blocks * step + shared}, got {value}."
             )
         self.__dict__.pop("_num_hidden_layers", None)
         if blocks < self.num_blocks:
@@ -201,6 +221,45 @@ class NoPropConfig(PreTrainedConfig):
                 f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
                 f"({self.num_key_value_heads})."
             )
+
+    def _check_trunk(self) -> None:
+        if self.trunk_config is None:
+            return
+        if not READS_ROPE_PARAMETERS:
+            raise ValueError("A model with a trunk needs transformers 5 or newer: update transformers.")
+        kind = self.trunk_config.get("model_type") if isinstance(self.trunk_config, dict) else None
+        if kind not in CONFIG_MAPPING or kind == self.model_type:
+            raise ValueError(
+                f"`trunk_config` must be the configuration of a model of transformers, with its `model_type`: got "
+                f"{str(kind)[:40]!r}."
+            )
+        try:
+            trunk = self.new_trunk_config()
+            width, layers = trunk.hidden_size, self.num_trunk_layers
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"`trunk_config` has no plain width and layers ({error}): use a text model.") from error
+        kinds = getattr(trunk, "layer_types", None)
+        if kinds is None:
+            windows = (getattr(trunk, name, None) for name in ("sliding_window", "attention_chunk_size"))
+            kinds = ["windows" for window in windows if window is not None]
+        if any(kind != "full_attention" for kind in kinds):
+            raise ValueError(
+                "Every layer of a trunk must attend to all earlier tokens, since its masks and caches are those of the "
+                f"blocks: a trunk of type {kind!r} with these settings does not."
+            )
+        if width != self.hidden_size:
+            raise ValueError(f"The trunk is {width} wide: `hidden_size` must be equal, got {self.hidden_size}.")
+        if not isinstance(layers, int) or not 0 < layers <= 1_000:
+            raise ValueError(f"The trunk must have from 1 to 1,000 layers, got {str(layers)[:40]}.")
+        if self.pretraining_objective != "clm":
+            raise ValueError(
+                "A trunk reads from left to right and cannot fill masks: set `pretraining_objective='clm'`."
+            )
+
+    def new_trunk_config(self) -> PreTrainedConfig:
+        """Create the configuration object of the trunk."""
+        assert self.trunk_config is not None
+        return CONFIG_MAPPING[self.trunk_config["model_type"]].from_dict(copy.deepcopy(self.trunk_config))
 
     def _check_positions(self) -> None:
         parameters = self.rope_parameters or {}

@@ -434,7 +434,7 @@ def model_card(directory: Path, repo_id: str, license: str | None = None, langua
     dataset = corpus.get("dataset_name")
     dataset = "local files" if dataset is None or is_local(dataset) else dataset
     of_table = read_metadata(directory / EMBEDDINGS_SHARD)
-    base_model = of_table.get("embeddings_from")
+    base_model = of_table.get("embeddings_from") or of_table.get("trunk_from")
     base_model = None if is_local(base_model) else base_model
     parts: dict[str | None, list[str]] = {}  # by their training note: workers may have trained with other settings
     for name, metadata in [("phase 1", of_table), *((f"block {index}", shard) for index, shard in enumerate(shards))]:

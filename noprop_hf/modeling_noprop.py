@@ -21,6 +21,7 @@ from torch import nn
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
@@ -198,11 +199,47 @@ def sampled_candidates(
     return tokens, indices, -inclusion.log()
 
 
+def new_trunk(config: NoPropConfig) -> PreTrainedModel | None:
+    """Create the trunk of a model, frozen and with random weights; None unless the configuration has one."""
+    if config.trunk_config is None:
+        return None
+    options = {"attn_implementation": config._attn_implementation, "dtype": torch.get_default_dtype()}
+    return AutoModel.from_config(config.new_trunk_config(), **options).requires_grad_(False).eval()
+
+
+def trunk_states(
+    trunk: nn.Module,
+    input_ids: torch.LongTensor | None = None,
+    inputs_embeds: torch.FloatTensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.LongTensor | None = None,
+    cache: Cache | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """Compute the last hidden states of a trunk, `(batch, sequence, hidden_size)`.
+
+    Args:
+        input_ids (`(batch, sequence)`): token ids; or `inputs_embeds`, rows of the embeddings of the trunk.
+        cache: the cache of the whole model, whose first layers are those of the trunk.
+    """
+    name = CACHE if cache is None or isinstance(cache, Cache) else "cache"
+    return trunk(
+        input_ids=input_ids,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        use_cache=cache is not None,
+        **{name: cache},
+        **kwargs,
+    ).last_hidden_state
+
+
 class TokenTable(nn.Module):
-    """The frozen embedding table, used at the input and at the output, with unigram statistics.
+    """The frozen embedding table, used at the input and at the output, with unigram statistics and the trunk.
 
     `weight` (`(vocab_size, hidden_size)`) has standardized rows and takes no gradient; `log_prior` (`(vocab_size,)`)
     holds the log-probability of each token in the training data (zeros when unknown), the initial value of every bias.
+    With a `trunk`, which is frozen as well, the table is used at the output only.
     """
 
     def __init__(self, config: NoPropConfig):
@@ -210,6 +247,18 @@ class TokenTable(nn.Module):
         self.num_embeddings, self.embedding_dim = config.vocab_size, config.hidden_size
         self.weight = nn.Parameter(torch.zeros(config.vocab_size, config.hidden_size))
         self.register_buffer("log_prior", torch.zeros(config.vocab_size))
+        self.trunk = new_trunk(config)
+
+    def encode(self, input_ids: torch.LongTensor, **inputs) -> torch.Tensor:
+        """Compute what encoders read: the rows of tokens `(batch, sequence)` or, with a trunk, its states for them.
+
+        Args:
+            inputs: see [`trunk_states`].
+
+        Returns:
+            `torch.Tensor` of shape `(batch, sequence, hidden_size)`.
+        """
+        return self(input_ids) if self.trunk is None else trunk_states(self.trunk, input_ids, **inputs)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Keep the table frozen when loading replaces the parameter."""
@@ -381,13 +430,29 @@ class NoPropPreTrainedModel(ShardedFilesMixin, PreTrainedModel):
         elif hasattr(module, "initialize"):
             module.initialize(module.weight)
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the table or, with a trunk, the embeddings of the trunk."""
+        embeddings = super().get_input_embeddings()
+        trunk = getattr(embeddings, "trunk", None)
+        return embeddings if trunk is None else trunk.get_input_embeddings()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """Load a model; see [`ShardedFilesMixin.from_pretrained`]. The trunk stays frozen."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for module in model.modules():
+            if isinstance(module, TokenTable) and module.trunk is not None:
+                module.trunk.requires_grad_(False)
+        return loaded
+
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Reject other embeddings: every block is trained for the frozen table.
 
         Raises:
             ValueError: if `value` is not a [`TokenTable`].
         """
-        if isinstance(self.get_input_embeddings(), TokenTable) and not isinstance(value, TokenTable):
+        if isinstance(super().get_input_embeddings(), TokenTable) and not isinstance(value, TokenTable):
             raise ValueError(
                 "The embeddings are the frozen table that every block was trained for and cannot be replaced. "
                 "Pretrain a new table instead."
@@ -481,7 +546,7 @@ class DenoisingBlock(SeparateModel):
         assert config.noise_levels is not None  # resolved by the configuration
         self.level = config.noise_levels[block_index]
         num_layers = config.num_layers_per_block
-        self.encoder = ContextEncoder(config, num_layers, config.num_router_layers + block_index * num_layers)
+        self.encoder = ContextEncoder(config, num_layers, config.num_shared_layers + block_index * num_layers)
         self.head = DenoisingHead(config, self.level)
         self.gradient_checkpointing = False
         self.post_init()
@@ -541,7 +606,7 @@ class DenoisingBlock(SeparateModel):
         is_sampled = self.training and self.config.sampled_softmax and self.config.loss_type == "cross_entropy"
         candidates = sampled_candidates(targets, table.log_prior) if is_sampled else None
 
-        inputs_embeds = table(input_ids)
+        inputs_embeds = table.encode(input_ids, attention_mask=attention_mask, position_ids=position_ids)
         attention_inputs = self.encoder.attention_inputs(inputs_embeds, attention_mask, position_ids)
         context = self.encoder(inputs_embeds, **attention_inputs).flatten(0, 1).index_select(0, predicted)
         count = len(targets) if num_items_in_batch is None else num_items_in_batch
@@ -620,7 +685,7 @@ class Router(SeparateModel):
 
     def __init__(self, config: NoPropConfig):
         super().__init__(config)
-        self.encoder = ContextEncoder(config, config.num_layers_per_block)
+        self.encoder = ContextEncoder(config, config.num_layers_per_block, config.num_trunk_layers)
         self.readout = nn.Linear(config.hidden_size, config.num_blocks)
         self.register_buffer("topics", torch.zeros(config.vocab_size, NUM_TOPICS))
         self.register_buffer("centroids", torch.zeros(config.num_blocks, NUM_TOPICS))
@@ -655,7 +720,7 @@ class Router(SeparateModel):
             positions = {"attention_mask": attention_mask, "position_ids": position_ids}
             return self.readout(self.encoder(inputs_embeds, **positions, **attention_inputs)[:, kept])
         assert table is not None
-        inputs_embeds = table(input_ids)
+        inputs_embeds = table.encode(input_ids, attention_mask=attention_mask, position_ids=position_ids)
         attention_inputs = self.encoder.attention_inputs(inputs_embeds, attention_mask, position_ids)
         logits = self.readout(self.encoder(inputs_embeds, **attention_inputs)).float()
         targets = labels[:, None].expand(logits.shape[:-1])
@@ -732,7 +797,8 @@ class NoPropModel(NoPropPreTrainedModel):
         """Encode the context with every block and average the answers on pure noise, with the router's weights.
 
         Args:
-            input_ids (`(batch_size, sequence_length)`): token ids; or `inputs_embeds`, their rows of the table.
+            input_ids (`(batch_size, sequence_length)`): token ids; or `inputs_embeds`, their rows of the table or, with
+                a trunk, of the embeddings of the trunk.
             logits_to_keep (`int` or `torch.Tensor`): return the states of the last positions only; 0 is all.
             num_inference_blocks (`int`, *optional*): run only the first blocks; all when not given, and never more than
                 `config.num_hidden_layers` allows.
@@ -749,7 +815,8 @@ class NoPropModel(NoPropPreTrainedModel):
                 f"`num_inference_blocks` must be an integer from 1 to {len(self.blocks)}, got {num_inference_blocks}."
             )
         num_inference_blocks = min(num_inference_blocks, self.config.num_running_blocks)
-        if inputs_embeds is None:
+        trunk, given = self.embed_tokens.trunk, inputs_embeds
+        if inputs_embeds is None:  # with a trunk, only for their shape
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and cache is None:
             is_compiling = torch.compiler.is_compiling()  # export knows the stock cache only
@@ -760,6 +827,10 @@ class NoPropModel(NoPropPreTrainedModel):
         self._check_cache(cache, parts)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         attention_inputs = blocks[0].encoder.attention_inputs(inputs_embeds, attention_mask, position_ids, cache)
+        layer_inputs = layer_arguments(inputs_embeds, cache)
+        if trunk is not None:  # last, since it fills its layers of the cache, of which the first counts the tokens
+            others = {name: value for name, value in kwargs.items() if not name.startswith("output_")}
+            inputs_embeds = trunk_states(trunk, input_ids, given, attention_mask, position_ids, cache, **others)
         recorded = {f"output_{name}": getattr(self.config, f"output_{name}", None) for name in self._can_record_outputs}
         layers = None if self.training else find_layers(parts, self._forwards, cache, recorded | kwargs)
         block_logits = None
@@ -778,7 +849,7 @@ class NoPropModel(NoPropPreTrainedModel):
                 states = states[1:]
             answers = [(context, *block.head(context)) for block, context in zip(blocks, states, strict=True)]
         else:
-            inputs = attention_inputs | kwargs | layer_arguments(inputs_embeds, cache)
+            inputs = attention_inputs | kwargs | layer_inputs
             inputs |= {"inputs_embeds": inputs_embeds, "kept": kept, "use_cache": use_cache}
             if self.router is not None:
                 block_logits = self.router(**inputs)
@@ -1135,7 +1206,8 @@ class NoPropForPreTraining(SeparateModel):
 
     With `config.pretraining_objective="mlm"` the model learns to fill masks from both directions, with `"clm"` to
     predict the next token from the previous ones. The rows of the table are centred and scaled at the input *and* at
-    the output, so that the table is trained in the geometry in which the blocks use it.
+    the output, so that the table is trained in the geometry in which the blocks use it. With a trunk, the encoder reads
+    its states instead of the rows; the trunk is an argument and not part of the model.
     """
 
     _subfolders = PRETRAINING_FOLDERS
@@ -1173,6 +1245,7 @@ class NoPropForPreTraining(SeparateModel):
         position_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        trunk: nn.Module | None = None,
         **kwargs,
     ) -> MaskedLMOutput:
         """Compute the loss of phase 1 and, outside of training, logits.
@@ -1181,7 +1254,16 @@ class NoPropForPreTraining(SeparateModel):
             input_ids (`(batch_size, sequence_length)`): tokens, for `"mlm"` with some of them masked.
             labels (`(batch_size, sequence_length)`, *optional*): the masked tokens, -100 everywhere else; for `"clm"`,
                 all tokens. In training, logits are computed only where the loss needs them, and are not returned.
+            trunk: the trunk, if the configuration has one.
+
+        Raises:
+            ValueError: if the trunk is missing, or the model shall fill masks and was never trained to.
         """
+        if trunk is None and self.config.trunk_config is not None:
+            raise ValueError(
+                "This model reads the states of a trunk: give `trunk`, which the whole model has as "
+                "`model.model.embed_tokens.trunk`."
+            )
         mask = self.config.mask_token_id
         never_masked = labels is None and self.config.pretraining_objective == "clm"
         if never_masked and mask is not None and (input_ids == mask).any():
@@ -1190,7 +1272,7 @@ class NoPropForPreTraining(SeparateModel):
                 "AutoModelForCausalLM, or pretrain with `pretraining_objective='mlm'` to fill masks."
             )
         table = self.token_table()
-        prediction = self._encode(input_ids, table, attention_mask, position_ids, **kwargs)
+        prediction = self._encode(input_ids, table, attention_mask, position_ids, trunk, **kwargs)
         logits = None
         if labels is None or not self.training:
             logits = F.linear(prediction, table.to(prediction.dtype), self.bias.to(prediction.dtype))
@@ -1205,10 +1287,13 @@ class NoPropForPreTraining(SeparateModel):
             loss = loss * ((labels != -100).sum() / num_items_in_batch)
         return MaskedLMOutput(loss=loss, logits=logits)
 
-    def _encode(self, input_ids, table, attention_mask, position_ids, **kwargs):
+    def _encode(self, input_ids, table, attention_mask, position_ids, trunk, **kwargs):
         """Compute predictions `(batch_size, sequence_length, hidden_size)`; with `"mlm"` from both directions."""
         is_causal = self.config.pretraining_objective == "clm"
-        inputs_embeds = F.embedding(input_ids, table)
+        if trunk is None:
+            inputs_embeds = F.embedding(input_ids, table)
+        else:
+            inputs_embeds = trunk_states(trunk, input_ids, attention_mask=attention_mask, position_ids=position_ids)
         attention_inputs = self.encoder.attention_inputs(inputs_embeds, attention_mask, position_ids, None, is_causal)
         states = self.encoder(inputs_embeds, **attention_inputs, **kwargs)
         return self.readout(states) / math.sqrt(states.shape[-1])  # as in [`DenoisingHead`]

@@ -282,7 +282,7 @@ def memory(trainer: DurableTrainer, frozen: Sequence[nn.Module] = ()) -> Memory:
     has, or AdamW's two moments before the first step.
 
     Args:
-        frozen: other modules on the device.
+        frozen: other modules on the device: table and trunk.
     """
     batch = trainer.args.per_device_train_batch_size
     many = min(SAMPLE_ROWS, sum(1 for _ in islice(trainer.train_dataset, SAMPLE_ROWS)))
@@ -405,12 +405,12 @@ class Rehearsal:
             tokenizer.save_pretrained(folder)
             self.tokenizer_bytes = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
-    def phase1(self) -> TrainingCost:
-        """Measure phase 1, from its random start."""
+    def phase1(self, table: TokenTable) -> TrainingCost:
+        """Measure phase 1, from its start."""
         pretraining = self.recipe.pretraining
         with self._arguments(**pretraining.training_fields()) as args:
-            trainer = pretraining_trainer(self.config, self.tokenizer, self.dataset, pretraining, args)
-            return self._measure(trainer, self.split)
+            trainer = pretraining_trainer(self.config, self.tokenizer, self.dataset, pretraining, args, table)
+            return self._measure(trainer, self.split, [] if trainer.trunk is None else [trainer.trunk])
 
     def block(self, table: TokenTable, index: int) -> TrainingCost:
         """Measure a block, from a random start."""
@@ -549,9 +549,14 @@ class Plan:
         levels = ", ".join(f"{level:.4g}" for level in config.noise_levels or [])
         is_guess = config.noise_schedule == "information" and not self.has_table
         parts = f"{config.num_blocks} blocks" + (" and a router" if config.num_router_layers else "")
+        table, trunk = config.vocab_size * config.hidden_size, []
+        if config.trunk_config is not None:
+            parameters = sizes.table // 4 - table - config.vocab_size  # without the statistics of tokens
+            trunk = [("trunk", f"{parameters:,} parameters in {config.num_trunk_layers} layers, frozen")]
         return ("model",), [
             ("vocabulary", f"{config.vocab_size:,} tokens"),
-            ("table", f"{config.vocab_size * config.hidden_size:,} parameters, frozen"),
+            ("table", f"{table:,} parameters, frozen"),
+            *trunk,
             ("one block", f"{sizes.block // 4:,} parameters"),
             ("all", f"{(sizes.model - sizes.table) // 4:,} parameters in {parts}, and the table"),
             ("noise", f"{config.noise_schedule}, levels {levels}" + " (a guess: phase 1 sets them)" * is_guess),
@@ -598,8 +603,10 @@ class Plan:
         for name, each in held.items():
             batch = each.largest_batch(self.usable_bytes)
             rows.append((f"largest batch, {name}", f"{flags[name]} {batch}" if batch else "none at this hidden_size"))
-        width = largest_width(self.config, held, self.usable_bytes)
-        rows.append(("largest width", f"--hidden_size {width} at these batches" if width else "none at these batches"))
+        if self.config.trunk_config is None:  # which decides the width
+            width = largest_width(self.config, held, self.usable_bytes)
+            choice = f"--hidden_size {width} at these batches" if width else "none at these batches"
+            rows.append(("largest width", choice))
         if not fits:
             rows.append(("lower", "the batch (and raise --gradient_accumulation_steps), --hidden_size or the layers"))
             rows.append(("or save memory", f"by --{CHECKPOINTING}, --optim adafactor"))
@@ -663,9 +670,9 @@ def plan(recipe: Recipe) -> Plan:
         tokenizer = load_tokenizer(args.output_dir, config.vocab_size)
         table = load_table(directory, config)
     else:
-        config, tokenizer, source = prepare_pretraining(recipe.model, recipe.data, corpus["train"])
-        table = TokenTable(config)  # random, unless it comes from another model
-        table.weight.copy_(standardize(torch.randn_like(table.weight) if source is None else source))
+        config, tokenizer, table = prepare_pretraining(recipe.model, recipe.data, corpus["train"])
+        if not table.weight.any():  # it does not come from another model
+            table.weight.copy_(standardize(torch.randn_like(table.weight)))
     dataset = tokenize(corpus, tokenizer, recipe.data)
     data = training_fingerprint(dataset["train"], recipe.data)
     check_data(directory, data)
@@ -682,10 +689,10 @@ def plan(recipe: Recipe) -> Plan:
     together = {"world_size": groups[1]}
     phase1, phase1_remaining = None, 0
     if not has_table and recipe.model.embeddings_from is None:
-        phase1_args, identity = pretraining_run(config, dataset, data, recipe.pretraining, args)
+        phase1_args, identity = pretraining_run(config, dataset, data, recipe.pretraining, args, table)
         identity = run_identity(phase1_args, identity | together, recipe.data.streaming)
         checkpoint = newest_checkpoint(Path(phase1_args.output_dir), identity)
-        phase1 = rehearsal.phase1()
+        phase1 = rehearsal.phase1(table)
         phase1_remaining = phase1.steps - _step_of(checkpoint)
 
     run = BlockRun(

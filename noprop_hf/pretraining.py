@@ -1,19 +1,30 @@
 """Phase 1: create the frozen table and the model directory.
 
 The table is that of a shallow language model, which the stock `Trainer` trains and which also initialises the blocks,
-or it comes from another model (`--embeddings_from`). An interrupted run resumes where it stopped.
+or it comes from another model (`--embeddings_from`). The language model can read the states of another model
+(`--trunk_from`). An interrupted run resumes where it stopped.
 """
 
 import copy
 import hashlib
 import shutil
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from datasets import Dataset, IterableDataset
-from transformers import AutoModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
 from .arguments import BlockArguments, ModelArguments, PretrainingArguments, check_training_arguments
@@ -37,16 +48,17 @@ from .evaluation import encode_prompt
 from .hub import LOCAL_SOURCE, is_local
 from .layout import CORPUS_FILE, lock_file
 from .model_directory import check_data, create_model_directory, load_table, read_config, read_metadata, shard_exists
-from .modeling_noprop import NoPropForPreTraining, TokenTable
+from .modeling_noprop import NoPropForPreTraining, TokenTable, trunk_states
 from .noise_noprop import information_levels, standardize
 from .parallel import run_once
-from .shards_noprop import EMBEDDINGS_SHARD, PRETRAINING_FOLDER, clusters_hash, without_progress_bar
+from .shards_noprop import EMBEDDINGS_SHARD, PRETRAINING_FOLDER, clusters_hash, content_hash, without_progress_bar
 from .tracking import track
 
 
 logger = logging.get_logger(__name__)
 
 TOKENIZER_ROWS = 1_000_000  # maximum rows to train a tokenizer on, since a stream may be endless
+TRUNK_ROWS = 16  # training rows that the start on a trunk is fitted to
 
 
 def pretrain_embeddings(
@@ -95,7 +107,7 @@ def _make_table(
 ) -> None:
     directory = Path(training_args.output_dir)
     corpus = load_corpus(data_args)
-    config, tokenizer, source = prepare_pretraining(model_args, data_args, corpus["train"])
+    config, tokenizer, table = prepare_pretraining(model_args, data_args, corpus["train"])
     dataset = tokenize(corpus, tokenizer, data_args)
     data = training_fingerprint(dataset["train"], data_args)
     check_data(directory, data)
@@ -103,13 +115,11 @@ def _make_table(
     if block_args is not None:
         check_block_data(block_args, tokenizer, dataset["train"], training_args)
 
-    table, start, router = TokenTable(config), None, None
+    start, router = None, None
     origin = {"data": data} | sources(model_args)
-    if source is not None:
-        table.weight.copy_(standardize(source))
-    else:
+    if model_args.embeddings_from is None:
         model, origin["training"] = pretrain_language_model(
-            config, tokenizer, dataset, data, pretraining_args, training_args
+            config, tokenizer, dataset, data, pretraining_args, training_args, table
         )
         table.weight.copy_(model.token_table().detach())
         start = model.encoder
@@ -135,22 +145,27 @@ def _make_table(
 
 def prepare_pretraining(
     model_args: ModelArguments, data_args: DataArguments, rows: Dataset | IterableDataset
-) -> tuple[NoPropConfig, PreTrainedTokenizerBase, torch.Tensor | None]:
-    """Create the configuration and the tokenizer, and load the embeddings of `--embeddings_from`.
+) -> tuple[NoPropConfig, PreTrainedTokenizerBase, TokenTable]:
+    """Create the configuration, the tokenizer and the initial table.
 
     Args:
         rows: the training split, on which a tokenizer is trained if `tokenizer_name` is not set.
 
     Returns:
-        The configuration, the tokenizer, and the embeddings `(vocab_size, hidden_size)` or None.
+        The configuration, the tokenizer, and the table: with `embeddings_from`, the input embeddings of that model;
+        with `trunk_from`, the model as the trunk and its output embeddings; or else zeros.
 
     Raises:
-        ValueError: if the tokenizer lacks a mask token that is needed, or arguments do not fit together.
+        ValueError: if the tokenizer lacks a mask token that is needed, the trunk is not a causal model of a known kind,
+            or arguments do not fit together.
     """
-    source = None
-    if model_args.embeddings_from is not None:
-        source = _source_embeddings(model_args.embeddings_from)
-        tokenizer = load_tokenizer(model_args.tokenizer_name or model_args.embeddings_from)
+    source, trunk, name = None, None, model_args.embeddings_from or model_args.trunk_from
+    if name is not None:
+        if model_args.trunk_from is None:
+            source = load_source(AutoModel, name).get_input_embeddings().weight.detach().float()
+        else:
+            trunk, source = load_trunk(name)
+        tokenizer = load_tokenizer(model_args.tokenizer_name or name)
     elif model_args.tokenizer_name is not None:
         tokenizer = load_tokenizer(model_args.tokenizer_name)
     else:
@@ -162,13 +177,25 @@ def prepare_pretraining(
                 f"The tokenizer has {len(tokenizer)} entries, not {vocab_size}: the text is too small for more."
             )
     tokenizer = prompt_tokenizer(tokenizer, data_args)
-    config = build_config(model_args, data_args, tokenizer, source)
+    config = build_config(model_args, data_args, tokenizer, source, trunk)
     if source is None and config.pretraining_objective != "clm" and tokenizer.mask_token is None:
         raise ValueError(
             f"The tokenizer {model_args.tokenizer_name!r} has no mask token, which masked language modelling needs. "
             "Use a tokenizer that has one, --pretraining_objective clm, or the table of a model with --embeddings_from."
         )
-    return config, tokenizer, source
+    table = TokenTable(config)
+    if source is not None:
+        table.weight.copy_(standardize(source))
+    if trunk is not None:
+        assert table.trunk is not None
+        try:
+            table.trunk.load_state_dict(trunk.state_dict())
+        except RuntimeError as error:
+            raise ValueError(
+                f"The model {name!r} cannot be a trunk: its configuration alone does not describe its layers."
+            ) from error
+        check_trunk(table.trunk, name)
+    return config, tokenizer, table
 
 
 def check_block_data(
@@ -208,22 +235,42 @@ def pretrain_language_model(
     data: str,
     pretraining_args: PretrainingArguments,
     training_args: TrainingArguments,
+    table: TokenTable,
 ) -> tuple[NoPropForPreTraining, str]:
     """Train the language model of phase 1.
 
     Args:
         data: the fingerprint of the training split.
+        table: the initial table; used with a trunk only.
 
     Returns:
         The model, and a description of its training (see [`~noprop_hf.checkpoints.training_note`]).
     """
-    args, identity = pretraining_run(config, dataset, data, pretraining_args, training_args)
+    args, identity = pretraining_run(config, dataset, data, pretraining_args, training_args, table)
     set_seed(training_args.seed)
-    trainer = pretraining_trainer(config, tokenizer, dataset, pretraining_args, args, identity)
+    trainer = pretraining_trainer(config, tokenizer, dataset, pretraining_args, args, table, identity)
     with track(trainer, Path(training_args.output_dir), "embeddings", "embeddings"):
         trainer.train_durably()
     trainer.save_state()
     return trainer.model.cpu().eval(), training_note(args, training_args.seed)
+
+
+class PretrainingTrainer(DurableTrainer):
+    """Train the model of phase 1, which receives the frozen trunk, if there is one, with every batch.
+
+    Args:
+        model ([`NoPropForPreTraining`]): the model.
+        trunk: the trunk.
+        kwargs: arguments of [`DurableTrainer`].
+    """
+
+    def __init__(self, model: NoPropForPreTraining, trunk: nn.Module | None, **kwargs):
+        super().__init__(model=model, **kwargs)
+        self.trunk = None if trunk is None else trunk.to(self.args.device)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
+        inputs = inputs if self.trunk is None else {**inputs, "trunk": self.trunk}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 def pretraining_trainer(
@@ -232,26 +279,52 @@ def pretraining_trainer(
     dataset: dict[str, Dataset | IterableDataset],
     pretraining_args: PretrainingArguments,
     args: TrainingArguments,
+    table: TokenTable,
     identity: dict[str, Any] | None = None,
-) -> DurableTrainer:
-    """Create the trainer of phase 1, with a randomly initialised model.
+) -> PretrainingTrainer:
+    """Create the trainer of phase 1, with a model that is randomly initialised or, with a trunk, begins as the trunk.
 
     Args:
         args, identity: see [`pretraining_run`].
+        table: the initial table; used with a trunk only.
     """
-    return DurableTrainer(
-        model=NoPropForPreTraining(copy.deepcopy(config)),  # `Trainer` switches off its cache
+    collator = PretrainingCollator(
+        tokenizer,
+        mlm=config.pretraining_objective != "clm",
+        mlm_probability=pretraining_args.mlm_probability,
+        run_seed=args.seed,
+    )
+    model = NoPropForPreTraining(copy.deepcopy(config))  # `Trainer` switches off its cache
+    if table.trunk is not None:
+        start_as_trunk(model, table, collator(list(islice(dataset["train"], TRUNK_ROWS))))
+    return PretrainingTrainer(
+        model,
+        table.trunk,
         identity=identity,
         args=args,
         train_dataset=dataset["train"],
         eval_dataset=dataset["validation"],
-        data_collator=PretrainingCollator(
-            tokenizer,
-            mlm=config.pretraining_objective != "clm",
-            mlm_probability=pretraining_args.mlm_probability,
-            run_seed=args.seed,
-        ),
+        data_collator=collator,
     )
+
+
+@torch.no_grad()
+def start_as_trunk(model: NoPropForPreTraining, table: TokenTable, batch: dict[str, torch.Tensor]) -> None:
+    """Initialise the model of phase 1 with the distribution of the trunk, as far as the model can express it.
+
+    The layers add nothing to the states of the trunk, which are compared with its output embeddings. Since the rows of
+    the table have one norm, and final states are normalised once more, the scale of the logits is fitted to a batch.
+    """
+    for layer in model.encoder.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    model.embed_tokens.weight.copy_(table.weight)
+    unit = torch.eye(model.config.hidden_size)
+    nats = {}
+    for scale in (2.0**power for power in range(-2, 9)):
+        model.readout.weight.copy_(scale * unit)
+        nats[scale] = float(model(**batch, trunk=table.trunk).loss)
+    model.readout.weight.copy_(min(nats, key=nats.__getitem__) * unit)
 
 
 def pretraining_run(
@@ -260,22 +333,85 @@ def pretraining_run(
     data: str,
     pretraining_args: PretrainingArguments,
     training_args: TrainingArguments,
+    table: TokenTable,
 ) -> tuple[TrainingArguments, dict[str, Any]]:
-    """Derive the training arguments of phase 1, and everything else that its result depends on."""
+    """Derive the training arguments of phase 1, and everything else that its result depends on.
+
+    Args:
+        table: the initial table; used with a trunk only.
+    """
     args = trainer_arguments(training_args, PRETRAINING_FOLDER, **pretraining_args.training_fields())
     settings = {**config.to_diff_dict(), "mlm_probability": pretraining_args.mlm_probability}
+    if table.trunk is not None:
+        weights = sorted(table.trunk.state_dict().items())
+        settings["trunk"] = content_hash((name, weight.numpy().tobytes()) for name, weight in weights)
     return args, {**settings, **data_identity(data, dataset, args)}
 
 
-def _source_embeddings(name_or_path: str) -> torch.Tensor:
+def load_source(auto_class: Any, name_or_path: str) -> PreTrainedModel:
+    """Load another model, whose embeddings or states are used.
+
+    Raises:
+        ValueError: if it cannot be loaded.
+    """
     try:
-        model = AutoModel.from_pretrained(name_or_path)
+        return auto_class.from_pretrained(name_or_path, dtype=torch.float32)
     except (OSError, ValueError) as error:
+        kind = " as a causal language model" if auto_class is AutoModelForCausalLM else ""
         raise ValueError(
-            f"Cannot load the model {name_or_path!r} for its embeddings. Give a local directory or a name on the "
-            "Hub (and a connection to it)."
+            f"Cannot load the model {name_or_path!r}{kind}. Give a local directory or a name on the Hub (and a "
+            "connection to it)."
         ) from error
-    return model.get_input_embeddings().weight.detach().float()
+
+
+def load_trunk(name_or_path: str) -> tuple[PreTrainedModel, torch.Tensor]:
+    """Load a causal language model.
+
+    Returns:
+        The model without its head, and its output embeddings `(vocab_size, hidden_size)`.
+
+    Raises:
+        ValueError: if it cannot be loaded, or is quantized.
+    """
+    model = load_source(AutoModelForCausalLM, name_or_path)
+    trunk, head = model.base_model, model.get_output_embeddings()
+    is_plain = trunk is not model and head is not None and trunk._supports_sdpa
+    if not is_plain or not all(weight.is_floating_point() for weight in model.state_dict().values()):
+        raise ValueError(
+            f"The model {name_or_path!r} cannot be a trunk: it is quantized, has no plain head, or only an attention "
+            "of its own. Give another model."
+        )
+    return trunk, head.weight.detach().float()
+
+
+@torch.no_grad()
+def check_trunk(trunk: PreTrainedModel, name_or_path: str | None) -> None:
+    """Check that a trunk reads from left to right, and reads a text in two parts, with a cache, as in one.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    tokens = torch.arange(16)[None] % trunk.config.vocab_size
+    changed = torch.cat([tokens[:, :8], (tokens[:, 8:] + 8) % trunk.config.vocab_size], 1)
+    positions, cache = torch.arange(16)[None], DynamicCache()
+    try:
+        whole = trunk_states(trunk, tokens, position_ids=positions)
+        states = [
+            trunk_states(trunk, changed, position_ids=positions)[:, :8],
+            trunk_states(trunk, tokens[:, :8], position_ids=positions[:, :8], cache=cache),
+            trunk_states(trunk, tokens[:, 8:], position_ids=positions[:, 8:], cache=cache),
+        ]
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"The model {name_or_path!r} cannot be a trunk, which takes positions and a cache of keys and values: "
+            f"{error}."
+        ) from error
+    for expected, found in zip((whole[:, :8], whole[:, :8], whole[:, 8:]), states, strict=True):
+        if not torch.allclose(found, expected, rtol=0, atol=1e-4 * float(whole.abs().max())):
+            raise ValueError(
+                f"The model {name_or_path!r} cannot be a trunk: its states depend on later tokens, or change when a "
+                "text is read in two parts with a cache of keys and values. Give a causal language model."
+            )
 
 
 def build_config(
@@ -283,11 +419,13 @@ def build_config(
     data_args: DataArguments,
     tokenizer: PreTrainedTokenizerBase,
     source: torch.Tensor | None = None,
+    trunk: PreTrainedModel | None = None,
 ) -> NoPropConfig:
-    """Build the configuration for a tokenizer and, if the table comes from another model, for its embeddings.
+    """Build the configuration for a tokenizer and, if table or trunk come from another model, for that model.
 
     Args:
         source (`(vocab_size, hidden_size)`, *optional*): the embeddings of the other model.
+        trunk: the trunk.
 
     Raises:
         ValueError: if sizes do not fit together.
@@ -301,15 +439,27 @@ def build_config(
             "Leave --vocab_size out."
         )
     if source is not None:
+        name = model_args.embeddings_from or model_args.trunk_from
         if num_tokens > vocab_size:
             raise ValueError(
-                f"The table of {model_args.embeddings_from!r} is too small for the tokenizer: {vocab_size} rows for "
+                f"The table of {name!r} is too small for the tokenizer: {vocab_size} rows for "
                 f"{num_tokens} tokens. Use the model's own tokenizer."
             )
         if fields.setdefault("hidden_size", source.shape[1]) != source.shape[1]:
             raise ValueError(
-                f"The table of {model_args.embeddings_from!r} has {source.shape[1]} dimensions, but `hidden_size` is "
+                f"The table of {name!r} has {source.shape[1]} dimensions, but `hidden_size` is "
                 f"{fields['hidden_size']}. Leave --hidden_size out, or set it to {source.shape[1]}."
+            )
+    if trunk is not None:
+        ignored = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "auto_map")
+        described = trunk.config.to_dict().items()
+        fields["trunk_config"] = {name: value for name, value in described if name not in ignored}
+        fields.setdefault("block_initialization", "pretraining")  # as the trunk
+        longest = getattr(trunk.config, "max_position_embeddings", None) or data_args.max_length
+        if data_args.max_length > longest:
+            raise ValueError(
+                f"The trunk {model_args.trunk_from!r} reads at most {longest} tokens: set --max_length to {longest} or "
+                "less."
             )
     fields |= {
         "vocab_size": vocab_size,
@@ -327,7 +477,7 @@ def sources(model_args: ModelArguments) -> dict[str, str]:
 
     Local paths are replaced by a hash, since they would become public with the model.
     """
-    names = {"tokenizer_name": model_args.tokenizer_name, "embeddings_from": model_args.embeddings_from}
+    names = {name: getattr(model_args, name) for name in ("tokenizer_name", "embeddings_from", "trunk_from")}
     return {
         key: LOCAL_SOURCE + hashlib.sha256(name.encode()).hexdigest()[:16] if is_local(name) else name
         for key, name in names.items()
@@ -344,7 +494,7 @@ def load_config(directory: Path, model_args: ModelArguments) -> NoPropConfig:
         ValueError: if the configuration differs from `model_args`.
     """
     config = read_config(directory)
-    trained_tokenizer = model_args.tokenizer_name is None and model_args.embeddings_from is None
+    trained_tokenizer = model_args.trains_tokenizer
     shard = directory / EMBEDDINGS_SHARD
     origin = read_metadata(shard) if shard.is_file() else {}
     for name, value in (model_args.config_fields() | sources(model_args)).items():

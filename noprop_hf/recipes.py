@@ -108,7 +108,7 @@ def check_values(values: Namespace) -> None:
     for name in ("logging_steps", "eval_steps", "save_steps"):
         if not math.isfinite(getattr(values, name) or 0):
             raise ValueError(f"--{name} must be positive and finite, got {getattr(values, name)}.")
-    trains_tokenizer = values.tokenizer_name is None and values.embeddings_from is None
+    trains_tokenizer = values.tokenizer_name is None and values.embeddings_from is None and values.trunk_from is None
     if trains_tokenizer and (values.vocab_size or SMALLEST_VOCABULARY) < SMALLEST_VOCABULARY:
         raise ValueError(
             f"--vocab_size must be at least {SMALLEST_VOCABULARY} (all bytes and the special tokens) to train a "
@@ -201,7 +201,8 @@ def _known_config(values: Namespace) -> NoPropConfig:
         return read_config(values.output_dir)
     model = ModelArguments(**{field.name: getattr(values, field.name) for field in dataclasses.fields(ModelArguments)})
     fields = model.config_fields()
-    if values.embeddings_from is not None:  # the width is that of the other model: any valid value does here
+    if model.embeddings_from is not None or model.trunk_from is not None:
+        # The width is that of the other model: any valid value does here.
         fields.setdefault("hidden_size", 2 * fields.get("num_attention_heads", NoPropConfig.num_attention_heads))
     return NoPropConfig(**fields)
 

@@ -125,6 +125,8 @@ def fingerprint(config: NoPropConfig, table: torch.Tensor) -> str:
     fields["context_source"] = "embeddings"
     if config.block_data == "shared":
         del fields["block_data"]
+    if config.trunk_config is None:
+        del fields["trunk_config"]
     if config.num_running_blocks != config.num_blocks:  # early exit: another function
         fields["num_hidden_layers"] = config.num_hidden_layers
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())

@@ -18,6 +18,7 @@ from noprop_hf import checkpoints
 from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments
 from noprop_hf.checkpoints import DurableTrainer, checkpoints_of
 from noprop_hf.data import DataArguments, load_corpus, tokenize, train_tokenizer, training_fingerprint
+from noprop_hf.modeling_noprop import TokenTable
 from noprop_hf.pretraining import build_config, load_config, prepare_pretraining, pretrain_embeddings, pretraining_run
 from noprop_hf.shards_noprop import EMBEDDINGS_SHARD, block_shard
 from noprop_hf.training import train_blocks
@@ -48,6 +49,7 @@ MODEL_CHANGES: dict[str, dict[str, Any]] = {
     "tokenizer_name": {"tokenizer_name": "tokenizer", "vocab_size": None},
     "vocab_size": {"vocab_size": 280},
     "embeddings_from": {"embeddings_from": "no/such", "vocab_size": None},
+    "trunk_from": {"trunk_from": "no/such", "vocab_size": None},
     "hidden_size": {"hidden_size": 24},
     "num_blocks": {"num_blocks": 3},
     "num_layers_per_block": {"num_layers_per_block": 2},
@@ -111,7 +113,7 @@ def test_the_identity_of_a_run_is_that_of_its_data_and_model(data):
         dataset, fingerprint, tokenizer = prepared
         config = build_config(model_args, data, tokenizer)
         args = arguments(Path("model"), **options)
-        return pretraining_run(config, dataset, fingerprint, PretrainingArguments(), args)[1]
+        return pretraining_run(config, dataset, fingerprint, PretrainingArguments(), args, TokenTable(config))[1]
 
     for name, options in DATA_CHANGES.items():
         without = {key: value for key, value in options.items() if key != name}
@@ -127,7 +129,7 @@ def test_the_identity_of_a_run_is_that_of_its_data_and_model(data):
     for options in DATA_SELECTS.values():
         assert identity(data_of(**options), **best) != selecting, options
     for name, options in MODEL_CHANGES.items():
-        if name not in ("tokenizer_name", "vocab_size", "embeddings_from"):  # other data; without phase 1
+        if name not in ("tokenizer_name", "vocab_size", "embeddings_from", "trunk_from"):  # other data or source
             assert identity(prepared, dataclasses.replace(MODEL, **options)) != plain, name
 
 
