@@ -21,7 +21,7 @@ import yaml
 
 
 ROOT = Path(__file__).parent.parent
-MODEL_TESTS = "configuration modeling generation side_by_side noise".split()
+MODEL_TESTS = "configuration modeling generation side_by_side noise trunk".split()
 PUBLISHED_TESTS = ROOT / "matrix" / "test_published.py"
 TABLE = ROOT / "benchmarks" / "results" / "versions.md"
 HEADER = """Written by `make matrix`: tests passed in each cell of [`matrix/cells.yaml`](../../matrix/cells.yaml), a
