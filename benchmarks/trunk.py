@@ -87,6 +87,7 @@ class Growth:
             warmup_steps=0.05,
             logging_steps=100,
             save_strategy="no",
+            dataloader_pin_memory=torch.cuda.is_available(),
             report_to="none",
             disable_tqdm=True,
         )

@@ -14,11 +14,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import ablation
 import gpu
 import memory
+import trunk
 from ablation import GROUPS
 from common import SHAPES, EndToEnd, OneBlock, SampledEndToEnd, Training, num_parameters, random_text
 from conftest import run_python, sentences
@@ -106,6 +107,32 @@ def test_a_model_far_behind_does_not_hide_how_the_others_differ(far, tmp_path, m
     low, high = axes.get_xlim()
     assert [text.get_text() for text in axes.texts] == ["4.700 \u2192"] * far
     assert high - low < 0.3 and low < 3.85 and high > (4.0 if far else 4.05)
+
+
+@pytest.mark.slow
+def test_blocks_on_a_trunk_are_compared_with_fine_tuning(corpora, tokenizer, tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(tokenizer))).eval()
+    model.save_pretrained(tmp_path / "stock")
+    tokenizer.save_pretrained(tmp_path / "stock")
+    file, results = corpora / "shakespeare.txt", tmp_path / "trunk.json"
+    options = ["--trunk", str(tmp_path / "stock"), "--train_file", str(file), "--output_dir", str(tmp_path / "runs")]
+    options += ["--results", str(results), "--epochs", "0.2", "--learning_rates", "1e-3", "1e-2", "--num_blocks", "2"]
+    options += "--num_layers_per_block 1 --num_attention_heads 2 --intermediate_size 24 --max_length 16".split()
+    monkeypatch.setattr(sys, "argv", ["trunk.py", *options, "--batch_size", "8"])
+    trunk.main()
+    rows = {row["method"]: row for row in json.loads(results.read_text())}
+    assert list(rows) == list(trunk.ROWS)
+    growth = trunk.Growth(trunk.GrowthArguments(str(tmp_path / "stock"), str(file), max_length=16), 1e-3)
+    held_out = torch.tensor(growth.dataset["validation"]["input_ids"])
+    with torch.no_grad():
+        expected = F.cross_entropy(model(held_out).logits[:, :-1].flatten(0, 1), held_out[:, 1:].flatten())
+    assert rows["trunk"]["nats_per_token"] == pytest.approx(expected.item(), abs=1e-4)
+    assert len({row["training_flops"] for name, row in rows.items() if name != "trunk"}) == 1
+    best = rows["fine_tuned"]["nats_by_learning_rate"]
+    assert rows["fine_tuned"]["nats_per_token"] == min(best.values()) and set(best) == {"0.001", "0.01"}
+    assert "blocks on the model as a trunk" in capsys.readouterr().out
 
 
 @pytest.mark.slow
