@@ -52,6 +52,8 @@ LLAMA_FORWARDS: Mapping[type, Callable] = {
     if stock(cls.forward)
 }
 MODULE_CALLS = stock(nn.Module.__call__, LlamaDecoderLayer.__call__)
+# Hooks on every module; torch has a function for this check since 2.7 only.
+GLOBAL_HOOKS = tuple(f"_global_{way}_{kind}" for way in ("forward", "backward") for kind in ("hooks", "pre_hooks"))
 PLAIN_LINEAR: Mapping[type, Callable] = {cls: cls.forward for cls in (nn.Linear,) if stock(cls.forward)}
 ATTENTION_FUNCTIONS = stock(sdpa_attention_forward, modeling_llama.eager_attention_forward)
 
@@ -72,7 +74,7 @@ def is_unchanged(module: nn.Module, forwards: Mapping[type, Callable]) -> bool:
         forward is not None
         and type(module).forward is forward
         and type(module).__call__ in MODULE_CALLS
-        and not torch_module._has_any_global_hook()
+        and not any(getattr(torch_module, name) for name in GLOBAL_HOOKS)
         and "forward" not in state  # accelerate and peft replace it on the instance
         and not state["_forward_hooks"]
         and not state["_forward_pre_hooks"]
