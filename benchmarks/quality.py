@@ -9,9 +9,10 @@ A corpus is a name and a path: a text file, whose last tenth is held out, or a f
 
 - data_limited: 4 blocks of 2 layers, 128 dimensions, 3 million tokens end to end, three seeds; text is read several
   times. Under an hour per seed on two cores; `--small` takes some minutes.
-- plentiful_64, plentiful_96: 4 blocks of 2 layers, 64 or 96 dimensions, 20 tokens end to end per parameter without the
-  table (8.8 and 19 million); no training reads a token twice. The best of three learning rates is chosen for every row
-  with seed 0. The rows are named after the corpus and the width, such as `plentiful_64`.
+- plentiful_64, plentiful_96: 4 blocks of 2 layers (in the row `noprop_deep`, 2 of 4), 64 or 96 dimensions, 20 tokens
+  end to end per parameter without the table (8.8 and 19 million); no training reads a token twice. The best of three
+  learning rates is chosen for every row with seed 0. The rows are named after the corpus and the width, such as
+  `plentiful_64`.
 
 Results in --output_dir are reused, so an interrupted run resumes, and single rows can be measured first:
 
@@ -79,6 +80,7 @@ MODELS = {
     "noprop_before": "NoProp, random start",
     "noprop_start": "NoProp, blocks start from phase 1",
     "noprop_random_splits": "NoProp, blocks on random splits",
+    "noprop_deep": "NoProp, half as many blocks, twice as deep",
     "noprop_less": "NoProp, three quarters of the arithmetic",
     "seed": "NoProp as first described",
 }
@@ -251,6 +253,7 @@ class Plentiful64(QualityArguments):
         "noprop_start": Blocks({"block_initialization": "pretraining"}, COPIES_SHARE),
         "noprop_random_splits": Blocks({"block_initialization": "pretraining"}, COPIES_SHARE, random_splits=True),
         "noprop": Blocks(CLUSTERED, COPIES_SHARE),
+        "noprop_deep": Blocks(CLUSTERED | {"num_blocks": 2, "num_layers_per_block": 4}, COPIES_SHARE),
         "noprop_less": Blocks(CLUSTERED, COPIES_SHARE, budget=0.75),
     }
 
@@ -344,7 +347,9 @@ class Bench:
         """Create the bench of a row with a phase 1 of its own. Rows with an equal phase 1 share it."""
         row = self.args.own_phase1[name]
         parts = [row.budget] * (row.budget != 1) + [row.share, *chain.from_iterable(row.changes.items())]
-        args = replace(self.args, pretraining_share=row.share, tokens=row.budget * self.args.tokens)
+        args = replace(self.args, **{size: row.changes[size] for size in self.args.sizes() if size in row.changes})
+        arithmetic = self.total_flops / Bench(args, self.corpus, self.seed).total_flops  # of other sizes
+        args = replace(args, pretraining_share=row.share, tokens=row.budget * arithmetic * self.args.tokens)
         return Bench(args, self.corpus, self.seed, row.changes, "_".join(map(str, parts)))
 
     # --- sizes and budgets ----------------------------------------------------------------------------------------
