@@ -30,12 +30,14 @@ from transformers import (
 
 from conftest import arguments, programs
 from noprop_hf import NoPropConfig, NoPropForCausalLM, NoPropForPreTraining, checkpoints
-from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments
+from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments, RunArguments, ShareArguments
 from noprop_hf.compatibility_noprop import CACHE
 from noprop_hf.data import CausalCollator, DataArguments, load_corpus, load_tokenizer, tokenize
 from noprop_hf.evaluation import evaluate_model
 from noprop_hf.model_directory import load_table, read_metadata
+from noprop_hf.planning import plan
 from noprop_hf.pretraining import check_trunk, pretrain_embeddings
+from noprop_hf.recipes import Recipe
 from noprop_hf.shards_noprop import EMBEDDINGS_SHARD, fingerprint
 from noprop_hf.training import train_blocks
 
@@ -331,6 +333,19 @@ def test_clusters_and_the_metadata(stock, data, tmp_path):
     assert origin.startswith("local ") and str(stock) not in (directory / "config.json").read_text()
     with pytest.raises(ValueError, match="holds a model with trunk_from=another local path"):
         train_blocks(data, BlockArguments(), arguments(directory), grown(directory, block_data="clusters"))
+
+
+def test_a_plan_counts_the_trunk(stock, data, tmp_path):
+    training = arguments(tmp_path / "model", **RARELY)
+    run = RunArguments(dry_run=True)
+    planned = plan(Recipe(grown(stock), data, STEPS, BlockArguments(), ShareArguments(), training, run))
+    trunk = AutoModelForCausalLM.from_pretrained(stock).model
+    size = trunk.num_parameters()
+    assert f"{size:,} parameters in 2 layers, frozen" in str(planned) and "largest width" not in str(planned)
+    assert planned.phase1.memory.parts["frozen table"] >= 4 * size
+    assert planned.block.memory.parts["frozen table"] >= 4 * (size + 16 * planned.config.vocab_size)
+    directory = pretrain_embeddings(grown(stock), data, STEPS, training)
+    assert planned.sizes.table == sum(weight.nbytes for weight in load_file(directory / EMBEDDINGS_SHARD).values())
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
