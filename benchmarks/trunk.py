@@ -51,7 +51,7 @@ class GrowthArguments:
     results: str = field(default="benchmarks/results/trunk.json", metadata={"help": "File of the results."})
     epochs: float = field(default=4.0, metadata={"help": "Epochs of the fine-tuning."})
     learning_rates: list[float] = field(
-        default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "Peak learning rates."}
+        default_factory=lambda: [1e-3, 3e-3, 1e-2], metadata={"help": "Peak learning rates."}
     )
     num_blocks: int = field(default=4, metadata={"help": "Blocks."})
     num_layers_per_block: int = field(default=2, metadata={"help": "Layers of a block."})
