@@ -1,16 +1,17 @@
 #!/usr/bin/env python
 """Compare what it costs to reach the final loss of end-to-end training: arithmetic, time, memory and traffic.
 
-python benchmarks/quality.py --setting plentiful_64 --corpora plentiful=DIR --models end_to_end noprop noprop_less
+python benchmarks/quality.py --setting plentiful_64 --corpora plentiful=DIR --models end_to_end noprop_deep noprop_half
 python benchmarks/cost.py           # two minutes on two idle cores
 python benchmarks/cost.py --small   # a few steps of each kind, too short for a reliable figure
 
-Losses come from the results of `quality.py`. NoProp has a row there with all of the end-to-end model's arithmetic and
-can have one with three quarters of it; the arithmetic with which it reaches the loss of the end-to-end model is
-interpolated between them, in its logarithm. The time of a step of each kind of training is measured here, by one
-process and by two at once with a thread each, and multiplied by the number of steps. Two processes train the end-to-
-end model in step (`DistributedDataParallel`, half a batch each). With NoProp one of them runs phase 1, then each
-trains half of the blocks alone. Times do not include start-up, evaluation and the reading of data.
+Losses come from the results of `quality.py`. NoProp (two blocks as deep as half of the end-to-end model, on clusters)
+has a row there with all of that model's arithmetic and can have one with half of it; the arithmetic with which it
+reaches the loss of the end-to-end model is interpolated between them, in its logarithm. The time of a step of each kind
+of training is measured here, by one process and by two at once with a thread each, and multiplied by the number of
+steps. Two processes train the end-to-end model in step (`DistributedDataParallel`, half a batch each). With NoProp one
+of them runs phase 1, then each trains half of the blocks alone. Times do not include start-up, evaluation and the
+reading of data.
 """
 
 import json
@@ -65,6 +66,7 @@ class OneRouter(nn.Module):
         return self.router(tokens, tokens[:, 0] % self.router.config.num_blocks, self.table).loss
 
 
+NOPROP, LESS = "noprop_deep", "noprop_half"  # rows of quality.py
 TWO_IN_STEP, TWO_BLOCKS = "end_to_end, two in step", "block, two at once"
 TRAININGS: dict[str, Callable[[NoPropConfig], nn.Module]] = {
     "end_to_end": EndToEnd,
@@ -74,6 +76,12 @@ TRAININGS: dict[str, Callable[[NoPropConfig], nn.Module]] = {
 }
 
 
+def config_of(sizes: QualityArguments, kind: str) -> NoPropConfig:
+    """Return the configuration for a kind of training. The end-to-end model has the sizes of the setting."""
+    changes = {} if kind == "end_to_end" else sizes.own_phase1[NOPROP].changes
+    return NoPropConfig(vocab_size=sizes.vocab_size, **sizes.sizes() | changes)
+
+
 def seconds_per_step(args: CostArguments, sizes: QualityArguments, kind: str, in_step: int = 1) -> float:
     """Measure the median time of a step of training.
 
@@ -81,7 +89,7 @@ def seconds_per_step(args: CostArguments, sizes: QualityArguments, kind: str, in
         in_step: number of processes that train the model in step, each on its part of the batch.
     """
     torch.manual_seed(0)
-    model = TRAININGS[kind](NoPropConfig(vocab_size=sizes.vocab_size, **sizes.sizes())).train()
+    model = TRAININGS[kind](config_of(sizes, kind)).train()
     training = Training(DistributedDataParallel(model) if in_step > 1 else model, max_grad_norm=1.0)
     batches = random_text(sizes.vocab_size, args.steps + 2, sizes.batch_size // in_step, sizes.max_length)
     marks: list[float] = []
@@ -136,22 +144,21 @@ def compare(args: CostArguments) -> list[dict[str, Any]]:
         SystemExit: if a row of `quality.py` is missing.
     """
     entries = json.loads(Path(args.quality).read_text()).get(args.row, {})
-    missing = [name for name in ("end_to_end", "noprop") if name not in entries]
+    missing = [name for name in ("end_to_end", NOPROP) if name not in entries]
     if missing:
         raise SystemExit(f"{args.quality} has no row {', '.join(missing)} of {args.row}: measure it with quality.py.")
     sizes = SETTINGS[args.setting](corpora=["unused=unused"])
-    stock, noprop = entries["end_to_end"], entries["noprop"]
+    stock, noprop = entries["end_to_end"], entries[NOPROP]
     loss, total = statistics.mean(stock["nats_per_token"]), stock["training_flops"]
-    rows_of_noprop = [entries[name] for name in ("noprop_less", "noprop") if name in entries]
+    rows_of_noprop = [entries[name] for name in (LESS, NOPROP) if name in entries]
     points = [(row["training_flops"] / total, statistics.mean(row["nats_per_token"])) for row in rows_of_noprop]
     share = arithmetic_to_reach(loss, sorted(points))
 
-    changes = sizes.own_phase1["noprop"].changes
-    config = NoPropConfig(vocab_size=sizes.vocab_size, **sizes.sizes(), **changes)
+    config = config_of(sizes, "block")
     count = config.num_blocks
     with torch.device("meta"):
         router = sum(tensor.nbytes for tensor in Router(config).state_dict().values())
-        whole = sum(parameter.nbytes for parameter in EndToEnd(config).parameters())  # the tied table once
+        whole = sum(p.nbytes for p in EndToEnd(config_of(sizes, "end_to_end")).parameters())  # the tied table once
     files = Sizes.of(config)
     shared, block = files.table + router + files.phase1, files.block
     steps = {"end_to_end": sizes.steps(stock["tokens"])}
@@ -174,8 +181,9 @@ def compare(args: CostArguments) -> list[dict[str, Any]]:
         row("end_to_end", 2, seconds[TWO_IN_STEP] * steps["end_to_end"], gradients),
         row("noprop", 1, first + count * seconds["block"] * steps["block"], 0),
         row("noprop", 2, first + count / 2 * seconds[TWO_BLOCKS] * steps["block"], shared + count * block // 2),
-        row("noprop", count, first + seconds["block"] * steps["block"], (count - 1) * (shared + block)),
     ]
+    if count > 2:
+        rows.append(row("noprop", count, first + seconds["block"] * steps["block"], (count - 1) * (shared + block)))
     setting = {
         "commit": commit(),
         "device": device_name(torch.device("cpu")),

@@ -30,6 +30,7 @@ from noprop_hf.model_directory import read_metadata
 from noprop_hf.planning import PeakBytes
 from noprop_hf.shards_noprop import block_shard
 from quality import (
+    DEEP,
     DEPTHS,
     MODELS,
     SETTINGS,
@@ -209,7 +210,7 @@ def test_a_corpus_that_is_too_short_is_refused(plentiful, monkeypatch):
 
 @pytest.mark.slow
 def test_rows_where_text_is_plentiful(plentiful, tmp_path, monkeypatch):
-    rows = ["end_to_end_1", "pretraining_all", "noprop_random_splits", "noprop_less"]
+    rows = ["end_to_end_1", "pretraining_all", "noprop_random_splits", "noprop_half"]
     monkeypatch.setattr(sys, "argv", ["quality.py", *plentiful, "--models", *rows])
     monkeypatch.setattr("quality.ProcessPoolExecutor", OneThread)
     main()
@@ -246,12 +247,11 @@ def test_rows_where_text_is_plentiful(plentiful, tmp_path, monkeypatch):
         assert read_metadata(block)["data"] == data_fingerprint(windows)
         assert entry["tokens"] <= windows.num_rows * 16
 
-    entry, whole = results["words_16"]["noprop_less"], results["words_16"]["end_to_end_1"]
-    assert entry["training_flops"] == pytest.approx(0.75 * whole["training_flops"], rel=0.01)
-    model = NoPropForCausalLM.from_pretrained(
-        folder / "0.75_0.65_block_data_clusters_block_initialization_pretraining" / "noprop_less"
-    )
-    assert model.config.block_data == "clusters" and len(entry["block_nats"][0]) == 2
+    entry, whole = results["words_16"]["noprop_half"], results["words_16"]["end_to_end_1"]
+    assert entry["training_flops"] == pytest.approx(0.5 * whole["training_flops"], rel=0.01)
+    (directory,) = folder.glob("0.5_0.65_*/noprop_half")
+    config = NoPropForCausalLM.from_pretrained(directory).config
+    assert config.block_data == "clusters" and (config.num_blocks, config.num_layers_per_block) == (2, 4)
 
 
 def test_arithmetic_to_reach_a_loss_is_interpolated_in_its_logarithm():
@@ -270,27 +270,31 @@ def test_cost_to_reach_a_loss(tmp_path):
     tokens = {"tokens": 1e6, "pretraining_tokens": 2e6, "training_bytes": 10}
     entries = {
         "end_to_end": {"nats_per_token": [3.0, 4.0], "training_flops": 8.0, "tokens": 2e6, "training_bytes": 40},
-        "noprop": {"nats_per_token": [3.4, 3.6], "training_flops": 8.0, **tokens},
-        "noprop_less": {"nats_per_token": [3.7], "training_flops": 6.0, **tokens},
+        "noprop_deep": {"nats_per_token": [3.4, 3.6], "training_flops": 8.0, **tokens},
+        "noprop_half": {"nats_per_token": [3.7], "training_flops": 4.0, **tokens},
     }
     quality, results = tmp_path / "quality.json", tmp_path / "cost.json"
     command = ["benchmarks/cost.py", "--small", "--quality", str(quality), "--results", str(results)]
-    quality.write_text(json.dumps({"plentiful_64": {"noprop": entries["noprop"]}}))
+    quality.write_text(json.dumps({"plentiful_64": {"noprop_deep": entries["noprop_deep"]}}))
     assert "has no row end_to_end of plentiful_64" in run_python(*command, fails=True)
     quality.write_text(json.dumps({"plentiful_64": entries}))
     run_python(*command)
     rows = {(row["method"], row["workers"]): row for row in json.loads(results.read_text())}
     assert all(row["arithmetic"] == pytest.approx(1.0) for row in rows.values())  # both have 3.5 nats
-    assert rows["noprop", 4]["seconds"] < rows["noprop", 1]["seconds"]
+    seconds, steps = (rows["noprop", 2][name] for name in ("milliseconds_per_step", "steps"))
+    first = seconds["phase1"] * steps["phase1"] + seconds["router"] * steps["router"]
+    each = seconds["block, two at once"] * steps["block"]
+    assert 1000 * rows["noprop", 2]["seconds"] == pytest.approx(first + each)
 
-    config = NoPropConfig(vocab_size=2048, **Plentiful64(["unused=unused"]).sizes(), block_data="clusters")
+    sizes = Plentiful64(["unused=unused"]).sizes()
+    stock = 4 * num_parameters(EndToEnd(NoPropConfig(vocab_size=2048, **sizes)).model)
+    assert rows["end_to_end", 2]["bytes_sent"] == 2 * stock * round(2e6 / (32 * 64))
+    config = NoPropConfig(vocab_size=2048, **sizes | DEEP, block_data="clusters")
     NoPropForCausalLM(config).save_pretrained(tmp_path / "model")
     NoPropForPreTraining(config).save_pretrained(tmp_path / "phase1")
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors")}
     fetched = sizes["embeddings.safetensors"] + (tmp_path / "phase1" / "model.safetensors").stat().st_size
-    assert rows["noprop", 4]["bytes_sent"] == pytest.approx(3 * (fetched + sizes["block-01.safetensors"]), rel=0.02)
-    stock = 4 * num_parameters(EndToEnd(config).model)
-    assert rows["end_to_end", 2]["bytes_sent"] == 2 * stock * round(2e6 / (32 * 64))
+    assert rows["noprop", 2]["bytes_sent"] == pytest.approx(fetched + sizes["block-01.safetensors"], rel=0.02)
 
 
 def test_the_best_learning_rate_of_seed_0_is_used_with_further_seeds(monkeypatch):
