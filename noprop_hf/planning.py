@@ -409,7 +409,7 @@ class Rehearsal:
         """Measure phase 1, from its start."""
         pretraining = self.recipe.pretraining
         with self._arguments(**pretraining.training_fields()) as args:
-            trainer = pretraining_trainer(self.config, self.tokenizer, self.dataset, pretraining, args, table)
+            trainer = pretraining_trainer(self.config, self.tokenizer, self.dataset, pretraining, args, table=table)
             return self._measure(trainer, self.split, [] if trainer.trunk is None else [trainer.trunk])
 
     def block(self, table: TokenTable, index: int) -> TrainingCost:

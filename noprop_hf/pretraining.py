@@ -235,20 +235,20 @@ def pretrain_language_model(
     data: str,
     pretraining_args: PretrainingArguments,
     training_args: TrainingArguments,
-    table: TokenTable,
+    table: TokenTable | None = None,
 ) -> tuple[NoPropForPreTraining, str]:
     """Train the language model of phase 1.
 
     Args:
         data: the fingerprint of the training split.
-        table: the initial table; used with a trunk only.
+        table: the initial table, needed with a trunk only.
 
     Returns:
         The model, and a description of its training (see [`~noprop_hf.checkpoints.training_note`]).
     """
     args, identity = pretraining_run(config, dataset, data, pretraining_args, training_args, table)
     set_seed(training_args.seed)
-    trainer = pretraining_trainer(config, tokenizer, dataset, pretraining_args, args, table, identity)
+    trainer = pretraining_trainer(config, tokenizer, dataset, pretraining_args, args, identity, table)
     with track(trainer, Path(training_args.output_dir), "embeddings", "embeddings"):
         trainer.train_durably()
     trainer.save_state()
@@ -279,14 +279,14 @@ def pretraining_trainer(
     dataset: dict[str, Dataset | IterableDataset],
     pretraining_args: PretrainingArguments,
     args: TrainingArguments,
-    table: TokenTable,
     identity: dict[str, Any] | None = None,
+    table: TokenTable | None = None,
 ) -> PretrainingTrainer:
     """Create the trainer of phase 1, with a model that is randomly initialised or, with a trunk, begins as the trunk.
 
     Args:
         args, identity: see [`pretraining_run`].
-        table: the initial table; used with a trunk only.
+        table: the initial table, needed with a trunk only.
     """
     collator = PretrainingCollator(
         tokenizer,
@@ -295,11 +295,12 @@ def pretraining_trainer(
         run_seed=args.seed,
     )
     model = NoPropForPreTraining(copy.deepcopy(config))  # `Trainer` switches off its cache
-    if table.trunk is not None:
+    trunk = None if table is None else table.trunk
+    if table is not None and trunk is not None:
         start_as_trunk(model, table, collator(list(islice(dataset["train"], TRUNK_ROWS))))
     return PretrainingTrainer(
         model,
-        table.trunk,
+        trunk,
         identity=identity,
         args=args,
         train_dataset=dataset["train"],
@@ -333,16 +334,16 @@ def pretraining_run(
     data: str,
     pretraining_args: PretrainingArguments,
     training_args: TrainingArguments,
-    table: TokenTable,
+    table: TokenTable | None = None,
 ) -> tuple[TrainingArguments, dict[str, Any]]:
     """Derive the training arguments of phase 1, and everything else that its result depends on.
 
     Args:
-        table: the initial table; used with a trunk only.
+        table: the initial table, needed with a trunk only.
     """
     args = trainer_arguments(training_args, PRETRAINING_FOLDER, **pretraining_args.training_fields())
     settings = {**config.to_diff_dict(), "mlm_probability": pretraining_args.mlm_probability}
-    if table.trunk is not None:
+    if table is not None and table.trunk is not None:
         weights = sorted(table.trunk.state_dict().items())
         settings["trunk"] = content_hash((name, weight.numpy().tobytes()) for name, weight in weights)
     return args, {**settings, **data_identity(data, dataset, args)}

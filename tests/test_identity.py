@@ -18,7 +18,6 @@ from noprop_hf import checkpoints
 from noprop_hf.arguments import BlockArguments, ModelArguments, PretrainingArguments
 from noprop_hf.checkpoints import DurableTrainer, checkpoints_of
 from noprop_hf.data import DataArguments, load_corpus, tokenize, train_tokenizer, training_fingerprint
-from noprop_hf.modeling_noprop import TokenTable
 from noprop_hf.pretraining import build_config, load_config, prepare_pretraining, pretrain_embeddings, pretraining_run
 from noprop_hf.shards_noprop import EMBEDDINGS_SHARD, block_shard
 from noprop_hf.training import train_blocks
@@ -113,7 +112,7 @@ def test_the_identity_of_a_run_is_that_of_its_data_and_model(data):
         dataset, fingerprint, tokenizer = prepared
         config = build_config(model_args, data, tokenizer)
         args = arguments(Path("model"), **options)
-        return pretraining_run(config, dataset, fingerprint, PretrainingArguments(), args, TokenTable(config))[1]
+        return pretraining_run(config, dataset, fingerprint, PretrainingArguments(), args)[1]
 
     for name, options in DATA_CHANGES.items():
         without = {key: value for key, value in options.items() if key != name}
