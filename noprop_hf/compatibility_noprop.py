@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import masking_utils
 from transformers.cache_utils import Cache
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 
@@ -20,6 +21,8 @@ MASK_PARAMETERS = inspect.signature(masking_utils.create_causal_mask).parameters
 CACHE = "cache" if "cache" in MASK_PARAMETERS else "past_key_values"  # 5.24: the name of a key-value cache
 INPUTS_EMBEDS = "inputs_embeds" if "inputs_embeds" in MASK_PARAMETERS else "input_embeds"  # 5.2
 READS_ROPE_PARAMETERS = hasattr(masking_utils, "create_bidirectional_mask")  # 5.0: the form of saved configurations
+# 5.0: weights of some classes are saved under other names than those of the modules.
+CONVERTS_WEIGHTS = "save_original_format" in inspect.signature(PreTrainedModel.save_pretrained).parameters
 # Until 5.3: masks and layers take the positions of their tokens in the cache.
 TAKES_CACHE_POSITION = "cache_position" in inspect.signature(LlamaDecoderLayer.forward).parameters
 

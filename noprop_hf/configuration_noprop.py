@@ -1,6 +1,7 @@
 """NoProp model configuration."""
 
 import copy
+import json
 import math
 
 from transformers import CONFIG_MAPPING
@@ -233,11 +234,23 @@ class NoPropConfig(PreTrainedConfig):
                 f"`trunk_config` must be the configuration of a model of transformers, with its `model_type`: got "
                 f"{str(kind)[:40]!r}."
             )
+        self.trunk_config = json.loads(json.dumps(self.trunk_config))  # as it is read back from a file
         try:
             trunk = self.new_trunk_config()
-            width, layers = trunk.hidden_size, self.num_trunk_layers
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"`trunk_config` has no plain width and layers ({error}): use a text model.") from error
+            width, layers, vocab_size = trunk.hidden_size, self.num_trunk_layers, trunk.vocab_size
+        except (AttributeError, KeyError, TypeError, ArithmeticError) as error:
+            raise ValueError(
+                f"`trunk_config` is not that of a text model with a plain width and layers: {type(error).__name__} "
+                f"{error}."
+            ) from error
+        if not self.vocab_size <= vocab_size <= 2**31:
+            raise ValueError(
+                f"The trunk has {vocab_size} tokens, and the table {self.vocab_size}: it must have them all."
+            )
+        if getattr(trunk, "quantization_config", None) is not None:
+            raise ValueError(
+                "A trunk cannot be quantized by itself: leave `quantization_config` out of `trunk_config`."
+            )
         kinds = getattr(trunk, "layer_types", None)
         if kinds is None:
             windows = (getattr(trunk, name, None) for name in ("sliding_window", "attention_chunk_size"))

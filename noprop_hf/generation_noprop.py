@@ -182,7 +182,7 @@ class NoPropGenerationMixin(GenerationMixin):
         for block, context in zip(blocks, context_states, strict=True):
             if block.level > level:
                 tokens = sample_categorical(log_probs, generator)
-                evidence = evidence + sample_evidence(table(tokens), block.level - level, generator)
+                evidence = evidence + sample_evidence(table(tokens, are_targets=True), block.level - level, generator)
                 level = block.level
             belief, bias, _ = beliefs.refine(block.head, context, evidence)
             log_probs = table(belief + evidence, bias).log_softmax(-1)

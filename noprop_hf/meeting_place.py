@@ -513,7 +513,7 @@ def published_fault(
     shard = published[name]
     if shard is None:
         return "is damaged"
-    notes = ("fingerprint", "data", "clusters")
+    notes = ("fingerprint", "data", "clusters", "trunk")
     provenance = {note: value for note, value in table.metadata.items() if note in notes}
     lacking = sorted({CONTENT_HASH, *provenance} - shard.metadata.keys()) if provenance else []
     if lacking:

@@ -43,6 +43,7 @@ from .shards_noprop import (
     shard_fault,
     shard_index,
     shard_of,
+    trunk_hash,
 )
 
 
@@ -165,6 +166,8 @@ def create_model_directory(
     if router is not None:
         tensors |= {ROUTER_PREFIX + name: tensor for name, tensor in router.state_dict().items()}
     provenance = {"fingerprint": fingerprint(config, table.weight)}
+    if table.trunk is not None:
+        provenance["trunk"] = trunk_hash(table.trunk.state_dict())
     flush_files(directory)
     save_shard(directory / EMBEDDINGS_SHARD, tensors, {**provenance, **(metadata or {})})
 
@@ -263,7 +266,10 @@ def load_table(directory: Path, config: NoPropConfig) -> TokenTable:
     assert shard.table is not None
     saved = read_config(directory)  # may differ from `config`
     expected = fingerprint(saved, shard.table)
-    if shard.metadata.get("fingerprint", expected) != expected:
+    if (
+        shard.metadata.get("fingerprint", expected) != expected
+        or shard.metadata.get("trunk", shard.trunk) != shard.trunk
+    ):
         raise ValueError(f"{directory} {CHANGED_CONFIG}.")
     fault = index_fault(directory, weight_shapes(saved))
     if fault:
@@ -299,8 +305,10 @@ def load_block(directory: Path, config: NoPropConfig, block_index: int) -> Denoi
 
 
 def block_provenance(directory: Path, config: NoPropConfig, table: TokenTable) -> dict[str, str]:
-    """Return the provenance of any block: the fingerprint of the model and a hash of the clusters, if it has them."""
+    """Return the provenance of any block: the fingerprint of the model, and hashes of its clusters and its trunk."""
     provenance = {"fingerprint": fingerprint(config, table.weight)}
+    if table.trunk is not None:
+        provenance["trunk"] = trunk_hash(table.trunk.state_dict())
     if config.block_data == "clusters":
         provenance["clusters"] = clusters_hash(read_tensors(directory / EMBEDDINGS_SHARD, ROUTER_PREFIX))
     return provenance

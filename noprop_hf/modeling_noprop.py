@@ -204,7 +204,11 @@ def new_trunk(config: NoPropConfig) -> PreTrainedModel | None:
     if config.trunk_config is None:
         return None
     options = {"attn_implementation": config._attn_implementation, "dtype": torch.get_default_dtype()}
-    return AutoModel.from_config(config.new_trunk_config(), **options).requires_grad_(False).eval()
+    try:
+        trunk = AutoModel.from_config(config.new_trunk_config(), **options)
+    except (KeyError, AssertionError, ArithmeticError) as error:
+        raise ValueError(f"No trunk can be built from `trunk_config`: {type(error).__name__} {error}.") from error
+    return trunk.requires_grad_(False).eval()
 
 
 def trunk_states(
@@ -220,8 +224,15 @@ def trunk_states(
 
     Args:
         input_ids (`(batch, sequence)`): token ids; or `inputs_embeds`, rows of the embeddings of the trunk.
+        position_ids (`(batch, sequence)`, *optional*): by default they follow from a mask `(batch, all tokens)`, since
+            learned positions must not depend on padding.
         cache: the cache of the whole model, whose first layers are those of the trunk.
     """
+    if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+        inputs = inputs_embeds if input_ids is None else input_ids
+        assert inputs is not None
+        length = inputs.shape[1]
+        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
     name = CACHE if cache is None or isinstance(cache, Cache) else "cache"
     return trunk(
         input_ids=input_ids,
@@ -229,6 +240,7 @@ def trunk_states(
         attention_mask=attention_mask,
         position_ids=position_ids,
         use_cache=cache is not None,
+        return_dict=True,
         **{name: cache},
         **kwargs,
     ).last_hidden_state
@@ -248,6 +260,8 @@ class TokenTable(nn.Module):
         self.weight = nn.Parameter(torch.zeros(config.vocab_size, config.hidden_size))
         self.register_buffer("log_prior", torch.zeros(config.vocab_size))
         self.trunk = new_trunk(config)
+        if self.trunk is not None:  # what transformers asks the parts of a model for
+            self._no_split_modules = self.trunk._no_split_modules
 
     def encode(self, input_ids: torch.LongTensor, **inputs) -> torch.Tensor:
         """Compute what encoders read: the rows of tokens `(batch, sequence)` or, with a trunk, its states for them.
@@ -265,7 +279,11 @@ class TokenTable(nn.Module):
         super().register_parameter(name, None if param is None else param.requires_grad_(False))
 
     def forward(
-        self, inputs: torch.Tensor, bias: torch.Tensor | None = None, targets: torch.Tensor | None = None
+        self,
+        inputs: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
+        are_targets: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Look up tokens, or compare points with the table.
 
@@ -275,12 +293,17 @@ class TokenTable(nn.Module):
             inputs: token ids `(...)`, or points in embedding space `(..., hidden_size)`.
             bias (`(vocab_size,)`, *optional*): added to the logits.
             targets (`(...)`, *optional*): token ids; -100 is ignored.
+            are_targets: whether the token ids are to be predicted, and not read.
 
         Returns:
-            For token ids, their rows `(..., hidden_size)`; for points, the logits `(..., vocab_size)`, or with
-            `targets` the cross-entropies in nats, their sum and `(...)` (see [`vocabulary_nats`]).
+            For token ids, their rows `(..., hidden_size)`, with a trunk those of its embeddings unless they are targets
+            (tools such as prompt tuning take the first table of the vocabulary for the embeddings). For points, the
+            logits `(..., vocab_size)`, or with `targets` the cross-entropies in nats, their sum and `(...)` (see
+            [`vocabulary_nats`]).
         """
         if not inputs.is_floating_point():
+            if self.trunk is not None and not are_targets:
+                return self.trunk.get_input_embeddings()(inputs)
             return F.embedding(inputs, self.weight)
         if targets is not None:
             return vocabulary_nats(inputs, self.weight, bias, targets)
@@ -614,7 +637,8 @@ class DenoisingBlock(SeparateModel):
 
         if self.training:
             is_noised = torch.rand(targets.shape, generator=generator, device=targets.device) < weight
-            evidence = sample_evidence(table(targets), self.level, generator).mul_(is_noised[:, None])
+            clean = table(targets, are_targets=True)
+            evidence = sample_evidence(clean, self.level, generator).mul_(is_noised[:, None])
             answer, bias = self.head(context, evidence)
             embeddings = table.weight
             if candidates is not None:
@@ -627,7 +651,7 @@ class DenoisingBlock(SeparateModel):
                 denoising_loss=(losses * is_noised).sum() / is_noised.sum(),
             )
 
-        evidence = sample_evidence(table(targets), self.level, generator)
+        evidence = sample_evidence(table(targets, are_targets=True), self.level, generator)
         (alone, bias), (informed, _) = self.head(context), self.head(context, evidence)
         context_nats, denoising_nats, updated_nats = (
             vocabulary_nats(prediction, table.weight, bias, targets)[0] / count
@@ -829,7 +853,13 @@ class NoPropModel(NoPropPreTrainedModel):
         attention_inputs = blocks[0].encoder.attention_inputs(inputs_embeds, attention_mask, position_ids, cache)
         layer_inputs = layer_arguments(inputs_embeds, cache)
         if trunk is not None:  # last, since it fills its layers of the cache, of which the first counts the tokens
-            others = {name: value for name, value in kwargs.items() if not name.startswith("output_")}
+            others = {
+                name: value
+                for name, value in kwargs.items()
+                if not name.startswith("output_") and name != "token_type_ids"
+            }
+            if position_ids is None and attention_mask is not None and attention_mask.ndim > 2:
+                position_ids = attention_inputs["position_ids"]  # some trunks would count the tokens of a mask
             inputs_embeds = trunk_states(trunk, input_ids, given, attention_mask, position_ids, cache, **others)
         recorded = {f"output_{name}": getattr(self.config, f"output_{name}", None) for name in self._can_record_outputs}
         layers = None if self.training else find_layers(parts, self._forwards, cache, recorded | kwargs)
@@ -891,8 +921,9 @@ class NoPropModel(NoPropPreTrainedModel):
             return
         if lengths[0][1] != cache.get_seq_length():
             raise ValueError(
-                "The first layer of a cache counts its tokens, and this model has lost that layer, of its router or of "
-                "block 0: use `use_cache=False`, or give every `self_attn.layer_idx` a new number from 0 on."
+                "The first layer of a cache counts its tokens, and router or block 0 have another number of them. "
+                "Either the cache is that of another model, such as the trunk alone: use a new one. Or this model has "
+                "lost that layer: use `use_cache=False`, or give every `self_attn.layer_idx` a new number from 0 on."
             )
         if any(length != lengths[0][1] for _, length in lengths):
             blocks = [length for part, length in lengths if not isinstance(part, Router)]
@@ -1144,7 +1175,7 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
         outputs = self.model(input_ids, attention_mask=attention_mask, use_cache=False)
         predicted, targets = predicted_places(next_tokens(labels))
         table, blocks = self.model.embed_tokens.forward, self.model.blocks
-        clean = table(targets)
+        clean = table(targets, are_targets=True)
 
         evidence = torch.zeros_like(clean, dtype=torch.float32)
         level, token_nats, context_nats = 0.0, [], []

@@ -51,7 +51,7 @@ from .model_directory import check_data, create_model_directory, load_table, rea
 from .modeling_noprop import NoPropForPreTraining, TokenTable, trunk_states
 from .noise_noprop import information_levels, standardize
 from .parallel import run_once
-from .shards_noprop import EMBEDDINGS_SHARD, PRETRAINING_FOLDER, clusters_hash, content_hash, without_progress_bar
+from .shards_noprop import EMBEDDINGS_SHARD, PRETRAINING_FOLDER, clusters_hash, trunk_hash, without_progress_bar
 from .tracking import track
 
 
@@ -344,8 +344,7 @@ def pretraining_run(
     args = trainer_arguments(training_args, PRETRAINING_FOLDER, **pretraining_args.training_fields())
     settings = {**config.to_diff_dict(), "mlm_probability": pretraining_args.mlm_probability}
     if table is not None and table.trunk is not None:
-        weights = sorted(table.trunk.state_dict().items())
-        settings["trunk"] = content_hash((name, weight.numpy().tobytes()) for name, weight in weights)
+        settings["trunk"] = trunk_hash(table.trunk.state_dict())
     return args, {**settings, **data_identity(data, dataset, args)}
 
 
@@ -452,10 +451,15 @@ def build_config(
                 f"{fields['hidden_size']}. Leave --hidden_size out, or set it to {source.shape[1]}."
             )
     if trunk is not None:
-        ignored = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "auto_map")
+        ignored = "transformers_version _name_or_path architectures dtype torch_dtype auto_map return_dict".split()
+        ignored += ["id2label", "label2id"]
         described = trunk.config.to_dict().items()
         fields["trunk_config"] = {name: value for name, value in described if name not in ignored}
         fields.setdefault("block_initialization", "pretraining")  # as the trunk
+        shape = ("num_attention_heads", "num_key_value_heads", "head_dim")
+        if "num_attention_heads" not in fields:  # heads as in the trunk, for caches that have one shape
+            own = {name: getattr(trunk.config, name, None) for name in shape}
+            fields |= {name: value for name, value in own.items() if isinstance(value, int)}
         longest = getattr(trunk.config, "max_position_embeddings", None) or data_args.max_length
         if data_args.max_length > longest:
             raise ValueError(

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import (
@@ -21,6 +22,7 @@ from transformers.utils import (
     logging,
 )
 
+from .compatibility_noprop import CONVERTS_WEIGHTS
 from .configuration_noprop import NoPropConfig
 
 
@@ -49,6 +51,7 @@ HIDDEN_SHARDS = (
 )
 BAD_INDEX = f"holds no readable {SAFE_WEIGHTS_INDEX_NAME}: restore it"
 CLUSTER_WEIGHTS = ("topics", "centroids", "prices")  # of the router
+TRUNK_PREFIX = "embed_tokens.trunk."
 CHANGED_CONFIG = "holds a table and a config.json that do not belong together: restore those of its training"
 NO_MODEL = "Give the directory of a whole model, such as the --output_dir of its training"
 PRETRAINING_FOLDER = "pretraining"  # the model of phase 1, in the directory of the model made with it
@@ -110,6 +113,14 @@ def clusters_hash(router: Mapping[str, torch.Tensor]) -> str:
     return content_hash((name, tensor.numpy().tobytes()) for name, tensor in tensors.items())
 
 
+def trunk_hash(trunk: Mapping[str, torch.Tensor]) -> str:
+    """Hash the weights of a trunk, by their names in it."""
+    digest = hashlib.sha256()
+    for name in sorted(trunk):
+        digest.update(trunk[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def pretraining_folder(directory: Path) -> Path:
     """Return the folder of the model of phase 1 in a model directory."""
     folders = [directory / name for name in PRETRAINING_FOLDERS]
@@ -145,6 +156,7 @@ class Shard:
         is_finite: whether all floating-point numbers are finite.
         table (`(vocab_size, hidden_size)`): the embedding table, if the file holds one.
         clusters: the weights of the router that decide the cluster of a window, by name, if the file holds them.
+        trunk: the hash of the weights of the trunk, if the file holds them.
     """
 
     metadata: dict[str, str]
@@ -153,6 +165,7 @@ class Shard:
     is_finite: bool = True
     table: torch.Tensor | None = None
     clusters: dict[str, torch.Tensor] = field(default_factory=dict)
+    trunk: str | None = None
 
 
 def read_shard(path: Path) -> Shard | None:
@@ -180,21 +193,29 @@ def read_shard(path: Path) -> Shard | None:
             if start + end != size:
                 return None
             spans = {name: entries[name]["data_offsets"] for name in sorted(entries)}
+            trunk = hashlib.sha256()
             shard.content_hash = content_hash(
-                (name, _read_tensor(file, start + begin, stop - begin, name, shard))
+                (name, _read_tensor(file, start + begin, stop - begin, name, shard, trunk))
                 for name, (begin, stop) in spans.items()
             )
+            if any(plain_name(name).startswith(TRUNK_PREFIX) for name in spans):
+                shard.trunk = trunk.hexdigest()
     except (ValueError, KeyError, AttributeError, TypeError, RuntimeError, RecursionError):
         return None
     return shard if metadata.get(CONTENT_HASH, shard.content_hash) == shard.content_hash else None
 
 
-def _read_tensor(file: BufferedReader, begin: int, length: int, name: str, shard: Shard) -> bytearray:
-    """Read the bytes of a tensor, record in the shard whether it is finite, and keep the table and the clusters."""
+def _read_tensor(file: BufferedReader, begin: int, length: int, name: str, shard: Shard, trunk: Any) -> bytearray:
+    """Read the bytes of a tensor, record in the shard whether it is finite, and keep the table and the clusters.
+
+    The bytes of the weights of the trunk are added to the hash `trunk`.
+    """
     data = bytearray(length)
     file.seek(begin)
     file.readinto(data)
     kind, shape = shard.tensors[name]
+    if plain_name(name).startswith(TRUNK_PREFIX):
+        trunk.update(data)
     if kind in FLOATING_TYPES and math.prod(shape) > 0:
         tensor = torch.frombuffer(data, dtype=FLOATING_TYPES[kind]).view(shape)
         shard.is_finite &= bool((tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all())
@@ -248,7 +269,7 @@ def placement_fault(
     if "block" in provenance and metadata.get("block", provenance["block"]) != provenance["block"]:
         return f"was trained as block {metadata['block']}"
     if any(metadata.get(name, value) != value for name, value in provenance.items()):
-        return "was trained with another table, another configuration, other data or other clusters"
+        return "was trained with another table, another configuration, other data, other clusters or another trunk"
     if "steps" in metadata and not _number(metadata["steps"]) > 0:
         return "was trained for 0 steps"
     for name, figure in metadata.items():
@@ -351,6 +372,8 @@ def model_fault(folder: Path, config: NoPropConfig, shapes: Mapping[str, tuple[i
             provenance["data"] = table.metadata["data"]
         if len(table.clusters) == len(CLUSTER_WEIGHTS):
             provenance["clusters"] = clusters_hash(table.clusters)
+        if table.trunk is not None:
+            provenance["trunk"] = table.trunk
         if table.metadata.get("fingerprint", provenance.get("fingerprint")) != provenance.get("fingerprint"):
             return CHANGED_CONFIG
     if weight_map and (fault := index_fault(folder, shapes)):
@@ -433,6 +456,8 @@ class ShardedFilesMixin(PushToHubMixin):
         commit_arguments = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
         commit = {name: kwargs.pop(name) for name in commit_arguments if name in kwargs}
         kwargs["max_shard_size"] = "1000TB"
+        if CONVERTS_WEIGHTS:
+            kwargs["save_original_format"] = False  # the names of a trunk's weights are those of its modules
         state_dict = self.state_dict() if state_dict is None else state_dict
         index = shard_index(state_dict)
         directory = Path(save_directory)

@@ -24,6 +24,7 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
+    MixtralConfig,
     PreTrainedModel,
     Trainer,
 )
@@ -36,7 +37,7 @@ from noprop_hf.data import CausalCollator, DataArguments, load_corpus, load_toke
 from noprop_hf.evaluation import evaluate_model
 from noprop_hf.model_directory import load_table, read_metadata
 from noprop_hf.planning import plan
-from noprop_hf.pretraining import check_trunk, pretrain_embeddings
+from noprop_hf.pretraining import check_trunk, prepare_pretraining, pretrain_embeddings
 from noprop_hf.recipes import Recipe
 from noprop_hf.shards_noprop import EMBEDDINGS_SHARD, fingerprint
 from noprop_hf.training import train_blocks
@@ -213,6 +214,56 @@ torch.save(model(torch.tensor({tokens.tolist()})).logits, {str(tmp_path / "logit
         NoPropForCausalLM.from_pretrained(tmp_path / "saved")
 
 
+def test_padding_without_positions(model, tokens):
+    """Learned positions are counted without padding, and a mask for each query changes nothing."""
+    padded, mask = F.pad(tokens[:1, :9], (3, 0)), torch.ones(1, 12, dtype=torch.long)
+    mask[:, :3] = 0
+    with torch.no_grad():
+        alone = model(tokens[:1, :9]).logits
+        assert torch.allclose(model(padded, attention_mask=mask).logits[:, 3:], alone, atol=1e-5)
+        first = model(padded[:, :7], attention_mask=mask[:, :7], use_cache=True)
+        second = model(padded[:, 7:], attention_mask=mask, use_cache=True, cache=getattr(first, CACHE))
+        assert torch.allclose(second.logits, alone[:, 4:], atol=1e-5)
+        causal = torch.ones(9, 9, dtype=torch.bool).tril()[None, None]
+        assert torch.allclose(model(tokens[:1, :9], attention_mask=causal).logits, alone, atol=1e-5)
+        assert torch.equal(model(tokens, token_type_ids=torch.zeros_like(tokens)).logits, model(tokens).logits)
+
+
+def test_prompt_tuning_reads_the_embeddings_of_the_trunk(model, tokens):
+    peft = pytest.importorskip("peft")
+    options = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    tuned = peft.get_peft_model(copy.deepcopy(model), options).eval()
+    prompt = tuned.prompt_encoder["default"].embedding.weight[None].expand(2, -1, -1)
+    with torch.no_grad():
+        expected = model(inputs_embeds=torch.cat([prompt, model.get_input_embeddings()(tokens)], 1)).logits
+        assert torch.allclose(tuned(tokens).logits, expected, atol=1e-5)
+
+
+def test_the_cache_of_the_trunk_alone_is_refused(model, tokens):
+    trunk, cache = model.model.embed_tokens.trunk, DynamicCache()
+    trunk(tokens, use_cache=True, **{CACHE: cache})
+    with pytest.raises(ValueError, match="such as the trunk alone"):
+        model(tokens[:, :1], cache=cache)
+
+
+def test_a_trunk_whose_weights_are_stored_under_other_names(tokens, tmp_path):
+    """Experts are one tensor in memory and many in the files of the stock model."""
+    sizes = {**WIDTH, "vocab_size": 50, "num_hidden_layers": 2, "num_key_value_heads": 1}
+    config = MixtralConfig(**sizes, num_local_experts=2, num_experts_per_tok=1, sliding_window=None)
+    model = NoPropForCausalLM(small(trunk_config=config.to_dict())).eval()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(NoPropForCausalLM.from_pretrained(tmp_path)(tokens).logits, model(tokens).logits)
+
+
+def test_a_configuration_is_the_same_when_it_is_read_back(tmp_path):
+    labels = {number: str(number) for number in range(12)}  # the keys are texts in a file, in another order
+    config = small(trunk_config=LLAMA.to_dict() | {"id2label": labels, "return_dict": False})
+    config.save_pretrained(tmp_path)
+    loaded, table = NoPropConfig.from_pretrained(tmp_path), torch.ones(50, 16)
+    assert loaded.trunk_config == config.trunk_config and fingerprint(loaded, table) == fingerprint(config, table)
+    assert NoPropForCausalLM(loaded)(torch.tensor([[1, 2]])).logits.isfinite().all()
+
+
 def test_no_other_embeddings(model):
     assert isinstance(model.get_input_embeddings(), torch.nn.Embedding)
     with pytest.raises(ValueError, match="cannot be replaced"):
@@ -231,11 +282,21 @@ def test_no_other_embeddings(model):
         ({"trunk_config": LLAMA.to_dict(), "pretraining_objective": "mlm"}, "cannot fill masks"),
         ({"trunk_config": MistralConfig(**WIDTH, sliding_window=8).to_dict()}, "must attend to all earlier tokens"),
         ({"trunk_config": LLAMA.to_dict() | {"num_hidden_layers": 5_000}}, "from 1 to 1,000 layers, got 5000"),
+        ({"trunk_config": LLAMA.to_dict() | {"vocab_size": 20}}, "has 20 tokens, and the table 50"),
+        ({"trunk_config": LLAMA.to_dict() | {"vocab_size": 2**45}}, "it must have them all"),
+        ({"trunk_config": LLAMA.to_dict() | {"num_attention_heads": 0}}, "ZeroDivisionError|num_attention_heads"),
+        ({"trunk_config": LLAMA.to_dict() | {"quantization_config": {"bits": 4}}}, "cannot be quantized by itself"),
     ],
 )
 def test_configurations_that_are_refused(fields, words):
     with pytest.raises(ValueError, match=words):
         small(**fields)
+
+
+@pytest.mark.parametrize("fields", [{"hidden_act": "nonsense"}, {"pad_token_id": 70}])
+def test_a_trunk_that_cannot_be_built(fields):
+    with pytest.raises(ValueError, match="No trunk can be built from `trunk_config`"):
+        NoPropForCausalLM(small(trunk_config=LLAMA.to_dict() | fields))
 
 
 def test_the_fingerprint_of_a_model_without_a_trunk_is_as_before():
@@ -320,6 +381,26 @@ def test_a_killed_phase_1_resumes_and_refuses_another_trunk(stock, phase1, data,
     assert any("Resuming from" in text for text in resumed)
     again, before = load_file(directory / EMBEDDINGS_SHARD), load_file(phase1 / EMBEDDINGS_SHARD)
     assert all(torch.equal(again[name], before[name]) for name in before)
+
+
+def test_blocks_on_another_trunk_are_refused(trained, data, tmp_path):
+    """Also if the file of table and trunk was written by a tool that records nothing."""
+    directory = Path(shutil.copytree(trained, tmp_path / "model"))
+    weights = load_file(directory / EMBEDDINGS_SHARD)
+    weights["model.embed_tokens.trunk.norm.weight"] *= 1.01
+    save_file(weights, directory / EMBEDDINGS_SHARD, metadata={"format": "pt"})
+    with pytest.raises(OSError, match="another trunk"):
+        NoPropForCausalLM.from_pretrained(directory)
+    with pytest.raises(ValueError, match="another trunk"):
+        train_blocks(data, BlockArguments(sample_prompts=[]), arguments(directory, **RARELY))
+
+
+def test_heads_are_those_of_the_trunk_unless_given(stock, data):
+    """So that caches of one shape for all layers work."""
+    rows = load_corpus(data)["train"]
+    for given, expected in ((None, (4, 1, 4)), (2, (2, 2, 8))):
+        config, _, _ = prepare_pretraining(grown(stock, num_attention_heads=given), data, rows)
+        assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == expected
 
 
 def test_clusters_and_the_metadata(stock, data, tmp_path):
