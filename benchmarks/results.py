@@ -19,7 +19,18 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 # Fields by which the rows of a table differ.
-KEYS = ("device", "shape", "method", "softmax", "num_blocks", "tokens", "batch_size", "prompt_length", "workers")
+KEYS = (
+    "device",
+    "shape",
+    "method",
+    "softmax",
+    "num_blocks",
+    "tokens",
+    "batch_size",
+    "prompt_length",
+    "workers",
+    "epochs",
+)
 
 
 def git(root: Path, *arguments: str) -> str | None:

@@ -10,9 +10,11 @@ Every row has the training arithmetic of fine-tuning all weights of the model fo
 - blocks on the model as a frozen trunk (`--trunk_from`), with the best of some learning rates;
 - blocks without a trunk, with the same tokenizer.
 
-The last tenth of the text is held out. Results in --output_dir are reused, so an interrupted run resumes.
+The last tenth of the text is held out. Results in --output_dir are reused, so an interrupted run resumes. The file of
+--results keeps the rows of other --epochs.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -188,8 +190,11 @@ def main() -> None:
         tried = {rate: Growth(args, rate).measure(name) for rate in rates}
         best = min(rates, key=lambda rate: tried[rate]["nats_per_token"])
         by_rate = {f"{rate:g}": figures["nats_per_token"] for rate, figures in tried.items()}
-        rows.append({"method": name, **tried[best], "learning_rate": best, "nats_by_learning_rate": by_rate})
-    write_results(Path(args.results), rows)
+        row = {"method": name, "epochs": args.epochs, **tried[best]}
+        rows.append(row | {"learning_rate": best, "nats_by_learning_rate": by_rate})
+    path = Path(args.results)
+    kept = json.loads(path.read_text()) if path.is_file() else []
+    write_results(path, [row for row in kept if row["epochs"] != args.epochs] + rows)
     print(table(rows))
 
 
