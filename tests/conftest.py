@@ -12,6 +12,8 @@ from tempfile import TemporaryDirectory
 # Nothing in the tests may reach for the network: what is not on this machine is an error, at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+# Every vector instruction of the processor is taken to work: torch would compile programs for ten seconds to find out.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import datasets
 import pytest
@@ -42,9 +44,18 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="session")
 def quiet_and_cached(tmp_path_factory):
-    gc.freeze()  # `Trainer` collects garbage when training begins: with all modules, that takes longer than a test
     datasets.disable_progress_bars()
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def freeze():
+    """Take what exists out of garbage collection.
+
+    Every training collects garbage, which takes longer than a test with all modules that earlier tests have imported.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

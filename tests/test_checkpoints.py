@@ -38,7 +38,7 @@ SAVES = {"eval_strategy": "no", "save_steps": 1, "save_total_limit": 2}
 
 def run(directory: Path, data, options: dict) -> None:
     """Train one block, in a process of its own."""
-    gc.freeze()  # see `quiet_and_cached`
+    gc.freeze()  # see `freeze` of conftest.py
     torch.set_num_threads(1)
     train_blocks(data, ONE, arguments(directory, **options))
 

@@ -3,6 +3,7 @@
 As a program, this file is that process: it reads requests from standard input and answers with exit statuses.
 """
 
+import atexit
 import gc
 import importlib
 import json
@@ -13,8 +14,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 
 class WarmPython:
@@ -83,6 +86,26 @@ def run(command: list[str]) -> None:
         runpy.run_path(command[0], run_name="__main__")
 
 
+def run_and_exit(command: list[str]) -> NoReturn:
+    """Run a program and exit as the interpreter does, but leave out to take all modules apart, which takes longest."""
+    status = 0
+    try:
+        run(command)
+    except SystemExit as end:
+        status = end.code or 0
+        if not isinstance(status, int):
+            print(status, file=sys.stderr)
+            status = 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    threading._shutdown()  # waits for threads
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status & 0xFF)
+
+
 def serve() -> None:
     for module in sys.argv[1:]:
         importlib.import_module(module)
@@ -99,8 +122,7 @@ def serve() -> None:
                 for stream in (sys.stdout, sys.stderr):
                     os.dup2(output, stream.fileno())
                 os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
-                run(request["command"])
-                return
+                run_and_exit(request["command"])
         statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         print(max(statuses, key=abs), flush=True)
 
