@@ -172,7 +172,8 @@ def compare(args: CostArguments) -> list[dict[str, Any]]:
         return {"method": method, "workers": workers, "nats_per_token": loss, **costs, "training_bytes": training}
 
     with tempfile.TemporaryDirectory() as folder:
-        start_processes(measure_steps, (args, sizes, folder), nprocs=2, start_method="spawn")
+        # Nothing has been computed here, so forks are as fresh as other processes, and need not import the packages.
+        start_processes(measure_steps, (args, sizes, folder), nprocs=2, start_method="fork")
         seconds = json.loads(Path(folder, "seconds.json").read_text())
     first = sum(seconds[kind] * steps[kind] for kind in ("phase1", "router"))
     gradients = 2 * whole * steps["end_to_end"]  # a ring sends all but an n-th of them twice, for each of n workers
