@@ -34,12 +34,16 @@ from warm_python import WarmPython
 
 ROOT = Path(__file__).parent.parent
 # The files that take longest begin first, so that no process is left alone with one of them.
-LONGEST = ("test_benchmarks.py", "test_parallel.py", "test_documents.py", "test_end_to_end.py", "test_training.py")
+LONGEST = "benchmarks parallel conformance documents end_to_end checkpoints manipulations trunk".split()
 WORDS = "the cat sat on a mat while old dogs slept near warm stones and birds sang over green hills".split()
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    def place(item) -> int:
+        name = item.path.stem.removeprefix("test_")
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True, scope="session")
