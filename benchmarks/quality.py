@@ -788,10 +788,11 @@ def tables(results: dict[str, Any]) -> str:
     lines = []
     for corpus, entries in results.items():
         setting, names = entries["setting"], [name for name in MODELS if name in entries]
-        parameters, num_seeds = setting["parameters"], len(entries[names[0]]["nats_per_token"])
+        parameters, counts = setting["parameters"], [len(entries[name]["nats_per_token"]) for name in names]
+        seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
         columns = [column for column in COLUMNS if any(cell(column, name, entries[name]) for name in names)]
         lines += [
-            f"**{corpus}** ({setting['kind']}), seeds: {num_seeds}; parameters: {parameters['end_to_end']:,} end to "
+            f"**{corpus}** ({setting['kind']}), seeds: {seeds}; parameters: {parameters['end_to_end']:,} end to "
             f"end, {parameters['noprop']:,} NoProp",
             "",
             f"| model | {' | '.join(columns)} |",
