@@ -72,11 +72,11 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(directory, data, undi
         begun = newest_step(checkpoints)
         process = start(directory, data, max_steps=12)
         if moments.random() < 0.3:  # before its first step, or a little later
-            process.join(timeout=moments.uniform(0, 2))
+            process.join(timeout=moments.uniform(0, 0.5))
         else:
             while process.exitcode is None and newest_step(checkpoints) == begun:
                 time.sleep(0.001)
-            process.join(timeout=moments.uniform(0, 0.1))
+            process.join(timeout=moments.uniform(0, 0.03))
         if process.exitcode is not None:
             break
         os.kill(process.pid, signal.SIGKILL)
