@@ -284,7 +284,6 @@ def test_no_other_embeddings(model):
         ({"trunk_config": LLAMA.to_dict() | {"num_hidden_layers": 5_000}}, "from 1 to 1,000 layers, got 5000"),
         ({"trunk_config": LLAMA.to_dict() | {"vocab_size": 20}}, "has 20 tokens, and the table 50"),
         ({"trunk_config": LLAMA.to_dict() | {"vocab_size": 2**45}}, "it must have them all"),
-        ({"trunk_config": LLAMA.to_dict() | {"num_attention_heads": 0}}, "ZeroDivisionError|num_attention_heads"),
         ({"trunk_config": LLAMA.to_dict() | {"quantization_config": {"bits": 4}}}, "cannot be quantized by itself"),
     ],
 )
@@ -293,9 +292,10 @@ def test_configurations_that_are_refused(fields, words):
         small(**fields)
 
 
-@pytest.mark.parametrize("fields", [{"hidden_act": "nonsense"}, {"pad_token_id": 70}])
+@pytest.mark.parametrize("fields", [{"hidden_act": "nonsense"}, {"pad_token_id": 70}, {"num_attention_heads": 0}])
 def test_a_trunk_that_cannot_be_built(fields):
-    with pytest.raises(ValueError, match="No trunk can be built from `trunk_config`"):
+    """Told by the configuration or by the model, depending on the version."""
+    with pytest.raises(ValueError, match="No trunk can be built from `trunk_config`|`trunk_config` is not that of"):
         NoPropForCausalLM(small(trunk_config=LLAMA.to_dict() | fields))
 
 
