@@ -119,6 +119,27 @@ def seed_choices() -> dict[str, Any]:
     return {name: recipe[name] for name in SEED_CHOICES}
 
 
+def training_arguments(
+    directory: Path, seed: int, steps: int, batch_size: int, learning_rate: float
+) -> TrainingArguments:
+    """Create the training arguments that all models of a comparison share."""
+    return TrainingArguments(
+        output_dir=str(directory),
+        seed=seed,
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        logging_steps=100,
+        save_strategy="no",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
 @dataclass
 class QualityArguments:
     """Arguments of the comparison. Defaults are those of the published results."""
@@ -213,21 +234,7 @@ class QualityArguments:
 
     def training(self, directory: Path, seed: int, tokens: float, learning_rate: float) -> TrainingArguments:
         """Create training arguments, which differ between models in the peak learning rate only."""
-        return TrainingArguments(
-            output_dir=str(directory),
-            seed=seed,
-            max_steps=self.steps(tokens),
-            per_device_train_batch_size=self.batch_size,
-            per_device_eval_batch_size=self.batch_size,
-            learning_rate=learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
-            logging_steps=100,
-            save_strategy="no",
-            dataloader_pin_memory=torch.cuda.is_available(),
-            report_to="none",
-            disable_tqdm=True,
-        )
+        return training_arguments(directory, seed, self.steps(tokens), self.batch_size, learning_rate)
 
 
 @dataclass

@@ -17,7 +17,7 @@ The last tenth of the text is held out. Results in --output_dir are reused, so a
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from noprop_hf.data import CausalCollator, DataArguments, load_corpus, load_toke
 from noprop_hf.evaluation import evaluate_model
 from noprop_hf.pretraining import prepare_pretraining, pretrain_embeddings
 from noprop_hf.training import train_blocks
-from quality import COPIES_SHARE, count_flops, training_bytes
+from quality import COPIES_SHARE, count_flops, training_arguments, training_bytes
 
 
 ROWS = {
@@ -78,21 +78,8 @@ class Growth:
 
     def training(self, directory: Path, flops: float, per_token: float) -> TrainingArguments:
         """Create training arguments for a number of floating-point operations, in all and for each token."""
-        return TrainingArguments(
-            output_dir=str(directory),
-            seed=self.args.seed,
-            max_steps=max(1, round(flops / (per_token * self.batch.numel()))),
-            per_device_train_batch_size=self.args.batch_size,
-            per_device_eval_batch_size=self.args.batch_size,
-            learning_rate=self.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
-            logging_steps=100,
-            save_strategy="no",
-            dataloader_pin_memory=torch.cuda.is_available(),
-            report_to="none",
-            disable_tqdm=True,
-        )
+        steps = max(1, round(flops / (per_token * self.batch.numel())))
+        return training_arguments(directory, self.args.seed, steps, self.args.batch_size, self.learning_rate)
 
     def per_token(self, loss: Callable[[], torch.Tensor]) -> float:
         return count_flops(loss) / self.batch.numel()
@@ -101,27 +88,28 @@ class Growth:
         """Load the stock model, with an attention whose products can be counted."""
         return AutoModelForCausalLM.from_pretrained(self.args.trunk, attn_implementation="eager").train()
 
+    @cached_property
     def fine_tuning_flops(self) -> float:
-        """Return the floating-point operations of a fine-tuning, per token."""
+        """Floating-point operations of a fine-tuning, per token."""
         model = self.stock()
         return self.per_token(lambda: model(self.batch, labels=self.batch).loss)
 
     def total_flops(self) -> float:
-        return self.fine_tuning_flops() * self.args.epochs * len(self.dataset["train"]) * self.args.max_length
+        return self.fine_tuning_flops * self.args.epochs * len(self.dataset["train"]) * self.args.max_length
 
-    def fine_tuned(self, directory: Path, epochs: bool = True) -> dict[str, Any]:
+    def fine_tuned(self, directory: Path, trains: bool) -> dict[str, Any]:
         """Fine-tune all weights, or none, and measure."""
         set_seed(self.args.seed)
         model, flops = self.stock(), self.total_flops()
-        args = self.training(directory, flops, self.fine_tuning_flops())
+        args = self.training(directory, flops, self.fine_tuning_flops)
         trainer = Trainer(
             model, args, CausalCollator(self.tokenizer), self.dataset["train"], self.dataset["validation"]
         )
-        if epochs:
+        if trains:
             trainer.train()
         nats = trainer.evaluate()["eval_loss"]  # windows are equally long
         memory = training_bytes(lambda: model(self.batch, labels=self.batch).loss, model.train())
-        return {"nats_per_token": nats, "training_flops": flops * epochs, "training_bytes": memory * epochs}
+        return {"nats_per_token": nats, "training_flops": flops * trains, "training_bytes": memory * trains}
 
     def blocks(self, directory: Path, on_trunk: bool) -> dict[str, Any]:
         """Train blocks with the same arithmetic, with or without a trunk, and measure."""
@@ -165,7 +153,7 @@ class Growth:
     def measure(self, name: str) -> dict[str, Any]:
         """Measure a row, unless its results exist."""
         directory = Path(self.args.output_dir, f"{self.learning_rate:g}", name)
-        row = partial(self.fine_tuned, directory, epochs=name != "trunk")
+        row = partial(self.fine_tuned, directory, trains=name != "trunk")
         if name in ("on_trunk", "without_trunk"):
             row = partial(self.blocks, directory, on_trunk=name == "on_trunk")
         return measured_once(directory.with_suffix(".json"), row)

@@ -165,11 +165,8 @@ def create_model_directory(
     tensors = {TABLE_PREFIX + name: tensor for name, tensor in table.state_dict().items()}
     if router is not None:
         tensors |= {ROUTER_PREFIX + name: tensor for name, tensor in router.state_dict().items()}
-    provenance = {"fingerprint": fingerprint(config, table.weight)}
-    if table.trunk is not None:
-        provenance["trunk"] = trunk_hash(table.trunk.state_dict())
     flush_files(directory)
-    save_shard(directory / EMBEDDINGS_SHARD, tensors, {**provenance, **(metadata or {})})
+    save_shard(directory / EMBEDDINGS_SHARD, tensors, {**table_provenance(config, table), **(metadata or {})})
 
 
 def _save_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -304,11 +301,17 @@ def load_block(directory: Path, config: NoPropConfig, block_index: int) -> Denoi
     return block
 
 
-def block_provenance(directory: Path, config: NoPropConfig, table: TokenTable) -> dict[str, str]:
-    """Return the provenance of any block: the fingerprint of the model, and hashes of its clusters and its trunk."""
+def table_provenance(config: NoPropConfig, table: TokenTable) -> dict[str, str]:
+    """Return the fingerprint of the model and, with a trunk, the hash of its weights."""
     provenance = {"fingerprint": fingerprint(config, table.weight)}
     if table.trunk is not None:
         provenance["trunk"] = trunk_hash(table.trunk.state_dict())
+    return provenance
+
+
+def block_provenance(directory: Path, config: NoPropConfig, table: TokenTable) -> dict[str, str]:
+    """Return the provenance of any block: the fingerprint of the model, and hashes of its clusters and its trunk."""
+    provenance = table_provenance(config, table)
     if config.block_data == "clusters":
         provenance["clusters"] = clusters_hash(read_tensors(directory / EMBEDDINGS_SHARD, ROUTER_PREFIX))
     return provenance

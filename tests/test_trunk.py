@@ -294,7 +294,7 @@ def test_configurations_that_are_refused(fields, words):
 
 @pytest.mark.parametrize("fields", [{"hidden_act": "nonsense"}, {"pad_token_id": 70}, {"num_attention_heads": 0}])
 def test_a_trunk_that_cannot_be_built(fields):
-    """Told by the configuration or by the model, depending on the version."""
+    """The configuration or the model raises the error, depending on the version."""
     with pytest.raises(ValueError, match="No trunk can be built from `trunk_config`|`trunk_config` is not that of"):
         NoPropForCausalLM(small(trunk_config=LLAMA.to_dict() | fields))
 
