@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Compare what it costs to reach the final loss of end-to-end training: arithmetic, time, memory and traffic.
 
-python benchmarks/quality.py --setting plentiful_64 --corpora plentiful=DIR --models end_to_end noprop_deep noprop_half
+python benchmarks/quality.py --setting plentiful_64 --corpora plentiful=DIR --models end_to_end noprop noprop_half
 python benchmarks/cost.py           # two minutes on two idle cores
 python benchmarks/cost.py --small   # a few steps of each kind, too short for a reliable figure
 
@@ -66,7 +66,7 @@ class OneRouter(nn.Module):
         return self.router(tokens, tokens[:, 0] % self.router.config.num_blocks, self.table).loss
 
 
-NOPROP, LESS = "noprop_deep", "noprop_half"  # rows of quality.py
+NOPROP, LESS = "noprop", "noprop_half"  # rows of quality.py
 TWO_IN_STEP, TWO_BLOCKS = "end_to_end, two in step", "block, two at once"
 TRAININGS: dict[str, Callable[[NoPropConfig], nn.Module]] = {
     "end_to_end": EndToEnd,

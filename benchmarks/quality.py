@@ -9,8 +9,8 @@ A corpus is a name and a path: a text file, whose last tenth is held out, or a f
 
 - data_limited: 4 blocks of 2 layers, 128 dimensions, 3 million tokens end to end, three seeds; text is read several
   times. Under an hour per seed on two cores; `--small` takes some minutes.
-- plentiful_64, plentiful_96: 4 blocks of 2 layers (in the row `noprop_deep`, 2 of 4), 64 or 96 dimensions, 20 tokens
-  end to end per parameter without the table (8.8 and 19 million); no training reads a token twice. The best of three
+- plentiful_64, plentiful_96: 2 blocks of 4 layers on clusters (in `noprop_shallow` and `noprop_before`, 4 of 2), 64 or
+  96 dimensions, 20 tokens end to end per parameter without the table (8.8 and 19 million); no training reads a token twice. The best of three
   learning rates is chosen for every row with seed 0. The rows are named after the corpus and the width, such as
   `plentiful_64`.
 
@@ -80,8 +80,8 @@ MODELS = {
     "noprop_before": "NoProp, random start",
     "noprop_start": "NoProp, blocks start from phase 1",
     "noprop_random_splits": "NoProp, blocks on random splits",
-    "noprop_deep": "NoProp, half as many blocks, twice as deep",
-    "noprop_half": "the same, half of the arithmetic",
+    "noprop_shallow": "NoProp, twice as many blocks, half as deep",
+    "noprop_half": "NoProp, half of the arithmetic",
     "seed": "NoProp as first described",
 }
 CHAINS = tuple(name for name in MODELS if name.startswith("noprop") or name == "seed")  # models with a bound
@@ -89,8 +89,9 @@ CHAINS = tuple(name for name in MODELS if name.startswith("noprop") or name == "
 SEED_CHOICES = ("pretraining_objective", "noise_schedule", "loss_type", "sampled_softmax", "denoising_weight")
 # Phase 1's share where blocks start as copies of it: twice the tokens win 0.12 nats there, and 0.035 in the blocks.
 COPIES_SHARE = 0.65
-CLUSTERED = {"block_data": "clusters", "block_initialization": "pretraining"}
 DEEP = {"num_blocks": 2, "num_layers_per_block": 4}
+COPIES = {"block_initialization": "pretraining"}
+CLUSTERS = {"block_data": "clusters", **COPIES}
 COSTS = (  # the same with every seed
     *("tokens", "pretraining_tokens", "parameters", "training_flops", "flops_per_generated_token"),
     *("training_bytes", "bytes_sent"),
@@ -258,11 +259,11 @@ class Plentiful64(QualityArguments):
     reads_once: ClassVar[bool] = True
     own_phase1: ClassVar[dict[str, Blocks]] = {
         "noprop_before": Blocks({"block_initialization": "random"}, 0.15),
-        "noprop_start": Blocks({"block_initialization": "pretraining"}, COPIES_SHARE),
-        "noprop_random_splits": Blocks({"block_initialization": "pretraining"}, COPIES_SHARE, random_splits=True),
-        "noprop": Blocks(CLUSTERED, COPIES_SHARE),
-        "noprop_deep": Blocks(CLUSTERED | DEEP, COPIES_SHARE),
-        "noprop_half": Blocks(CLUSTERED | DEEP, COPIES_SHARE, budget=0.5),
+        "noprop_start": Blocks(COPIES | DEEP, COPIES_SHARE),
+        "noprop_random_splits": Blocks(COPIES | DEEP, COPIES_SHARE, random_splits=True),
+        "noprop": Blocks(CLUSTERS | DEEP, COPIES_SHARE),
+        "noprop_shallow": Blocks(CLUSTERS, COPIES_SHARE),
+        "noprop_half": Blocks(CLUSTERS | DEEP, COPIES_SHARE, budget=0.5),
     }
 
 
@@ -303,21 +304,23 @@ class Bench:
 
     def split(self, index: int) -> DataArguments:
         """Return the data arguments of a block that is trained on its own part of the texts."""
-        train, validation = (str(self.common / f"{name}.parquet") for name in (f"split_{index}", "validation"))
+        names = (f"split_{index}_of_{self.args.num_blocks}", "validation")
+        train, validation = (str(self.common / f"{name}.parquet") for name in names)
         return replace(self.args.data(self.corpus), train_file=train, validation_file=validation)
 
     def prepare(self) -> None:
-        """Train the tokenizer that all models of a corpus share and, if text is plentiful, split texts at random."""
+        """Train the tokenizer that all models of a corpus share, and split texts at random for the rows that need it."""
         self.common.mkdir(parents=True, exist_ok=True)
         with FileLock(self.common / "prepare.lock"):
             if (self.common / "tokenizer").is_dir():
                 return
-            corpus, num_blocks = load_corpus(self.args.data(self.corpus)), self.args.num_blocks
-            if self.args.reads_once:
-                for index in range(num_blocks):
-                    part = corpus["train"].shuffle(seed=0).shard(num_blocks, index)
-                    part.to_parquet(self.split(index).train_file)
-                corpus["validation"].to_parquet(self.split(0).validation_file)
+            corpus = load_corpus(self.args.data(self.corpus))
+            for bench in (self.of_row(name) for name, row in self.args.own_phase1.items() if row.random_splits):
+                count = bench.args.num_blocks
+                for index in range(count):
+                    part = corpus["train"].shuffle(seed=0).shard(count, index)
+                    part.to_parquet(bench.split(index).train_file)
+                corpus["validation"].to_parquet(bench.split(0).validation_file)
             tokenizer = train_tokenizer(corpus["train"]["text"], self.args.vocab_size, self.args.max_length)
             tokenizer.save_pretrained(self.common / "tokenizer")
 
@@ -338,8 +341,9 @@ class Bench:
         row, whole = self.args.own_phase1.get(name), self.num_tokens
         needed = [(self.end_to_end_tokens(DEPTHS.get(name)), whole)] if name.startswith("end_to_end") else []
         if row is not None:
-            budgets, parts = self.of_row(name).budgets(), range(self.args.num_blocks if row.random_splits else 0)
-            own = min((self.count_tokens(self.split(index)) for index in parts), default=whole)
+            bench = self.of_row(name)
+            budgets, parts = bench.budgets(), range(bench.args.num_blocks if row.random_splits else 0)
+            own = min((self.count_tokens(bench.split(index)) for index in parts), default=whole)
             needed = [(budgets["phase1"], whole), (budgets["block"], own)]
         for tokens, available in needed:
             read = self.args.steps(tokens) * self.args.batch_size * self.args.max_length

@@ -236,14 +236,15 @@ def test_rows_where_text_is_plentiful(plentiful, tmp_path, monkeypatch):
 
     entry = results["words_16"]["noprop_random_splits"]
     assert len(entry["block_nats"][0]) == 2 and sum(entry["block_nats"][0]) == pytest.approx(entry["bound"][0])
-    model = folder / "0.65_block_initialization_pretraining" / "noprop_random_splits"
-    parts = [load_corpus(bench.split(index))["train"]["text"][:] for index in range(2)]
+    (model,) = folder.glob("0.65_block_initialization_pretraining_*/noprop_random_splits")
+    splits = [bench.of_row("noprop_random_splits").split(index) for index in range(2)]
+    parts = [load_corpus(split)["train"]["text"][:] for split in splits]
     assert sorted(parts[0] + parts[1]) == sorted(sentences(800, 1)) and abs(len(parts[0]) - len(parts[1])) < 2
     fetched = [model / "embeddings.safetensors", model / "pretraining" / "model.safetensors"]
     blocks = [model / block_shard(index) for index in range(2)]
     assert entry["bytes_sent"] == sum(file.stat().st_size for file in (*fetched, *fetched, *blocks))
     for index, block in enumerate(blocks):
-        windows = bench.load(bench.split(index))[1]["train"]
+        windows = bench.load(splits[index])[1]["train"]
         assert read_metadata(block)["data"] == data_fingerprint(windows)
         assert entry["tokens"] <= windows.num_rows * 16
 
@@ -270,12 +271,12 @@ def test_cost_to_reach_a_loss(tmp_path):
     tokens = {"tokens": 1e6, "pretraining_tokens": 2e6, "training_bytes": 10}
     entries = {
         "end_to_end": {"nats_per_token": [3.0, 4.0], "training_flops": 8.0, "tokens": 2e6, "training_bytes": 40},
-        "noprop_deep": {"nats_per_token": [3.4, 3.6], "training_flops": 8.0, **tokens},
+        "noprop": {"nats_per_token": [3.4, 3.6], "training_flops": 8.0, **tokens},
         "noprop_half": {"nats_per_token": [3.7], "training_flops": 4.0, **tokens},
     }
     quality, results = tmp_path / "quality.json", tmp_path / "cost.json"
     command = ["benchmarks/cost.py", "--small", "--quality", str(quality), "--results", str(results)]
-    quality.write_text(json.dumps({"plentiful_64": {"noprop_deep": entries["noprop_deep"]}}))
+    quality.write_text(json.dumps({"plentiful_64": {"noprop": entries["noprop"]}}))
     assert "has no row end_to_end of plentiful_64" in run_python(*command, fails=True)
     quality.write_text(json.dumps({"plentiful_64": entries}))
     run_python(*command)
