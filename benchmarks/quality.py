@@ -10,9 +10,9 @@ A corpus is a name and a path: a text file, whose last tenth is held out, or a f
 - data_limited: 4 blocks of 2 layers, 128 dimensions, 3 million tokens end to end, three seeds; text is read several
   times. Under an hour per seed on two cores; `--small` takes some minutes.
 - plentiful_64, plentiful_96: 2 blocks of 4 layers on clusters (in `noprop_shallow` and `noprop_before`, 4 of 2), 64 or
-  96 dimensions, 20 tokens end to end per parameter without the table (8.8 and 19 million); no training reads a token twice. The best of three
-  learning rates is chosen for every row with seed 0. The rows are named after the corpus and the width, such as
-  `plentiful_64`.
+  96 dimensions, 20 tokens end to end per parameter without the table (8.8 and 19 million); no training reads a token
+  twice. The best of three learning rates is chosen for every row with seed 0. The rows are named after the corpus and
+  the width, such as `plentiful_64`.
 
 Results in --output_dir are reused, so an interrupted run resumes, and single rows can be measured first:
 
@@ -24,7 +24,7 @@ import math
 import shutil
 import time
 from argparse import ArgumentParser
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
@@ -87,11 +87,11 @@ MODELS = {
 CHAINS = tuple(name for name in MODELS if name.startswith("noprop") or name == "seed")  # models with a bound
 # What recipes/seed.yaml chooses: a masked table, cosine levels, squared error, denoising alone.
 SEED_CHOICES = ("pretraining_objective", "noise_schedule", "loss_type", "sampled_softmax", "denoising_weight")
+# What recipes/plentiful.yaml chooses: two blocks of four layers, which start from phase 1, on clusters.
+PLENTIFUL_CHOICES = ("num_blocks", "num_layers_per_block", "block_initialization", "block_data")
+SHARED, SHALLOW = {"block_data": "shared"}, {"num_blocks": 4, "num_layers_per_block": 2}
 # Phase 1's share where blocks start as copies of it: twice the tokens win 0.12 nats there, and 0.035 in the blocks.
 COPIES_SHARE = 0.65
-DEEP = {"num_blocks": 2, "num_layers_per_block": 4}
-COPIES = {"block_initialization": "pretraining"}
-CLUSTERS = {"block_data": "clusters", **COPIES}
 COSTS = (  # the same with every seed
     *("tokens", "pretraining_tokens", "parameters", "training_flops", "flops_per_generated_token"),
     *("training_bytes", "bytes_sent"),
@@ -115,9 +115,10 @@ class Blocks:
     budget: float = 1.0
 
 
-def seed_choices() -> dict[str, Any]:
-    recipe = yaml.safe_load((RECIPES / "seed.yaml").read_text())
-    return {name: recipe[name] for name in SEED_CHOICES}
+def choices(recipe: str, names: Iterable[str]) -> dict[str, Any]:
+    """Return values of a recipe of the package."""
+    values = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
+    return {name: values[name] for name in names}
 
 
 def training_arguments(
@@ -182,7 +183,7 @@ class QualityArguments:
 
     kind: ClassVar[str] = "data-limited"
     reads_once: ClassVar[bool] = False  # whether a training may read no token twice
-    own_phase1: ClassVar[dict[str, Blocks]] = {"seed": Blocks(seed_choices(), 0.15)}
+    own_phase1: ClassVar[dict[str, Blocks]] = {"seed": Blocks(choices("seed", SEED_CHOICES), 0.15)}
 
     def __post_init__(self):
         if self.small:
@@ -259,11 +260,13 @@ class Plentiful64(QualityArguments):
     reads_once: ClassVar[bool] = True
     own_phase1: ClassVar[dict[str, Blocks]] = {
         "noprop_before": Blocks({"block_initialization": "random"}, 0.15),
-        "noprop_start": Blocks(COPIES | DEEP, COPIES_SHARE),
-        "noprop_random_splits": Blocks(COPIES | DEEP, COPIES_SHARE, random_splits=True),
-        "noprop": Blocks(CLUSTERS | DEEP, COPIES_SHARE),
-        "noprop_shallow": Blocks(CLUSTERS, COPIES_SHARE),
-        "noprop_half": Blocks(CLUSTERS | DEEP, COPIES_SHARE, budget=0.5),
+        "noprop_start": Blocks(choices("plentiful", PLENTIFUL_CHOICES) | SHARED, COPIES_SHARE),
+        "noprop_random_splits": Blocks(
+            choices("plentiful", PLENTIFUL_CHOICES) | SHARED, COPIES_SHARE, random_splits=True
+        ),
+        "noprop": Blocks(choices("plentiful", PLENTIFUL_CHOICES), COPIES_SHARE),
+        "noprop_shallow": Blocks(choices("plentiful", PLENTIFUL_CHOICES) | SHALLOW, COPIES_SHARE),
+        "noprop_half": Blocks(choices("plentiful", PLENTIFUL_CHOICES), COPIES_SHARE, budget=0.5),
     }
 
 
@@ -309,7 +312,7 @@ class Bench:
         return replace(self.args.data(self.corpus), train_file=train, validation_file=validation)
 
     def prepare(self) -> None:
-        """Train the tokenizer that all models of a corpus share, and split texts at random for the rows that need it."""
+        """Train the tokenizer of all models of a corpus, and split texts at random for the rows that need it."""
         self.common.mkdir(parents=True, exist_ok=True)
         with FileLock(self.common / "prepare.lock"):
             if (self.common / "tokenizer").is_dir():

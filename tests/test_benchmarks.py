@@ -30,7 +30,6 @@ from noprop_hf.model_directory import read_metadata
 from noprop_hf.planning import PeakBytes
 from noprop_hf.shards_noprop import block_shard
 from quality import (
-    DEEP,
     DEPTHS,
     MODELS,
     SETTINGS,
@@ -236,7 +235,7 @@ def test_rows_where_text_is_plentiful(plentiful, tmp_path, monkeypatch):
 
     entry = results["words_16"]["noprop_random_splits"]
     assert len(entry["block_nats"][0]) == 2 and sum(entry["block_nats"][0]) == pytest.approx(entry["bound"][0])
-    (model,) = folder.glob("0.65_block_initialization_pretraining_*/noprop_random_splits")
+    (model,) = folder.glob("0.65_*/noprop_random_splits")
     splits = [bench.of_row("noprop_random_splits").split(index) for index in range(2)]
     parts = [load_corpus(split)["train"]["text"][:] for split in splits]
     assert sorted(parts[0] + parts[1]) == sorted(sentences(800, 1)) and abs(len(parts[0]) - len(parts[1])) < 2
@@ -290,7 +289,7 @@ def test_cost_to_reach_a_loss(tmp_path):
     sizes = Plentiful64(["unused=unused"]).sizes()
     stock = 4 * num_parameters(EndToEnd(NoPropConfig(vocab_size=2048, **sizes)).model)
     assert rows["end_to_end", 2]["bytes_sent"] == 2 * stock * round(2e6 / (32 * 64))
-    config = NoPropConfig(vocab_size=2048, **sizes | DEEP, block_data="clusters")
+    config = NoPropConfig(vocab_size=2048, **sizes | Plentiful64.own_phase1["noprop"].changes)
     NoPropForCausalLM(config).save_pretrained(tmp_path / "model")
     NoPropForPreTraining(config).save_pretrained(tmp_path / "phase1")
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors")}

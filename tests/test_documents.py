@@ -169,7 +169,7 @@ def test_no_prompt_ends_in_a_blank():
     for program in programs:
         prompts += [node.value for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Constant)]
     for recipe in (ROOT / "recipes").glob("*.yaml"):
-        prompts += yaml.safe_load(recipe.read_text())["sample_prompts"]
+        prompts += yaml.safe_load(recipe.read_text()).get("sample_prompts", [])
     assert {"Return the", "The song", "If the file does not exist,"} < set(prompts)
     assert not [
         prompt for prompt in [*prompts, *BlockArguments().sample_prompts] if str(prompt) != str(prompt).rstrip()
