@@ -15,7 +15,7 @@ set -euo pipefail
 export OMP_WAIT_POLICY=PASSIVE
 
 is_stopped=false
-trap 'is_stopped=true; kill -TERM "$step"' TERM
+trap 'is_stopped=true; kill -TERM "$!"' TERM # the signal may come before `step` is set
 srun accelerate launch --config_file launch/t4_fp16.yaml \
   scripts/train_blocks.py "$@" --blocks "$SLURM_ARRAY_TASK_ID" &
 step=$!
