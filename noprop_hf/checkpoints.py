@@ -23,6 +23,7 @@ import torch
 import transformers
 from accelerate.utils import TorchDynamoPlugin, reduce
 from datasets import IterableDataset
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -94,16 +95,27 @@ class DurableTrainer(Trainer):
 
     Args:
         identity: the dependencies of the result besides the training arguments, such as fingerprints of model and data.
+        frozen: modules that are not trained, such as the table, by the names of the model's arguments that take them.
         kwargs: arguments of [`Trainer`].
     """
 
-    def __init__(self, *args, identity: Mapping[str, Any] | None = None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        identity: Mapping[str, Any] | None = None,
+        frozen: Mapping[str, nn.Module] | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.identity = dict(identity or {})
+        self.frozen = {name: module.to(self.args.device) for name, module in (frozen or {}).items()}
         self._staging: str | None = None
         self._finite = torch.ones((), dtype=torch.bool, device=self.args.device)
         self._preemption = PreemptionCallback()
         self.add_callback(self._preemption)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
+        return super().compute_loss(model, {**inputs, **self.frozen}, *args, **kwargs)
 
     @property
     def kept_step(self) -> int:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
-from torch import nn
 from torch.nn import functional as F
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
@@ -160,23 +159,6 @@ def check_clustered_data(config: NoPropConfig, rows: Dataset | IterableDataset) 
         )
 
 
-class RouterTrainer(DurableTrainer):
-    """Train a [`Router`] to predict the cluster of a window from each of its prefixes.
-
-    Args:
-        model ([`Router`]): the router.
-        table ([`TokenTable`]): the frozen table.
-        kwargs: arguments of [`DurableTrainer`].
-    """
-
-    def __init__(self, model: Router, table: TokenTable, **kwargs):
-        super().__init__(model=model, **kwargs)
-        self.table = table.to(self.args.device)
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
-        return super().compute_loss(model, {**inputs, "table": self.table}, *args, **kwargs)
-
-
 def router_fields(pretraining_args: PretrainingArguments, training_args: TrainingArguments) -> dict[str, Any]:
     """Return the training arguments that the router replaces: a tenth of the steps of phase 1, and its other fields."""
     fields = pretraining_args.training_fields()
@@ -198,7 +180,7 @@ def train_router(
     pretraining_args: PretrainingArguments,
     training_args: TrainingArguments,
 ) -> Router:
-    """Find the clusters of a training split, and train a router to tell them apart.
+    """Find the clusters of a training split, and train a router to predict a window's from each of its prefixes.
 
     Args:
         start: the encoder of the model of phase 1, which the router starts from if it has as many layers.
@@ -222,9 +204,9 @@ def train_router(
 
     if start is not None and len(start.layers) == len(router.encoder.layers):
         router.encoder.load_state_dict(start.state_dict())
-    trainer = RouterTrainer(
+    trainer = DurableTrainer(
         router,
-        table,
+        frozen={"table": table},
         identity={
             "fingerprint": fingerprint(config, table.weight),
             "clusters": clusters_hash(router.state_dict()),

@@ -236,7 +236,7 @@ class PeakBytes(TorchDispatchMode):
         self._sizes[key] = 0
 
 
-def activations(trainer: DurableTrainer, rows: int, frozen: Sequence[nn.Module] = ()) -> int:
+def activations(trainer: DurableTrainer, rows: int) -> int:
     """Count the bytes that a step on the first training rows needs besides weights, gradients and optimizer.
 
     The precision is that of training.
@@ -244,7 +244,7 @@ def activations(trainer: DurableTrainer, rows: int, frozen: Sequence[nn.Module] 
     model = trainer.model
     inputs = trainer._prepare_inputs(trainer.data_collator(list(islice(trainer.train_dataset, rows))))
     model.train()
-    with PeakBytes([model, *frozen]) as tracker:
+    with PeakBytes([model, *trainer.frozen.values()]) as tracker:
         with trainer.accelerator.autocast():
             loss = trainer.compute_loss(model, inputs)
         loss.backward()
@@ -275,20 +275,17 @@ class Memory:
         return max(0, self.batch + (usable - self.total) // self.row)
 
 
-def memory(trainer: DurableTrainer, frozen: Sequence[nn.Module] = ()) -> Memory:
+def memory(trainer: DurableTrainer) -> Memory:
     """Estimate the bytes on a device during training.
 
     Activations are counted for a few rows, and scaled to the batch size. The states of the optimizer are those that it
     has, or AdamW's two moments before the first step.
-
-    Args:
-        frozen: other modules on the device: table and trunk.
     """
     batch = trainer.args.per_device_train_batch_size
     many = min(SAMPLE_ROWS, sum(1 for _ in islice(trainer.train_dataset, SAMPLE_ROWS)))
     few = many // 2
-    saved = activations(trainer, many, frozen)
-    row = math.ceil((saved - (activations(trainer, few, frozen) if few else 0)) / (many - few))
+    saved = activations(trainer, many)
+    row = math.ceil((saved - (activations(trainer, few) if few else 0)) / (many - few))
     parameters = sum(parameter.nbytes for parameter in trainer.model.parameters())
     states = {} if trainer.optimizer is None else trainer.optimizer.state
     moments = sum(t.nbytes for state in states.values() for t in state.values() if isinstance(t, torch.Tensor))
@@ -296,7 +293,11 @@ def memory(trainer: DurableTrainer, frozen: Sequence[nn.Module] = ()) -> Memory:
         "parameters": parameters,
         "gradients": parameters,
         "states of the optimizer": moments or 2 * parameters,
-        "frozen table": sum(tensor.nbytes for module in frozen for tensor in (*module.parameters(), *module.buffers())),
+        "frozen table": sum(
+            tensor.nbytes
+            for module in trainer.frozen.values()  # the table, the trunk
+            for tensor in (*module.parameters(), *module.buffers())
+        ),
         "activations": max(0, saved + row * (batch - many)),
     }
     return Memory(parts, batch, row)
@@ -410,14 +411,14 @@ class Rehearsal:
         pretraining = self.recipe.pretraining
         with self._arguments(**pretraining.training_fields()) as args:
             trainer = pretraining_trainer(self.config, self.tokenizer, self.dataset, pretraining, args, table=table)
-            return self._measure(trainer, self.split, [] if trainer.trunk is None else [trainer.trunk])
+            return self._measure(trainer, self.split)
 
     def block(self, table: TokenTable, index: int) -> TrainingCost:
         """Measure a block, from a random start."""
         block = DenoisingBlock(copy.deepcopy(self.config), index)
         with self._arguments() as args:
             trainer = block_trainer(block, table, self.tokenizer, self.dataset, args)
-            return self._measure(trainer, self.block_split, [trainer.table])
+            return self._measure(trainer, self.block_split)
 
     @property
     def block_split(self) -> SplitSize:
@@ -447,7 +448,7 @@ class Rehearsal:
             args.eval_strategy = args.save_strategy = args.logging_strategy = "no"
             yield args
 
-    def _measure(self, trainer: DurableTrainer, split: SplitSize, frozen: Sequence[nn.Module] = ()) -> TrainingCost:
+    def _measure(self, trainer: DurableTrainer, split: SplitSize) -> TrainingCost:
         args = trainer.args
         steps = count_steps(args, split.windows, self.processes)
         windows = steps * args.train_batch_size * args.gradient_accumulation_steps * self.processes
@@ -460,7 +461,7 @@ class Rehearsal:
             steps=steps,
             tokens=round(windows * length),
             epochs=epochs,
-            memory=memory(trainer, frozen),  # after a step, when the optimizer has its states
+            memory=memory(trainer),  # after a step, when the optimizer has its states
             seconds=seconds,
             checkpoints=math.ceil(checkpoint_bytes(weights + CHECKPOINT_FILES / 3, kept)) if kept else 0,
         )

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import yaml
 from datasets import Dataset, IterableDataset
-from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -255,24 +254,6 @@ def pretrain_language_model(
     return trainer.model.cpu().eval(), training_note(args, training_args.seed)
 
 
-class PretrainingTrainer(DurableTrainer):
-    """Train the model of phase 1, which receives the frozen trunk, if there is one, with every batch.
-
-    Args:
-        model ([`NoPropForPreTraining`]): the model.
-        trunk: the trunk.
-        kwargs: arguments of [`DurableTrainer`].
-    """
-
-    def __init__(self, model: NoPropForPreTraining, trunk: nn.Module | None, **kwargs):
-        super().__init__(model=model, **kwargs)
-        self.trunk = None if trunk is None else trunk.to(self.args.device)
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
-        inputs = inputs if self.trunk is None else {**inputs, "trunk": self.trunk}
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-
 def pretraining_trainer(
     config: NoPropConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -281,7 +262,7 @@ def pretraining_trainer(
     args: TrainingArguments,
     identity: dict[str, Any] | None = None,
     table: TokenTable | None = None,
-) -> PretrainingTrainer:
+) -> DurableTrainer:
     """Create the trainer of phase 1, with a model that is randomly initialised or, with a trunk, begins as the trunk.
 
     Args:
@@ -298,10 +279,10 @@ def pretraining_trainer(
     trunk = None if table is None else table.trunk
     if table is not None and trunk is not None:
         start_as_trunk(model, table, collator(list(islice(dataset["train"], TRUNK_ROWS))))
-    return PretrainingTrainer(
+    return DurableTrainer(
         model,
-        trunk,
         identity=identity,
+        frozen={} if trunk is None else {"trunk": trunk},
         args=args,
         train_dataset=dataset["train"],
         eval_dataset=dataset["validation"],

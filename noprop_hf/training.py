@@ -72,8 +72,7 @@ class BlockTrainer(DurableTrainer):
     """
 
     def __init__(self, model: DenoisingBlock, table: TokenTable, **kwargs):
-        super().__init__(model=model, **kwargs)
-        self.table = table.to(self.args.device)
+        super().__init__(model=model, frozen={"table": table}, **kwargs)
         self._terms: dict[str, list[torch.Tensor]] = {}  # the loss by term, of every batch since the last log
         self._eval_terms: list[torch.Tensor] = []
         self._eval_generator: torch.Generator | None = None
@@ -81,9 +80,8 @@ class BlockTrainer(DurableTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None
     ):
-        inputs = {**inputs, "table": self.table}
         if not model.training:
-            inputs["generator"] = self._eval_generator
+            inputs = {**inputs, "generator": self._eval_generator}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             for name in ("denoising_loss", "context_loss"):

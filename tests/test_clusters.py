@@ -23,8 +23,8 @@ from noprop_hf import (
     NoPropForSequenceClassification,
 )
 from noprop_hf.arguments import BlockArguments, PretrainingArguments
+from noprop_hf.checkpoints import DurableTrainer
 from noprop_hf.clusters import (
-    RouterTrainer,
     assign_clusters,
     fit_clusters,
     fit_topics,
@@ -34,7 +34,7 @@ from noprop_hf.clusters import (
 )
 from noprop_hf.data import DataArguments, load_corpus, load_tokenizer, tokenize
 from noprop_hf.model_directory import load_router, load_table, read_metadata
-from noprop_hf.modeling_noprop import NUM_TOPICS
+from noprop_hf.modeling_noprop import NUM_TOPICS, Router
 from noprop_hf.pretraining import pretrain_embeddings
 from noprop_hf.shards_noprop import EMBEDDINGS_SHARD, block_shard
 from noprop_hf.training import BlockRun, train_blocks
@@ -236,15 +236,15 @@ def test_a_sure_router_leaves_one_block(trained, sure_of):
 
 
 def test_an_interrupted_router_ends_with_the_same_bits(phase1, data, tmp_path, monkeypatch):
-    directory, compute_loss, steps = tmp_path / "model", RouterTrainer.compute_loss, iter(range(8))
+    directory, compute_loss, steps = tmp_path / "model", DurableTrainer.compute_loss, iter(range(8))
 
     def stop(self, model, *args, **kwargs):
-        if model.training and next(steps, None) is None:
+        if isinstance(model, Router) and model.training and next(steps, None) is None:
             raise KeyboardInterrupt
         return compute_loss(self, model, *args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(RouterTrainer, "compute_loss", stop)
+        patch.setattr(DurableTrainer, "compute_loss", stop)
         pretrain_embeddings(CLUSTERED, data, STEPS, arguments(directory, **RARELY))
     assert not (directory / EMBEDDINGS_SHARD).exists()
     pretrain_embeddings(CLUSTERED, data, STEPS, arguments(directory, **RARELY))

@@ -134,15 +134,15 @@ def test_other_data_are_refused(phase1, data):
 
 def test_memory_by_hand(phase1, data, tmp_path):
     trainer = trainer_of(phase1, data, tmp_path, per_device_train_batch_size=24)
-    held = memory(trainer, [trainer.table])
+    held = memory(trainer)
     width, feed_forward, vocabulary = 16, 24, 300
     layer = 4 * width**2 + 3 * width * feed_forward + 2 * width
     head = width**2 + (2 * width + 1) * width + width**2 + vocabulary
     parts = held.parts
     assert parts["parameters"] == parts["gradients"] == 4 * (width**2 + layer + width + head)
     assert parts["frozen table"] == 4 * vocabulary * (width + 1)
-    assert parts["activations"] == pytest.approx(activations(trainer, 24, [trainer.table]), rel=0.1)
-    assert parts["activations"] > 2 * activations(trainer, 8, [trainer.table])
+    assert parts["activations"] == pytest.approx(activations(trainer, 24), rel=0.1)
+    assert parts["activations"] > 2 * activations(trainer, 8)
     assert held.total == sum(parts.values()) and 24 * held.row == pytest.approx(parts["activations"], rel=0.2)
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
@@ -158,14 +158,11 @@ def test_states_of_the_optimizer_are_its_own(phase1, data, tmp_path, optim):
         numbers += {"adamw_torch": 2 * parameter.numel(), "adafactor": rows_and_columns, "sgd": 0}[optim]
     if optim == "sgd":  # before the first step, and without states, AdamW's are assumed
         numbers = 2 * sum(parameter.numel() for parameter in trainer.model.parameters())
-    assert memory(trainer, [trainer.table]).parts["states of the optimizer"] == pytest.approx(4 * numbers, rel=0.05)
+    assert memory(trainer).parts["states of the optimizer"] == pytest.approx(4 * numbers, rel=0.05)
 
 
 def test_half_precision_needs_less_memory(phase1, data, tmp_path):
-    full, half = (
-        activations(trainer := trainer_of(phase1, data, tmp_path, bf16=bf16), 8, [trainer.table])
-        for bf16 in (False, True)
-    )
+    full, half = (activations(trainer := trainer_of(phase1, data, tmp_path, bf16=bf16), 8) for bf16 in (False, True))
     assert 0.5 < half / full < 0.9  # logits are in float32
 
 
@@ -180,7 +177,7 @@ def test_what_fits(phase1, data, tmp_path):
     assert "none at this hidden_size" in str(dataclasses.replace(planned, usable_bytes=needed // 10))
 
     trainer = trainer_of(phase1, data, tmp_path, per_device_train_batch_size=40)
-    assert planned.block.memory.largest_batch(memory(trainer, [trainer.table]).total) == pytest.approx(40, abs=2)
+    assert planned.block.memory.largest_batch(memory(trainer).total) == pytest.approx(40, abs=2)
 
     config = NoPropConfig.from_pretrained(phase1)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "correction_size": 64, "head_dim": 4 * config.head_dim}
@@ -191,7 +188,7 @@ def test_what_fits(phase1, data, tmp_path):
         data_collator=trainer.data_collator,
     )  # fmt: skip
     trainer.args.per_device_train_batch_size = 4
-    usable = memory(trainer, [table]).total
+    usable = memory(trainer).total
     assert largest_width(config, {"one block": planned.block.memory}, usable) == pytest.approx(64, abs=10)
 
 

@@ -179,7 +179,7 @@ def test_only_one_block_exists_while_it_trains_and_the_table_stays(directory, da
 
     class Inspect(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-            table = trainers[-1].table
+            table = trainers[-1].frozen["table"]
             own = {id(parameter) for parameter in model.parameters()}
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             gc.collect()
