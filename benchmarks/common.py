@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.generation import BaseStreamer
 
 from noprop_hf import DenoisingBlock, NoPropConfig, NoPropForCausalLM, NoPropForPreTraining, modeling_noprop
-from noprop_hf.modeling_noprop import TokenTable, sampled_candidates
+from noprop_hf.modeling_noprop import TokenTable, new_trunk, sampled_candidates
 from noprop_hf.noise_noprop import standardize
 from results import current_commit
 
@@ -56,14 +56,14 @@ class OneBlock(nn.Module):
 
 
 class PhaseOne(nn.Module):
-    """The model of phase 1 and its loss."""
+    """The model of phase 1, with its trunk if it has one, and its loss."""
 
     def __init__(self, config: NoPropConfig):
         super().__init__()
-        self.model = NoPropForPreTraining(config)
+        self.model, self.trunk = NoPropForPreTraining(config), new_trunk(config)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.model(tokens, labels=tokens).loss
+        return self.model(tokens, labels=tokens, trunk=self.trunk).loss
 
 
 class EndToEnd(nn.Module):

@@ -35,7 +35,18 @@ from torch.utils._pytree import tree_map_only
 from transformers import HfArgumentParser, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
-from common import EndToEnd, OneBlock, Peak, PhaseOne, commit, device_name, process_bytes, random_text, write_results
+from common import (
+    EndToEnd,
+    OneBlock,
+    Peak,
+    PhaseOne,
+    commit,
+    device_name,
+    process_bytes,
+    random_text,
+    stock_config,
+    write_results,
+)
 from noprop_hf import NoPropConfig, NoPropForCausalLM
 from noprop_hf.planning import USABLE, PeakBytes
 
@@ -56,7 +67,7 @@ FAMILY = {
 }
 FAMILY_VOCABULARY = 50_304
 LENGTHS = (128, 1024)  # tokens of a window
-SLACK = 1.25  # the bar of a block is SLACK / N plus the table's share
+SLACK = 1.25  # the bar of a block is SLACK / N plus the shares of table and trunk
 
 
 # --- methods ----------------------------------------------------------------------------------------------------------
@@ -73,15 +84,17 @@ class Way:
             devices hold together (FSDP), or a `"block"`.
         checkpointing: recompute the activations of a layer in the backward pass.
         in_pieces: for a stock model, compute the loss without holding all logits.
+        has_trunk: for a block, read the states of a frozen stock model that is as deep as a block.
     """
 
     trains: str
     checkpointing: bool = True
     in_pieces: bool = True
+    has_trunk: bool = False
 
 
 PLAIN, CHECKPOINTED, BY_GROUP = Way("all", False, False), Way("all"), Way("group")
-BLOCK, CHECKPOINTED_BLOCK = Way("block", False), Way("block")
+BLOCK, CHECKPOINTED_BLOCK, BLOCK_ON_TRUNK = Way("block", False), Way("block"), Way("block", False, has_trunk=True)
 METHODS = {
     "end_to_end": (PLAIN, "adamw"),
     "checkpointing": (CHECKPOINTED, "adamw"),
@@ -95,6 +108,7 @@ METHODS = {
     "noprop_checkpointing": (CHECKPOINTED_BLOCK, "adamw"),
     "noprop_checkpointing_adafactor": (CHECKPOINTED_BLOCK, "adafactor"),
     "noprop_checkpointing_8bit": (CHECKPOINTED_BLOCK, "8bit"),
+    "noprop_trunk": (BLOCK_ON_TRUNK, "adamw"),
 }
 # By what is trained, the groups that need the most memory: the table, the first layers with the longest way back, the
 # last with the loss.
@@ -146,6 +160,10 @@ def build(way: Way, config: NoPropConfig, group: int = 0, half: bool = False, ph
         half: keep frozen weights of a stock model in half precision.
         phase1: the model of phase 1 instead of a block.
     """
+    if way.has_trunk:
+        trunk = stock_config(config)
+        trunk.num_hidden_layers = config.num_layers_per_block
+        config = NoPropConfig(**config.to_diff_dict() | {"trunk_config": trunk.to_dict()})
     if way.trains == "block":
         module: nn.Module = PhaseOne(config) if phase1 else OneBlock(config)
         trained = module.model if phase1 else module.block
@@ -392,7 +410,8 @@ def measure(args: MemoryArguments, num_blocks: int) -> list[dict[str, Any]]:
     totals = {name: sum(parts.values()) for name, parts in counts.items()}
     layers = min(sum(parts.values()) for parts in count(Way("layers"), config, tokens).values())
     table_share = 4 * config.vocab_size * config.hidden_size / totals["end_to_end"]
-    phase1 = {way: count(way, config, tokens, phase1=True) for way in (BLOCK, CHECKPOINTED_BLOCK)}
+    ways = {way for way, _ in METHODS.values() if way.trains == "block"}
+    phase1 = {way: count(way, config, tokens, phase1=True) for way in ways}
     rows = []
     for name, (way, optim) in METHODS.items():
         row: dict[str, Any] = {
@@ -420,8 +439,10 @@ def measure(args: MemoryArguments, num_blocks: int) -> list[dict[str, Any]]:
             row["phase1_over_best"] = row["phase1_bytes"] / min(totals[other] for other in others)
         rows.append(row)
     by_name = {row["method"]: row for row in rows}
-    noprop = by_name["noprop"]
+    noprop, on_trunk = by_name["noprop"], by_name["noprop_trunk"]
     noprop |= {"table_share": table_share, "bar": SLACK / num_blocks + table_share}
+    trunk_share = (on_trunk["table"] - noprop["table"]) / totals["end_to_end"]
+    on_trunk |= {"trunk_share": trunk_share, "bar": noprop["bar"] + trunk_share}
     if noprop["resident"] is not None:
         noprop["ratio_resident"] = noprop["resident"] / by_name["end_to_end"]["resident"]
     if device.type == "cpu":
@@ -513,7 +534,7 @@ def largest_models(
         A row for each method, see [`largest`]. For NoProp, phase 1 has to fit as well; the fields that begin with
         `block_` are those of a block alone, for a table that comes from elsewhere.
     """
-    for way in dict.fromkeys(way for way, _ in METHODS.values()):
+    for way in dict.fromkeys(way for way, _ in METHODS.values() if not way.has_trunk):
         methods = {method: optim for method, (its_way, optim) in METHODS.items() if its_way == way}
         needs: dict[str, list[dict[str, int]]] = {}
         for name in family:

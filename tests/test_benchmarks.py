@@ -349,6 +349,10 @@ def test_memory_speed_and_decoding_against_a_stock_model(tmp_path):
     assert stock["parameters"] == stock["gradients"] == 4 * (2 * layer + 128 + 2048 * 128)
     assert (block["table"], stock["table"]) == (4 * 2048 * 128, 0)
     assert block["optimizer"] == 2 * block["parameters"]
+    on_trunk = rows["noprop_trunk"]
+    assert on_trunk["table"] == block["table"] + 4 * (layer + 128 + 2048 * 128)  # with its embeddings
+    assert all(on_trunk[part] == block[part] for part in ("parameters", "gradients", "optimizer"))
+    assert on_trunk["ratio"] < on_trunk["bar"] == pytest.approx(block["bar"] + on_trunk["trunk_share"])
     # one layer, or the table and a norm
     group = rows["block_coordinate"]
     assert group["parameters"] == stock["parameters"] and group["gradients"] in (4 * layer, 4 * (2048 * 128 + 128))
@@ -373,6 +377,8 @@ SHORT = NoPropConfig(
         (memory.BLOCK, False, False),
         (memory.CHECKPOINTED_BLOCK, False, True),
         (memory.CHECKPOINTED_BLOCK, True, False),
+        (memory.BLOCK_ON_TRUNK, False, False),
+        (memory.BLOCK_ON_TRUNK, True, False),
     ],
 )
 def test_tensors_without_data_need_as_much_memory_as_real_ones(way, phase1, half):
@@ -389,7 +395,7 @@ def test_tensors_without_data_need_as_much_memory_as_real_ones(way, phase1, half
         weights = sum(p.nbytes for p in model.parameters())
         needs.append(weights + 3 * gradients + tracker.peak)  # AdamW's moments
     counted = memory.count(way, SHORT, tokens, half, phase1)["adamw"]
-    assert sum(counted.values()) == pytest.approx(max(needs), rel=0.03)
+    assert sum(counted.values()) == pytest.approx(max(needs), rel=0.04)  # one or two states more
 
 
 def test_memory_of_deep_models_from_shallow_ones(monkeypatch):
