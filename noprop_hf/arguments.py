@@ -361,7 +361,10 @@ UNSUPPORTED_ARGUMENTS = {
     "do_predict": "has no effect, as the command decides what is done",
     "resume_from_checkpoint": "is not needed, as a run resumes from the newest checkpoint in its --output_dir",
 }
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
+OPTIMIZERS = (
+    *("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"),
+    *("adamw_8bit", "adamw_bnb_8bit"),  # of bitsandbytes
+)
 
 
 def refuse_unsupported(values: Namespace | TrainingArguments) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save
+from torch.utils._pytree import tree_leaves
 
 from conftest import BLOCKS, MODEL, arguments
 from noprop_hf.arguments import PretrainingArguments
@@ -231,7 +232,7 @@ def no_step_of(phase: str, training_step):
     return step
 
 
-def interrupted(directory: Path, data) -> Path:
+def interrupted(directory: Path, data, **options) -> Path:
     """The checkpoints of a block that was stopped after step 6 of 12."""
 
     class Stopped(Exception):
@@ -245,8 +246,22 @@ def interrupted(directory: Path, data) -> Path:
     training_step = BlockTrainer.training_step
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(BlockTrainer, "training_step", stop)
-        train_blocks(data, ONE, arguments(directory, **SAVES, max_steps=12))
+        train_blocks(data, ONE, arguments(directory, **SAVES, max_steps=12, **options))
     return directory / "checkpoints" / "block-02"
+
+
+def test_8_bit_states_resume_to_the_same_bits(data, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    straight = tmp_path / "straight"
+    wide = dataclasses.replace(MODEL, hidden_size=64, intermediate_size=64)  # smaller weights have states of 32 bits
+    pretrain_embeddings(wide, data, PretrainingArguments(), arguments(straight, optim="adamw_8bit"))
+    resumed = Path(shutil.copytree(straight, tmp_path / "resumed"))
+    checkpoints = interrupted(resumed, data, optim="adamw_8bit")
+    states = tree_leaves(torch.load(checkpoints_of(checkpoints)[0][1] / "optimizer.pt")["state"])
+    assert any(torch.is_tensor(value) and value.dtype == torch.uint8 and value.numel() >= 4096 for value in states)
+    for directory in (straight, resumed):
+        train_blocks(data, ONE, arguments(directory, **SAVES, max_steps=12, optim="adamw_8bit"))
+    assert same_bits(straight, resumed)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json", MANIFEST_NAME])
