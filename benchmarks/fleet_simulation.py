@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from email.utils import formatdate
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -89,6 +89,9 @@ class SimulationArguments:
     accounts: list[int] = field(
         default_factory=lambda: [0, 1], metadata={"help": "Accounts that workers share, per run; 0: one for each."}
     )
+    back_up: list[bool] = field(
+        default_factory=lambda: [False, True], metadata={"help": "Whether idle workers repeat slow work, per run."}
+    )
     num_blocks: int = field(default=96, metadata={"help": "Blocks."})
     hidden_size: int = field(default=1024, metadata={"help": "Width, which sets the bytes of a block (one layer)."})
     steps: int = field(default=10_000, metadata={"help": "Steps of training per block."})
@@ -111,7 +114,7 @@ class SimulationArguments:
 
     def __post_init__(self):
         if self.small:
-            self.num_workers, self.accounts, self.num_blocks = [8], [0], 6
+            self.num_workers, self.accounts, self.back_up, self.num_blocks = [8], [0], [True], 6
 
 
 # --- the clock --------------------------------------------------------------------------------------------------------
@@ -381,9 +384,17 @@ class Worker(threading.Thread):
         folder: the folder of all model directories.
     """
 
-    def __init__(self, hub: SimulatedHub, args: SimulationArguments, index: int, account: int, folder: Path):
+    def __init__(
+        self,
+        hub: SimulatedHub,
+        args: SimulationArguments,
+        index: int,
+        account: int,
+        folder: Path,
+        back_up: bool = False,
+    ):
         super().__init__(daemon=True)
-        self.hub, self.args, self.clock = hub, args, hub.clock
+        self.hub, self.args, self.clock, self.back_up = hub, args, hub.clock, back_up
         self.random = Random(f"{args.seed} {index}")
         regions = list(REGIONS.values())
         (self.region,) = self.random.choices(regions, [region.share for region in regions])
@@ -423,7 +434,7 @@ class Worker(threading.Thread):
         run: Any = SimpleNamespace(
             directory=self.directory,
             training_args=SimpleNamespace(process_index=0, world_size=1, should_save=True),
-            block_args=SimpleNamespace(take_over=False),
+            block_args=SimpleNamespace(take_over=False, back_up=self.back_up),
             place=self.place,
             checkpoint=lambda index: None,
             block_dataset=lambda index: None,
@@ -508,7 +519,7 @@ def rates(times: list[float], window: float, end: float) -> dict[str, float]:
     return {"mean": len(times) / (end / window), "peak": max(counts.values(), default=0)}
 
 
-def simulate(args: SimulationArguments, num_workers: int, accounts: int) -> dict[str, Any]:
+def simulate(args: SimulationArguments, num_workers: int, accounts: int, back_up: bool = False) -> dict[str, Any]:
     """Simulate a fleet until all blocks are published, and return its figures."""
     clock = Clock()
     config = NoPropConfig(
@@ -525,7 +536,7 @@ def simulate(args: SimulationArguments, num_workers: int, accounts: int) -> dict
         folder = Path(name)
         repository = SimulatedHub(args, clock, shared_files(folder), {**names, "block": sizes.block})
         workers = [
-            Worker(repository, args, index, index % accounts if accounts else index, folder)
+            Worker(repository, args, index, index % accounts if accounts else index, folder, back_up)
             for index in range(num_workers)
         ]
         watch = threading.Thread(target=clock.live, args=(clock.end, clock.set_alarm(args.max_hours * HOUR)))
@@ -539,6 +550,7 @@ def simulate(args: SimulationArguments, num_workers: int, accounts: int) -> dict
     return {
         "workers": num_workers,
         "accounts": accounts or num_workers,
+        "back_up": back_up,
         "num_blocks": args.num_blocks,
         "report_every": meeting_place.REPORT_EVERY,
         "published": published,
@@ -565,7 +577,7 @@ def simulate(args: SimulationArguments, num_workers: int, accounts: int) -> dict
     }
 
 
-OWN_FIELDS = ("simulate", "results", "num_workers", "accounts", "num_blocks", "small")
+OWN_FIELDS = ("simulate", "results", "num_workers", "accounts", "back_up", "num_blocks", "small")
 
 
 def sampled(states: list[tuple[float, int, int]], points: int = 12) -> list[tuple[float, int, int]]:
@@ -581,12 +593,9 @@ def sampled(states: list[tuple[float, int, int]], points: int = 12) -> list[tupl
 def main(args: SimulationArguments) -> None:
     path = Path(args.results)
     kept = json.loads(path.read_text()) if path.is_file() else []
-    for num_workers in args.num_workers:
-        for accounts in args.accounts:
-            row = {"commit": commit(), **simulate(args, num_workers, accounts)}
-            keys = ("workers", "accounts", "num_blocks", "report_every")
-            kept = [one for one in kept if any(one[key] != row[key] for key in keys)] + [row]
-            print(
-                json.dumps({key: value for key, value in row.items() if key not in ("settings", "states")}), flush=True
-            )
-            write_results(path, kept)
+    for num_workers, accounts, back_up in product(args.num_workers, args.accounts, args.back_up):
+        row = {"commit": commit(), **simulate(args, num_workers, accounts, back_up)}
+        keys = ("workers", "accounts", "back_up", "num_blocks", "report_every")
+        kept = [one for one in kept if any(one.get(key, False) != row[key] for key in keys)] + [row]
+        print(json.dumps({key: value for key, value in row.items() if key not in ("settings", "states")}), flush=True)
+        write_results(path, kept)

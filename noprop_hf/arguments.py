@@ -244,6 +244,13 @@ class BlockArguments:
     take_over: bool = field(
         default=False, metadata={"help": "Train blocks that are claimed on the Hub by another worker that is gone."}
     )
+    back_up: bool = field(
+        default=False,
+        metadata={
+            "help": "When no other block is left, train blocks that are claimed on the Hub by other workers as well, "
+            "which may be slower: the first worker to publish a block decides."
+        },
+    )
     sample_prompts: list[str] = field(default_factory=lambda: ["The"], metadata={"help": "Prompts for the samples."})
     sample_max_new_tokens: int = field(default=40, metadata={"help": "Length of the samples, in tokens."})
 

@@ -70,9 +70,14 @@ CLAIM_NAME = re.compile(rf"{CLAIMS_FOLDER}/block-([0-9]{{2,8}})\.json")
 BLOCK_NAME = re.compile(r"block-([0-9]{2,8})\.safetensors")
 STALE_AFTER = 6 * 3600  # seconds after which a claim that was not renewed is stale
 REPORT_EVERY = 2 * 3600  # minimum seconds between two renewals of a claim; the Hub limits commits per hour
+CHECK_EVERY = 600  # minimum seconds between two checks that a backup is still needed
 CLOCK_ERROR = 600  # seconds by which the time of a claim may be ahead
 BRIEF_PATIENCE = 60  # seconds of retries for requests of minor importance
 LARGEST_CLAIM = 10_000  # bytes
+
+
+class BlockPublished(Exception):
+    """Another worker has published the block that this one backs up."""
 
 
 @dataclass
@@ -127,6 +132,7 @@ class MeetingPlace(Repository):
         self.directory = directory or Path()
         self._reported = -math.inf
         self._lost_claim = False
+        self._backs_up = False
         self.worker = "" if directory is None else _worker_of(directory)
 
     # --- phase 1 --------------------------------------------------------------------------------------------------
@@ -274,14 +280,14 @@ class MeetingPlace(Repository):
 
         return self.insist(look)
 
-    def open_blocks(self, indices: Sequence[int], take_over: bool = False) -> list[int]:
+    def open_blocks(self, indices: Sequence[int], take_over: bool = False, back_up: bool = False) -> list[int]:
         """Select the blocks that may be left to train, in the order in which this worker should try to claim them.
 
         Blocks with a checkpoint in the directory come first, then unclaimed ones, in random order once another worker
         has been faster. Claims are read only when no other block is left, since that takes two requests for each.
 
         Args:
-            take_over: whether to select blocks with a valid claim of another worker.
+            take_over, back_up: whether to select blocks with a valid claim of another worker.
         """
 
         def look() -> list[int]:
@@ -298,7 +304,7 @@ class MeetingPlace(Repository):
             if begun or free:
                 return begun + free + claimed
             random.shuffle(claimed)
-            return [index for index in claimed if take_over or not self._is_taken(index, head)]
+            return [index for index in claimed if take_over or back_up or not self._is_taken(index, head)]
 
         return self.insist(look)
 
@@ -310,11 +316,13 @@ class MeetingPlace(Repository):
         logger.warning(f"Block {block_index} is skipped: {other.trains}")
         return True
 
-    def claim_block(self, block_index: int, take_over: bool = False) -> str | None:
+    def claim_block(self, block_index: int, take_over: bool = False, back_up: bool = False) -> str | None:
         """Claim a block for this worker.
 
         Args:
             take_over: whether to replace the claim of another worker.
+            back_up: whether to succeed beside the claim of another worker, which is left as it is. As in MapReduce
+                (Dean and Ghemawat 2004, section 3.6), idle workers then repeat the work of slow ones.
 
         Returns:
             None if the claim succeeded, else the reason, as the predicate of a sentence about the block.
@@ -325,9 +333,14 @@ class MeetingPlace(Repository):
             if block_shard(block_index) in file_names(head):
                 return "is skipped: another worker has published it."
             other = self._claim_of(block_index, head)
-            if other is not None and other.worker != self.worker and not other.is_stale and not take_over:
+            if other is None or other.worker == self.worker or other.is_stale or take_over:
+                self._commit(f"Block {block_index} is claimed", [self._claim_file(block_index, 0)], head)
+                self._backs_up = False
+            elif back_up:
+                logger.info(f"Block {block_index} is trained as a backup: {other} trains it, too.")
+                self._backs_up = True
+            else:
                 return f"is skipped: {other.trains}"
-            self._commit(f"Block {block_index} is claimed", [self._claim_file(block_index, 0)], head)
             self._reported = time.monotonic()
             return None
 
@@ -336,18 +349,36 @@ class MeetingPlace(Repository):
         return reason
 
     def report(self, block_index: int, step: int) -> None:
-        """Renew the claim of a block, at most every `REPORT_EVERY` seconds.
+        """Renew the claim of a block, at most every `REPORT_EVERY` seconds, or check that a backup is still needed.
 
         Errors are logged and ignored so that they cannot stop training.
+
+        Raises:
+            BlockPublished: if another worker has published the block that this one backs up.
         """
-        if time.monotonic() - self._reported < REPORT_EVERY:
+        if time.monotonic() - self._reported < (CHECK_EVERY if self._backs_up else REPORT_EVERY):
             return
-        self._reported = time.monotonic()
+        self._reported, is_published = time.monotonic(), False
+
+        def renew() -> bool:
+            if block_shard(block_index) in file_names(self.head()):
+                return True
+            if not self._backs_up:
+                claim = [self._claim_file(block_index, step)]
+                self._commit(f"Block {block_index} is at step {step}", claim)
+            return False
+
         try:
-            claim = [self._claim_file(block_index, step)]
-            self.insist(lambda: self._commit(f"Block {block_index} is at step {step}", claim), BRIEF_PATIENCE)
+            is_published = self.insist(renew, BRIEF_PATIENCE)
         except Exception as error:
             logger.warning(f"Cannot renew the claim of block {block_index} in {self.repo_id} at step {step}: {error}")
+        if is_published and self._backs_up:
+            raise BlockPublished(f"Another worker has published block {block_index}.")
+        if is_published:
+            logger.warning(
+                f"Another worker has published block {block_index}, so that this training, at step {step}, is not "
+                "needed: interrupt it, and run the same command again to train another block."
+            )
 
     def release(self, block_index: int) -> None:
         """Release the claim of a block that this worker failed to train. Errors are logged and ignored."""
@@ -479,11 +510,11 @@ class NoMeetingPlace:
         """Return an empty dictionary, as no block is published."""
         return {}
 
-    def open_blocks(self, indices: Sequence[int], take_over: bool = False) -> list[int]:
+    def open_blocks(self, indices: Sequence[int], take_over: bool = False, back_up: bool = False) -> list[int]:
         """Return all blocks, in their order."""
         return list(indices)
 
-    def claim_block(self, block_index: int, take_over: bool = False) -> str | None:
+    def claim_block(self, block_index: int, take_over: bool = False, back_up: bool = False) -> str | None:
         """Return None: processes of one machine exclude one another by locks."""
         return None
 

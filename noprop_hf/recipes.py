@@ -153,11 +153,12 @@ def validate_arguments(values: Namespace, given: set[str], recipe: Recipe) -> No
     from_model = values.embeddings_from is not None
     if values.push_to_hub and not values.hub_model_id:
         raise ValueError("--push_to_hub needs the name of a repository: add --hub_model_id user/name.")
-    if values.take_over and not values.push_to_hub:
-        raise ValueError(
-            "--take_over is for blocks that workers claim on the Hub: add --push_to_hub true --hub_model_id user/name, "
-            "or leave it out. On one machine, the lock of a process ends with it."
-        )
+    for name in ("take_over", "back_up"):
+        if getattr(values, name) and not values.push_to_hub:
+            raise ValueError(
+                f"--{name} is for blocks that workers claim on the Hub: add --push_to_hub true --hub_model_id "
+                "user/name, or leave it out. On one machine, the lock of a process ends with it."
+            )
     if values.streaming and values.max_steps <= 0:
         raise ValueError("A stream has no known length to count epochs by: give a positive --max_steps.")
     if values.streaming and not from_model and (values.pretraining_max_steps or values.max_steps) <= 0:

@@ -35,7 +35,7 @@ from .data import (
 )
 from .evaluation import sample_texts
 from .layout import block_name, lock_file
-from .meeting_place import MeetingPlace, NoMeetingPlace, noted_hash, published_fault
+from .meeting_place import BlockPublished, MeetingPlace, NoMeetingPlace, noted_hash, published_fault
 from .model_directory import (
     block_is_trained,
     block_provenance,
@@ -371,13 +371,16 @@ def _train_waiting(run: BlockRun, waiting: Sequence[int]) -> None:
 def _open_blocks(run: BlockRun, indices: Sequence[int]) -> list[int]:
     """Return the blocks that are left to try, in order, the same in all processes of a group."""
     args, is_first = run.training_args, run.training_args.process_index == 0
-    return broadcast_from_first(args, is_first and indices and run.place.open_blocks(indices, run.block_args.take_over))
+    options = (run.block_args.take_over, run.block_args.back_up)
+    return broadcast_from_first(args, is_first and indices and run.place.open_blocks(indices, *options))
 
 
 def _train_or_release(run: BlockRun, block_index: int) -> None:
-    """Train a block; if that fails, release its claim."""
+    """Train a block, unless another worker publishes it first; if that fails, release its claim."""
     try:
         train_block(run, block_index)
+    except BlockPublished as published:
+        logger.info(f"{published} The backup of this worker is not needed any more.")
     except Exception:
         if run.training_args.should_save:
             run.place.release(block_index)
@@ -388,7 +391,7 @@ def _is_taken(run: BlockRun, block_index: int) -> bool:
     """Check whether another process has trained a block or trains it."""
     if (run.directory / block_shard(block_index)).is_file():
         return True
-    reason = run.place.claim_block(block_index, run.block_args.take_over)
+    reason = run.place.claim_block(block_index, run.block_args.take_over, run.block_args.back_up)
     if reason is not None:
         logger.warning(f"Block {block_index} {reason}")
     return reason is not None
@@ -398,14 +401,21 @@ def _is_taken(run: BlockRun, block_index: int) -> bool:
 
 
 class ReportCallback(TrainerCallback):
-    """Report to the meeting place how far a block is, whenever a checkpoint is saved."""
+    """Report to the meeting place how far a block is, whenever a checkpoint is saved.
+
+    A backup that is not needed any more is ended, unless several processes train it, which would wait for this one.
+    """
 
     def __init__(self, place: MeetingPlace | NoMeetingPlace, block_index: int):
         self.place = place
         self.block_index = block_index
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control, **kwargs):
-        self.place.report(self.block_index, state.global_step)
+        try:
+            self.place.report(self.block_index, state.global_step)
+        except BlockPublished:
+            if args.world_size == 1:
+                raise
 
 
 def model_of_block(block: DenoisingBlock, table: TokenTable) -> NoPropForCausalLM:

@@ -125,6 +125,7 @@ def test_recipes_of_the_package_have_names(tmp_path, monkeypatch, capsys):
 REFUSED = [
     ("push_to_hub: true", "--hub_model_id user/name"),
     ("take_over: true", "add --push_to_hub true"),
+    ("back_up: true", "--back_up is for blocks that workers claim"),
     ("streaming: true\nnum_train_epochs: 1", "a positive --max_steps"),
     ("streaming: true\nmax_steps: 5\npretraining_max_steps: -1", "a positive --pretraining_max_steps"),
     ("eval_steps: 5", "add --eval_strategy steps"),

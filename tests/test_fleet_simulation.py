@@ -39,8 +39,8 @@ def test_one_worker_takes_the_time_of_its_requests_and_blocks(monkeypatch, tmp_p
     commits = 3 * (1 + 2 + 1)  # of a block: the claim, two renewals, the shard
     # The table: state of the repository; again with a probe to compare it and to check the token; the blocks.
     api = 1 + 2 + 1
-    # Of a block: the choice; a claim (state, kind of file); renewals (kind of file); a shard (state, kind, address).
-    api += 3 * (1 + 2 + 2 + 3)
+    # Of a block: the choice; a claim and two renewals (state, kind of file); a shard (state, kind, address).
+    api += 3 * (1 + 2 + 2 * 2 + 3)
     resolvers = 2 * (len(small) + 2) + 1  # hash and content of each file, the header of the table
     seconds = 3 * 5.5 * HOUR + (api + resolvers) * (trip + LOOK_SECONDS) + commits * (trip + COMMIT_SECONDS)
     seconds += 3 * (trip + sizes.block / up)  # to the storage
@@ -67,6 +67,15 @@ def test_a_fleet_depends_on_its_seed_only_and_ends_with_all_blocks(monkeypatch, 
         assert row["published"] == row["states"][-1][1] == 6
         assert row["hours"] > row["hours_best"] > row["hours_fluid"]
         assert row["bytes_up"] >= 6 * row["block_bytes"] and row["steps_lost_share"] > 0
+
+
+def test_idle_workers_repeat_slow_work():
+    args = SimulationArguments(num_blocks=6, **ALONE)
+    without, row = (simulate(args, 24, 0, back_up) for back_up in (False, True))
+    assert row["published"] == without["published"] == 6
+    assert row["hours_best"] == without["hours_best"] < row["hours"] < 0.8 * without["hours"]
+    assert row["workers_that_trained"] == 24 and row["commits"] <= without["commits"]
+    assert row["steps_lost_share"] > without["steps_lost_share"] == 0
 
 
 @pytest.mark.parametrize("workers", [1, 12])

@@ -261,6 +261,64 @@ def test_a_worker_that_fails_gives_its_claim_back(repository, data, directory, m
     assert worker(directory).claims() == {}
 
 
+def test_a_backup_leaves_the_claim_and_ends_when_the_block_is_published(repository, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(meeting_place, "CHECK_EVERY", -1)
+    slow = worker(Path(shutil.copytree(trained, tmp_path / "slow")))
+    idle, another = (worker(tmp_path / name) for name in ("idle", "another") if not (tmp_path / name).mkdir())
+    assert slow.claim_block(1) is None
+    assert idle.open_blocks([1]) == [] and idle.claim_block(1) is not None
+    assert idle.open_blocks([1], back_up=True) == [1] and idle.claim_block(1, back_up=True) is None
+    idle.report(1, 5)
+    assert slow.claims()[1].worker == slow.worker and messages(repository, 1) == ["Block 1 is claimed"]
+    assert another.claim_block(2, back_up=True) is None  # free, so that it is claimed
+    another.report(2, 5)
+    slow.publish_block(1)
+    idle.release(1)
+    with pytest.raises(meeting_place.BlockPublished, match="has published block 1"):
+        idle.report(1, 10)
+    assert messages(repository, 1) == ["Block 1 is claimed", "Block 1 is trained"]
+    assert messages(repository, 2) == ["Block 2 is claimed"]
+
+
+def test_a_slow_worker_does_not_claim_a_published_block_again(repository, trained, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(meeting_place, "REPORT_EVERY", -1)
+    slow, fast = (worker(Path(shutil.copytree(trained, tmp_path / name))) for name in ("slow", "fast"))
+    assert slow.claim_block(1) is None and fast.claim_block(1, back_up=True) is None
+    fast.publish_block(1)
+    slow.report(1, 5)
+    assert "training, at step 5, is not needed" in caplog.text
+    slow.publish_block(1)  # the same bits
+    assert messages(repository, 1) == ["Block 1 is claimed", "Block 1 is trained"]
+    assert slow.claims() == {} and "differs" not in caplog.text
+
+
+def test_an_idle_worker_trains_what_others_have_claimed(repository, trained, data, directory, monkeypatch):
+    """Blocks 0 and 3 are published, 1 and 2 are claimed by workers of which one publishes its block meanwhile."""
+    monkeypatch.setattr(meeting_place, "CHECK_EVERY", -1)
+    monkeypatch.setattr(meeting_place.random, "shuffle", lambda blocks: None)
+    leave(repository, **{f"block-0{index}.safetensors": block(trained, index) for index in (0, 3)})
+    slow, gone = (worker(Path(shutil.copytree(trained, directory.parent / name))) for name in ("slow", "gone"))
+    assert slow.claim_block(1) is None and gone.claim_block(2) is None
+    reported, report = [], MeetingPlace.report
+
+    def publish_and_report(place, index, step):
+        reported.append((index, step))
+        if index == 1:
+            slow.publish_block(1)
+        report(place, index, step)
+
+    monkeypatch.setattr(MeetingPlace, "report", publish_and_report)
+    train_blocks(data, replace(BLOCKS, back_up=True), arguments(directory), MODEL, worker(directory))
+    assert reported == [(1, 3), (2, 3), (2, 6)]
+    assert messages(repository, 1) == ["Block 1 is claimed", "Block 1 is trained"]
+    assert messages(repository, 2) == ["Block 2 is claimed", "Block 2 is trained"]
+    assert not (directory / "block-01.safetensors").exists()
+    ours, theirs = load(repository.files("main")["block-02.safetensors"]), load(block(trained, 2))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    gone.publish_block(2)  # it comes later, with the same bits
+    assert messages(repository, 2) == ["Block 2 is claimed", "Block 2 is trained"]
+
+
 def test_ages_are_of_one_clock(server, repository, tmp_path, monkeypatch):
     """That of the Hub: workers do not know the time."""
     now = time.time
