@@ -528,7 +528,7 @@ def family_bytes(way: Way, name: str, layers_per_block: int, length: int, device
 def largest_models(
     length: int, family: list[str], layers_per_block: int = 2, devices: int = 4
 ) -> Iterator[dict[str, Any]]:
-    """Find the largest model of the family that each method trains within `BUDGET`.
+    """Find the largest model of the family that each method without a trunk trains within `BUDGET`.
 
     Yields:
         A row for each method, see [`largest`]. For NoProp, phase 1 has to fit as well; the fields that begin with
@@ -582,7 +582,7 @@ def largest_text(rows: list[dict[str, Any]]) -> str:
         model = row.get(f"{prefix}model")
         return f"{model} ({row[f'{prefix}bytes'] / 1e9:.1f} GB)" if model else ""
 
-    for method in METHODS:
+    for method in dict.fromkeys(row["method"] for row in rows):
         own = {row["tokens"]: row for row in rows if row["method"] == method}
         cells = [each for length in lengths for each in (cell(own[length]), cell(own[length], "block_"))]
         lines.append(f"| `{method}` | {' | '.join(cells)} |")
@@ -609,11 +609,12 @@ def plot_largest(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot()
     lengths = sorted({row["tokens"] for row in rows})
+    names = list(dict.fromkeys(row["method"] for row in rows))
     for number, length in enumerate(lengths):
         own = {row["method"]: row["parameters"] / 1e9 for row in rows if row["tokens"] == length}
-        places = [place + number / (len(lengths) + 1) for place in range(len(METHODS))]
-        axes.barh(places, [own[name] for name in METHODS], height=1 / (len(lengths) + 1), label=f"{length:,} tokens")
-    axes.set(yticks=range(len(METHODS)), yticklabels=METHODS, xlabel="billions of parameters on 16 GB")
+        places = [place + number / (len(lengths) + 1) for place in range(len(names))]
+        axes.barh(places, [own[name] for name in names], height=1 / (len(lengths) + 1), label=f"{length:,} tokens")
+    axes.set(yticks=range(len(names)), yticklabels=names, xlabel="billions of parameters on 16 GB")
     axes.invert_yaxis()
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -626,7 +627,7 @@ def main() -> None:
         family = [*FAMILY][:1] if args.small else [*FAMILY]
         for length in LENGTHS:
             rows += largest_models(length, family, args.family_layers)
-        print(largest_text(rows))
+        print(largest_text(rows), flush=True)
     else:
         for num_blocks in args.num_blocks:
             found = measure(args, num_blocks)

@@ -439,7 +439,7 @@ def test_the_largest_model_of_a_family(tmp_path, monkeypatch):
         500 * width + layers * (4 * width**2 + 3 * width * inner + 2 * width) + width
         for (layers, width, _), inner in zip(family.values(), (64, 192), strict=True)
     ]
-    methods = {name: memory.METHODS[name] for name in ("end_to_end", "noprop_checkpointing_adafactor")}
+    methods = {name: memory.METHODS[name] for name in ("end_to_end", "noprop_checkpointing_adafactor", "noprop_trunk")}
     budget = 16 * stock[1]  # room for weights, gradients and moments, but for no activations
     values = {"FAMILY": family, "FAMILY_VOCABULARY": 500, "LENGTHS": (32,), "METHODS": methods, "BUDGET": budget}
     for name, value in values.items():
