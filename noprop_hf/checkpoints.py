@@ -90,6 +90,9 @@ SELECTION_ARGUMENTS = (
 )
 
 
+OTHER_DIRECTORY = "Train in another --output_dir to use the present ones."
+
+
 class DurableTrainer(Trainer):
     """A [`Trainer`] that can be killed at any moment and resumes to the same result.
 
@@ -342,6 +345,20 @@ def training_note(args: TrainingArguments, seed: int) -> str:
     notes = {name: value for name, value in notes.items() if value is not None and value is not False}
     notes |= {"torch": torch.__version__, "transformers": transformers.__version__, "noprop_hf": __version__}
     return "\n".join(f"{name}: {value}" for name, value in notes.items())
+
+
+def other_settings(noted: str | None, note: str) -> str:
+    """Compare two results of [`training_note`], without versions.
+
+    Args:
+        noted: the older one; None if a shard has none.
+
+    Returns:
+        The arguments that both have and that differ, such as "learning_rate is 0.001 and was 0.01"; empty if none does.
+    """
+    before, after = (dict(line.split(": ", 1) for line in (lines or "").splitlines()) for lines in (noted, note))
+    names = [name for name in after if name in before and name not in ("torch", "transformers", "noprop_hf")]
+    return ", ".join(f"{name} is {after[name]} and was {before[name]}" for name in names if after[name] != before[name])
 
 
 class PreemptionCallback(TrainerCallback):

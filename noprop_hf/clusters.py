@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from .shards_noprop import clusters_hash, fingerprint
 from .tracking import track
 
 
-SAMPLE_WINDOWS = 50_000  # windows that topics and centroids are fitted to
+SAMPLE_WINDOWS = 50_000  # topics and centroids are fitted to at least as many windows, at equal distances
 ITERATIONS = 50
 PRICE_RATE = 1 / 6  # change of a price, per spread of the similarities and logarithm of the cluster's relative size
 ROUTER_SHARE = 0.1  # steps of the router, for each step of phase 1
@@ -92,7 +92,13 @@ def fit_clusters(features: torch.Tensor, num_clusters: int, seed: int) -> tuple[
         Centroids of norm 1, `(num_clusters, NUM_TOPICS)`, and prices `(num_clusters,)`; see [`Router`].
     """
     generator = torch.Generator().manual_seed(seed)
-    centroids = features[torch.randperm(len(features), generator=generator)[:num_clusters]].clone()
+    order = torch.randperm(len(features), generator=generator).tolist()
+    first: dict[tuple[float, ...], int] = {}  # by feature, since no two centroids may begin alike
+    for row in order:
+        first.setdefault(tuple(features[row].tolist()), row)
+        if len(first) == num_clusters:
+            break
+    centroids = features[[*first.values(), *order][:num_clusters]]
     prices = torch.zeros(num_clusters)
     fitted, best = (centroids, prices), (False, False, 0)
     for iteration in range(ITERATIONS + 1):
@@ -108,16 +114,45 @@ def fit_clusters(features: torch.Tensor, num_clusters: int, seed: int) -> tuple[
         prices = prices + PRICE_RATE * spread * (num_clusters * counts / len(features)).clamp(min=0.05).log()
         sums = torch.zeros_like(centroids).index_add_(0, nearest, features)
         centroids = torch.where((counts > 0)[:, None], F.normalize(sums, dim=-1), centroids)
+        for empty in torch.nonzero(counts == 0).flatten():  # begins again at the feature that all centroids fit least
+            fits = (features @ centroids.T).amax(-1)
+            centroids[empty], prices[empty] = features[fits.argmin()], prices[counts > 0].mean()
     return fitted
 
 
-def assign_clusters(rows: Dataset, router: Router) -> np.ndarray:
+class Clusters(NamedTuple):
+    """What assigns windows to clusters: topics, centroids and prices, see [`Router`]."""
+
+    topics: torch.Tensor
+    centroids: torch.Tensor
+    prices: torch.Tensor
+
+
+def find_clusters(config: NoPropConfig, dataset: Mapping[str, Dataset], seed: int) -> Clusters:
+    """Find the clusters of a training split.
+
+    Raises:
+        ValueError: if no training window belongs to some cluster.
+    """
+    rows = dataset["train"]
+    sample = rows.select(range(0, len(rows), max(1, len(rows) // SAMPLE_WINDOWS)))
+    windows = sample["input_ids"][:]
+    topics = fit_topics(windows, config.vocab_size, seed)
+    clusters = Clusters(topics, *fit_clusters(window_features(windows, topics), config.num_blocks, seed))
+    assigned = {"train": assign_clusters(rows, clusters)}
+    for block_index in range(config.num_blocks):
+        select_cluster({"train": rows}, assigned, block_index)
+    return clusters
+
+
+def assign_clusters(rows: Dataset, clusters: Clusters | Router) -> np.ndarray:
     """Return the cluster of each window of a tokenized split, `(num_windows,)`."""
-    clusters = [
-        (window_features(batch["input_ids"], router.topics) @ router.centroids.T - router.prices).argmax(-1).numpy()
+    topics, centroids, prices = clusters.topics, clusters.centroids, clusters.prices
+    assigned = [
+        (window_features(batch["input_ids"], topics) @ centroids.T - prices).argmax(-1).numpy()
         for batch in rows.iter(batch_size=4096)
     ]
-    return np.concatenate(clusters) if clusters else np.zeros(0, dtype=np.int64)
+    return np.concatenate(assigned) if assigned else np.zeros(0, dtype=np.int64)
 
 
 def select_cluster(
@@ -172,6 +207,7 @@ def router_fields(pretraining_args: PretrainingArguments, training_args: Trainin
 
 def train_router(
     config: NoPropConfig,
+    clusters: Clusters,
     start: ContextEncoder | None,
     table: TokenTable,
     tokenizer: PreTrainedTokenizerBase,
@@ -180,27 +216,19 @@ def train_router(
     pretraining_args: PretrainingArguments,
     training_args: TrainingArguments,
 ) -> Router:
-    """Find the clusters of a training split, and train a router to predict a window's from each of its prefixes.
+    """Train a router to predict the cluster of a window from each of its prefixes.
 
     Args:
         start: the encoder of the model of phase 1, which the router starts from if it has as many layers.
         data: the fingerprint of the training split.
     """
-    rows = dataset["train"]
-    sample = rows.select(range(0, len(rows), max(1, len(rows) // SAMPLE_WINDOWS)))
-    windows = sample["input_ids"][:]
-    topics = fit_topics(windows, config.vocab_size, training_args.seed)
-    centroids, prices = fit_clusters(window_features(windows, topics), config.num_blocks, training_args.seed)
     args = trainer_arguments(training_args, "router", **router_fields(pretraining_args, training_args))
     set_seed(args.seed)
     router = Router(copy.deepcopy(config))
-    router.topics.copy_(topics)
-    router.centroids.copy_(centroids)
-    router.prices.copy_(prices)
-    clusters = {name: assign_clusters(rows, router) for name, rows in dataset.items()}
-    for block_index in range(config.num_blocks):
-        select_cluster(dataset, clusters, block_index)  # raises before any training if a cluster is empty
-    labelled = {name: rows.add_column("label", clusters[name]) for name, rows in dataset.items()}
+    router.topics.copy_(clusters.topics)
+    router.centroids.copy_(clusters.centroids)
+    router.prices.copy_(clusters.prices)
+    labelled = {name: rows.add_column("label", assign_clusters(rows, router)) for name, rows in dataset.items()}
 
     if start is not None and len(start.layers) == len(router.encoder.layers):
         router.encoder.load_state_dict(start.state_dict())

@@ -891,7 +891,7 @@ class NoPropModel(NoPropPreTrainedModel):
         if block_logits is None:
             prediction = predictions.mean(0)
         else:
-            block_logits = block_logits[..., :num_inference_blocks].to(device)
+            block_logits = block_logits[..., [block.block_index for block in blocks]].to(device)
             weights = block_logits.float().softmax(-1).to(predictions.dtype)
             prediction = torch.einsum("...b,b...d->...d", weights, predictions)
         return NoPropModelOutput(
@@ -1174,7 +1174,7 @@ class NoPropForCausalLM(NoPropPreTrainedModel, NoPropGenerationMixin):
             labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
         outputs = self.model(input_ids, attention_mask=attention_mask, use_cache=False)
         predicted, targets = predicted_places(next_tokens(labels))
-        table, blocks = self.model.embed_tokens.forward, self.model.blocks
+        table, blocks = self.model.embed_tokens.forward, self.model.blocks[: len(outputs.context_states)]
         clean = table(targets, are_targets=True)
 
         evidence = torch.zeros_like(clean, dtype=torch.float32)

@@ -176,7 +176,7 @@ def validate_arguments(values: Namespace, given: set[str], recipe: Recipe) -> No
         )
     if from_model and values.block_initialization == "pretraining":
         raise ValueError(
-            "With --embeddings_from there is no phase 1 for blocks to start from: leave --block_initialization out."
+            "With --embeddings_from there is no phase 1 for blocks to start from: add --block_initialization random."
         )
     data = DataArguments(**{field.name: getattr(values, field.name) for field in dataclasses.fields(DataArguments)})
     if "" in values.sample_prompts and not data.has_boundaries:

@@ -21,7 +21,15 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .arguments import BlockArguments, ModelArguments, check_training_arguments, parse_blocks
-from .checkpoints import DurableTrainer, newest_checkpoint, run_identity, trainer_arguments, training_note
+from .checkpoints import (
+    OTHER_DIRECTORY,
+    DurableTrainer,
+    newest_checkpoint,
+    other_settings,
+    run_identity,
+    trainer_arguments,
+    training_note,
+)
 from .clusters import assign_clusters, check_clustered_data, select_cluster
 from .configuration_noprop import NoPropConfig
 from .data import (
@@ -328,6 +336,12 @@ def train_blocks(
             logger.warning(f"Block {index} is skipped, as the published {block_shard(index)} {fault}.")
         elif index in trained or index in faults:
             logger.info(f"Block {index} is trained already: skipped.")
+        if index in trained:
+            args = trainer_arguments(training_args, block_name(index), seed=block_seed(training_args.seed, index))
+            noted = read_metadata(directory / block_shard(index)).get("training")
+            changed = other_settings(noted, training_note(args, training_args.seed))
+            if changed:
+                logger.warning(f"Block {index} is kept, with its own settings: {changed}. {OTHER_DIRECTORY}")
     waiting = [index for index in selected if index not in trained and index not in faults]
     waiting = broadcast_from_first(training_args, waiting)
     if waiting:

@@ -131,7 +131,7 @@ REFUSED = [
     ("eval_steps: 5", "add --eval_strategy steps"),
     ("validation_file: x.txt\nvalidation_split_percentage: 5", "leave one argument out"),
     ("loss_type: mse\nsampled_softmax: true", "leave --sampled_softmax out"),
-    ("embeddings_from: x\nblock_initialization: pretraining", "leave --block_initialization out"),
+    ("embeddings_from: x\nblock_initialization: pretraining", "add --block_initialization random"),
     ("mlm_probability: 0.3", "leave --mlm_probability out"),
     ("block_data: cluster", "`block_data` must be 'shared' or 'clusters'"),
     ("hidden_size: 15", "multiple of `num_attention_heads`"),

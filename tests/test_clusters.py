@@ -26,6 +26,7 @@ from noprop_hf.arguments import BlockArguments, PretrainingArguments
 from noprop_hf.checkpoints import DurableTrainer
 from noprop_hf.clusters import (
     assign_clusters,
+    find_clusters,
     fit_clusters,
     fit_topics,
     router_fields,
@@ -262,10 +263,11 @@ def test_the_router_resumes_only_the_run_of_its_configuration(phase1, data, tmp_
     table, tokenizer, rows = load_table(phase1, config), load_tokenizer(str(phase1)), rows_of(phase1, data)
     args = arguments(tmp_path, **RARELY)
     steps = PretrainingArguments(pretraining_max_steps=20)
-    train_router(config, None, table, tokenizer, rows, "data", steps, args)
+    clusters = find_clusters(config, rows, args.seed)
+    train_router(config, clusters, None, table, tokenizer, rows, "data", steps, args)
     config.rms_norm_eps = 1e-4
     with pytest.raises(ValueError, match="the embedding table or the configuration changed"):
-        train_router(config, None, table, tokenizer, rows, "data", steps, args)
+        train_router(config, clusters, None, table, tokenizer, rows, "data", steps, args)
 
 
 @pytest.mark.parametrize(("given", "expected"), [(0, 0), (0.3, 0.3), (1, 1), (25, 3)])
@@ -282,6 +284,64 @@ def test_an_empty_cluster_is_an_error_before_any_block_is_trained(phase1, data, 
     with pytest.raises(ValueError, match="cluster of block 2"):
         train_blocks(data, BlockArguments(sample_prompts=[]), arguments(directory, max_steps=2, **RARELY))
     assert not (directory / block_shard(0)).exists()
+
+
+def test_an_empty_cluster_is_found_before_phase_1(tmp_path):
+    text = tmp_path / "same.txt"
+    text.write_text("the same line\n" * 200)
+    data = DataArguments(train_file=str(text), max_length=16, packing=False)
+    for model in (CLUSTERED, dataclasses.replace(CLUSTERED, num_blocks=1)):  # the advice works in the same directory
+        if model.num_blocks == 1:
+            pretrain_embeddings(model, data, STEPS, arguments(tmp_path / "model", **RARELY))
+        else:
+            with pytest.raises(ValueError, match="fewer blocks"):
+                pretrain_embeddings(model, data, STEPS, arguments(tmp_path / "model", **RARELY))
+            assert not (tmp_path / "model" / "checkpoints" / "pretraining").exists()
+
+
+@pytest.mark.parametrize(("count", "num_clusters", "repeated"), [(300, 100, 0.5), (1000, 50, 0.5), (61, 3, 0.9)])
+def test_no_cluster_is_empty_where_many_windows_are_alike(count, num_clusters, repeated):
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        windows = torch.randint(300, (count, 16), generator=generator)
+        windows[torch.rand(count, generator=generator) < repeated] = windows[0].clone()
+        features = window_features(windows.tolist(), fit_topics(windows.tolist(), 300, seed))
+        centroids, prices = fit_clusters(features, num_clusters, seed)
+        sizes = (features @ centroids.T - prices).argmax(-1).bincount(minlength=num_clusters)
+        assert sizes.min() > 0
+
+
+@pytest.mark.parametrize("kept", [[0, 2], [1, 2], [2]])
+def test_the_weights_of_the_router_stay_with_their_blocks(kept):
+    torch.manual_seed(0)
+    model = NoPropForCausalLM(routed_config()).eval()
+    with torch.no_grad():
+        model.model.router.readout.bias.copy_(torch.tensor([0.0, 3.0, -2.0]))
+    input_ids = tokens(2, 12)
+    outputs = model.model(input_ids)
+    embeds, encoder = model.model.embed_tokens(input_ids), model.model.blocks[0].encoder
+    inputs = encoder.attention_inputs(embeds, None, None)
+    answers = [block.head(block.encoder(embeds, **inputs))[0] for block in model.model.blocks]
+    model.model.blocks = torch.nn.ModuleList([model.model.blocks[index] for index in kept])
+    weights = outputs.block_logits[..., kept].softmax(-1)
+    expected = sum(weights[..., [place]] * answers[index] for place, index in enumerate(kept))
+    for context in (torch.no_grad, torch.enable_grad):
+        with context():
+            found = model.model(input_ids, use_cache=False).last_hidden_state
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("block_data", ["clusters", "shared"])
+def test_the_bound_of_the_blocks_that_the_configuration_runs(block_data):
+    torch.manual_seed(0)
+    model = NoPropForCausalLM(routed_config(block_data=block_data)).eval()
+    input_ids = tokens(2, 12)
+    bound = model.variational_bound(input_ids, generator=torch.Generator().manual_seed(0))
+    per_block = model.config.num_layers_per_block
+    model.config.num_hidden_layers = (2 + (block_data == "clusters")) * per_block
+    shorter = model.variational_bound(input_ids, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(shorter.block_nats, bound.block_nats[:2])
+    torch.testing.assert_close(shorter.bound, bound.block_nats[:2].sum())
 
 
 def test_a_classifier_with_adapters_leaves_the_router_frozen():

@@ -66,9 +66,13 @@ def test_phase_1_moves_the_table(data, tmp_path, pretraining_objective):
     assert not torch.allclose(tables[0], other, atol=1e-3)
 
 
-def test_phase_1_is_skipped_when_the_table_is_there(directory, data):
+def test_phase_1_is_skipped_when_the_table_is_there(directory, data, caplog):
     before = digest(directory / "embeddings.safetensors")
+    steps = PretrainingArguments(pretraining_max_steps=8)
+    pretrain_embeddings(MODEL, data, steps, arguments(directory))
+    assert "kept" not in caplog.text
     pretrain_embeddings(MODEL, data, PretrainingArguments(pretraining_max_steps=2), arguments(directory, seed=99))
+    assert "The table is kept, with its own settings: max_steps is 2 and was 8, seed is 99 and was 11." in caplog.text
     assert digest(directory / "embeddings.safetensors") == before
     with pytest.raises(ValueError, match="hidden_size=16, but hidden_size=32"):
         other = dataclasses.replace(MODEL, hidden_size=32)
@@ -204,12 +208,15 @@ def test_only_one_block_exists_while_it_trains_and_the_table_stays(directory, da
     assert digest(directory / "embeddings.safetensors") == shard
 
 
-def test_finished_blocks_are_skipped(directory, data):
+def test_finished_blocks_are_skipped(directory, data, caplog):
     train_blocks(data, dataclasses.replace(BLOCKS, blocks="0"), arguments(directory))
     stamp = (directory / block_shard(0)).stat().st_mtime_ns
     train_blocks(data, dataclasses.replace(BLOCKS, blocks="0-1"), arguments(directory))
     assert (directory / block_shard(0)).stat().st_mtime_ns == stamp
-    assert (directory / block_shard(1)).is_file()
+    assert (directory / block_shard(1)).is_file() and "kept" not in caplog.text
+    train_blocks(data, dataclasses.replace(BLOCKS, blocks="0"), arguments(directory, learning_rate=1e-4))
+    assert "Block 0 is kept, with its own settings: learning_rate is 0.0001 and was 0.005." in caplog.text
+    assert (directory / block_shard(0)).stat().st_mtime_ns == stamp
 
 
 @pytest.mark.parametrize("stop_at", [4, 5])
