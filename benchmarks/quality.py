@@ -73,7 +73,7 @@ MODELS = {
     "end_to_end": "end-to-end, learned table",
     **{name: f"end-to-end, {depth} layer{'s' * (depth > 1)}" for name, depth in DEPTHS.items()},
     "end_to_end_frozen": "end-to-end, our frozen table",
-    "pretraining_all": "phase 1 alone, the arithmetic of all",
+    "pretraining_all": "phase 1 of NoProp alone, the arithmetic of all",
     "single_block": "one block, a block's share",
     "single_block_long": "one block, the arithmetic of all",
     "noprop": "NoProp, independent blocks",
@@ -511,8 +511,9 @@ class Bench:
 
     def pretraining_all(self, name: str) -> dict[str, Any]:
         """Train and measure the model of phase 1 with all the arithmetic, widened like a shallow end-to-end model."""
-        config, args = self.config(), replace(self.args, pretraining_share=1.0)
-        wider = self.widening(self.flops["phase1"], config.num_pretraining_layers or 0)
+        args = replace(self.of_row("noprop").args, pretraining_share=1.0)
+        bench = Bench(args, self.corpus, self.seed)
+        wider = bench.widening(bench.flops["phase1"], args.num_layers_per_block)
         bench = Bench(args, self.corpus, self.seed, {"intermediate_size": args.intermediate_size + wider}, name)
         figures = bench.pretrained()
         model = NoPropForPreTraining.from_pretrained(bench.phase1)
