@@ -194,7 +194,8 @@ class Clock:
         finally:
             if self.is_over:
                 while self._alarms:
-                    heapq.heappop(self._alarms)[2].release()
+                    with suppress(IndexError):  # the threads that are woken do the same
+                        heapq.heappop(self._alarms)[2].release()
             else:
                 self._wake_next()
 
