@@ -838,8 +838,13 @@ def tables(results: dict[str, Any]) -> str:
 
 def plot(results: dict[str, Any], path: Path) -> None:
     """Plot a mark per seed. The value of an outlier, which would hide other differences, is printed at the edge."""
-    figure = Figure(figsize=(5.5 * len(results), 4), layout="constrained")
-    for axes, (corpus, entries) in zip(np.atleast_1d(figure.subplots(1, len(results))), results.items(), strict=True):
+    columns = min(3, len(results))
+    lines = math.ceil(len(results) / columns)
+    figure = Figure(figsize=(5.5 * columns, 4 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).ravel()
+    for empty in panels[len(results) :]:
+        empty.remove()
+    for axes, (corpus, entries) in zip(panels, results.items(), strict=False):
         names = [name for name in reversed(MODELS) if name in entries]
         means = [np.mean(entries[name]["nats_per_token"]) for name in names]
         lower, upper = np.quantile(means, [0.25, 0.75])
