@@ -466,14 +466,14 @@ def test_the_sampled_softmax_of_the_stock_model_is_the_corrected_softmax_over_th
     model.log_prior.copy_(torch.randn(50).log_softmax(-1))
     tokens = torch.randint(50, (2, 9))
     logits, targets = model.model(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
-    seen = 1 - (1 - model.log_prior.exp()) ** len(targets)
+    seen = (1 - (1 - model.log_prior.double().exp()) ** len(targets)).float()
     is_present = torch.zeros(50, dtype=torch.bool).index_fill(0, targets, True)
     expected = F.cross_entropy(torch.where(is_present, logits - seen.log(), -torch.inf), targets)
     found = model(tokens)
     torch.testing.assert_close(found, expected)
     table = model.model.lm_head.weight
     gradients = [torch.autograd.grad(loss, table)[0] for loss in (found, expected)]
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5 * float(gradients[1].abs().max()))
 
 
 @pytest.mark.slow
