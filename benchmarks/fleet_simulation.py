@@ -597,6 +597,6 @@ def main(args: SimulationArguments) -> None:
     for num_workers, accounts, back_up in product(args.num_workers, args.accounts, args.back_up):
         row = {"commit": commit(), **simulate(args, num_workers, accounts, back_up)}
         keys = ("workers", "accounts", "back_up", "num_blocks", "report_every")
-        kept = [one for one in kept if any(one.get(key, False) != row[key] for key in keys)] + [row]
+        kept = [one for one in kept if any(one[key] != row[key] for key in keys)] + [row]
         print(json.dumps({key: value for key, value in row.items() if key not in ("settings", "states")}), flush=True)
         write_results(path, kept)

@@ -24,7 +24,7 @@ import math
 import shutil
 import time
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
@@ -85,11 +85,6 @@ MODELS = {
     "seed": "NoProp as first described",
 }
 CHAINS = tuple(name for name in MODELS if name.startswith("noprop") or name == "seed")  # models with a bound
-# What recipes/seed.yaml chooses: a masked table, cosine levels, squared error, denoising alone.
-SEED_CHOICES = ("pretraining_objective", "noise_schedule", "loss_type", "sampled_softmax", "denoising_weight")
-# What recipes/plentiful.yaml chooses: two blocks of four layers, which start from phase 1, on clusters.
-PLENTIFUL_CHOICES = ("num_blocks", "num_layers_per_block", "block_initialization", "block_data")
-SHARED, SHALLOW = {"block_data": "shared"}, {"num_blocks": 4, "num_layers_per_block": 2}
 # Phase 1's share where blocks start as copies of it: twice the tokens win 0.12 nats there, and 0.035 in the blocks.
 COPIES_SHARE = 0.65
 COSTS = (  # the same with every seed
@@ -115,10 +110,17 @@ class Blocks:
     budget: float = 1.0
 
 
-def choices(recipe: str, names: Iterable[str]) -> dict[str, Any]:
+def choices(recipe: str, *names: str) -> dict[str, Any]:
     """Return values of a recipe of the package."""
     values = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
     return {name: values[name] for name in names}
+
+
+# A masked table, cosine levels, squared error, denoising alone.
+SEED = choices("seed", "pretraining_objective", "noise_schedule", "loss_type", "sampled_softmax", "denoising_weight")
+# Two blocks of four layers, which start from phase 1, on clusters.
+PLENTIFUL = choices("plentiful", "num_blocks", "num_layers_per_block", "block_initialization", "block_data")
+SHARED, SHALLOW = {"block_data": "shared"}, {"num_blocks": 4, "num_layers_per_block": 2}
 
 
 def training_arguments(
@@ -183,7 +185,7 @@ class QualityArguments:
 
     kind: ClassVar[str] = "data-limited"
     reads_once: ClassVar[bool] = False  # whether a training may read no token twice
-    own_phase1: ClassVar[dict[str, Blocks]] = {"seed": Blocks(choices("seed", SEED_CHOICES), 0.15)}
+    own_phase1: ClassVar[dict[str, Blocks]] = {"seed": Blocks(SEED, 0.15)}
 
     def __post_init__(self):
         if self.small:
@@ -260,13 +262,11 @@ class Plentiful64(QualityArguments):
     reads_once: ClassVar[bool] = True
     own_phase1: ClassVar[dict[str, Blocks]] = {
         "noprop_before": Blocks({"block_initialization": "random"}, 0.15),
-        "noprop_start": Blocks(choices("plentiful", PLENTIFUL_CHOICES) | SHARED, COPIES_SHARE),
-        "noprop_random_splits": Blocks(
-            choices("plentiful", PLENTIFUL_CHOICES) | SHARED, COPIES_SHARE, random_splits=True
-        ),
-        "noprop": Blocks(choices("plentiful", PLENTIFUL_CHOICES), COPIES_SHARE),
-        "noprop_shallow": Blocks(choices("plentiful", PLENTIFUL_CHOICES) | SHALLOW, COPIES_SHARE),
-        "noprop_half": Blocks(choices("plentiful", PLENTIFUL_CHOICES), COPIES_SHARE, budget=0.5),
+        "noprop_start": Blocks(PLENTIFUL | SHARED, COPIES_SHARE),
+        "noprop_random_splits": Blocks(PLENTIFUL | SHARED, COPIES_SHARE, random_splits=True),
+        "noprop": Blocks(PLENTIFUL, COPIES_SHARE),
+        "noprop_shallow": Blocks(PLENTIFUL | SHALLOW, COPIES_SHARE),
+        "noprop_half": Blocks(PLENTIFUL, COPIES_SHARE, budget=0.5),
     }
 
 

@@ -90,9 +90,6 @@ SELECTION_ARGUMENTS = (
 )
 
 
-OTHER_DIRECTORY = "Train in another --output_dir to use the present ones."
-
-
 class DurableTrainer(Trainer):
     """A [`Trainer`] that can be killed at any moment and resumes to the same result.
 
@@ -347,18 +344,23 @@ def training_note(args: TrainingArguments, seed: int) -> str:
     return "\n".join(f"{name}: {value}" for name, value in notes.items())
 
 
-def other_settings(noted: str | None, note: str) -> str:
-    """Compare two results of [`training_note`], without versions.
+def warn_of_other_settings(kept: str, metadata: Mapping[str, str], args: TrainingArguments, seed: int) -> None:
+    """Log the arguments that a finished result was trained with and that differ now, except for versions.
 
     Args:
-        noted: the older one; None if a shard has none.
-
-    Returns:
-        The arguments that both have and that differ, such as "learning_rate is 0.001 and was 0.01"; empty if none does.
+        kept: the result that is kept, as the subject of a sentence.
+        metadata: those of its shard, of which "training" is the result of [`training_note`], if there is one.
+        args, seed: as for [`training_note`].
     """
-    before, after = (dict(line.split(": ", 1) for line in (lines or "").splitlines()) for lines in (noted, note))
+    notes = (metadata.get("training", ""), training_note(args, seed))
+    before, after = (dict(line.partition(": ")[::2] for line in note.splitlines()) for note in notes)
     names = [name for name in after if name in before and name not in ("torch", "transformers", "noprop_hf")]
-    return ", ".join(f"{name} is {after[name]} and was {before[name]}" for name in names if after[name] != before[name])
+    changed = [f"{name} is {after[name]} and was {before[name]}" for name in names if after[name] != before[name]]
+    if changed:
+        logger.warning(
+            f"{kept} is kept, with its own settings: {', '.join(changed)}. Train in another --output_dir to use the "
+            "present ones."
+        )
 
 
 class PreemptionCallback(TrainerCallback):

@@ -121,15 +121,20 @@ def fit_clusters(features: torch.Tensor, num_clusters: int, seed: int) -> tuple[
 
 
 class Clusters(NamedTuple):
-    """What assigns windows to clusters: topics, centroids and prices, see [`Router`]."""
+    """Topics, centroids and prices, which assign windows to clusters; see [`Router`]."""
 
     topics: torch.Tensor
     centroids: torch.Tensor
     prices: torch.Tensor
 
 
-def find_clusters(config: NoPropConfig, dataset: Mapping[str, Dataset], seed: int) -> Clusters:
+def find_clusters(
+    config: NoPropConfig, dataset: Mapping[str, Dataset], seed: int
+) -> tuple[Clusters, dict[str, np.ndarray]]:
     """Find the clusters of a training split.
+
+    Returns:
+        The clusters, and the result of [`assign_clusters`] for each split.
 
     Raises:
         ValueError: if no training window belongs to some cluster.
@@ -139,10 +144,10 @@ def find_clusters(config: NoPropConfig, dataset: Mapping[str, Dataset], seed: in
     windows = sample["input_ids"][:]
     topics = fit_topics(windows, config.vocab_size, seed)
     clusters = Clusters(topics, *fit_clusters(window_features(windows, topics), config.num_blocks, seed))
-    assigned = {"train": assign_clusters(rows, clusters)}
+    labels = {name: assign_clusters(rows, clusters) for name, rows in dataset.items()}
     for block_index in range(config.num_blocks):
-        select_cluster({"train": rows}, assigned, block_index)
-    return clusters
+        select_cluster(dataset, labels, block_index)  # raises if the cluster is empty
+    return clusters, labels
 
 
 def assign_clusters(rows: Dataset, clusters: Clusters | Router) -> np.ndarray:
@@ -208,6 +213,7 @@ def router_fields(pretraining_args: PretrainingArguments, training_args: Trainin
 def train_router(
     config: NoPropConfig,
     clusters: Clusters,
+    labels: Mapping[str, np.ndarray],
     start: ContextEncoder | None,
     table: TokenTable,
     tokenizer: PreTrainedTokenizerBase,
@@ -219,6 +225,7 @@ def train_router(
     """Train a router to predict the cluster of a window from each of its prefixes.
 
     Args:
+        clusters, labels: the result of [`find_clusters`].
         start: the encoder of the model of phase 1, which the router starts from if it has as many layers.
         data: the fingerprint of the training split.
     """
@@ -228,7 +235,7 @@ def train_router(
     router.topics.copy_(clusters.topics)
     router.centroids.copy_(clusters.centroids)
     router.prices.copy_(clusters.prices)
-    labelled = {name: rows.add_column("label", assign_clusters(rows, router)) for name, rows in dataset.items()}
+    labelled = {name: rows.add_column("label", labels[name]) for name, rows in dataset.items()}
 
     if start is not None and len(start.layers) == len(router.encoder.layers):
         router.encoder.load_state_dict(start.state_dict())

@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
 from .arguments import BlockArguments, ModelArguments, PretrainingArguments, check_training_arguments
-from .checkpoints import OTHER_DIRECTORY, DurableTrainer, other_settings, trainer_arguments, training_note
+from .checkpoints import DurableTrainer, trainer_arguments, training_note, warn_of_other_settings
 from .clusters import check_clustered_data, find_clusters, train_router
 from .configuration_noprop import NoPropConfig
 from .data import (
@@ -95,9 +95,7 @@ def pretrain_embeddings(
         load_table(directory, load_config(directory, model_args))
         logger.info(f"{directory} already holds an embedding table: phase 1 is skipped.")
         args = trainer_arguments(training_args, PRETRAINING_FOLDER, **pretraining_args.training_fields())
-        changed = other_settings(read_metadata(shard).get("training"), training_note(args, training_args.seed))
-        if changed:
-            logger.warning(f"The table is kept, with its own settings: {changed}. {OTHER_DIRECTORY}")
+        warn_of_other_settings("The table", read_metadata(shard), args, training_args.seed)
     return directory
 
 
@@ -118,9 +116,9 @@ def _make_table(
     if block_args is not None:
         check_block_data(block_args, tokenizer, dataset["train"], training_args)
 
-    start, router, clusters = None, None, None
+    start, router, found = None, None, None
     if config.block_data == "clusters":
-        clusters = find_clusters(config, dataset, training_args.seed)
+        found = find_clusters(config, dataset, training_args.seed)
     origin = {"data": data} | sources(model_args)
     if model_args.embeddings_from is None:
         model, origin["training"] = pretrain_language_model(
@@ -135,8 +133,8 @@ def _make_table(
     table.log_prior.copy_(log_prior(dataset["train"], config.vocab_size))
     if config.noise_schedule == "information":
         config.noise_levels = information_levels(table.weight, table.log_prior, config.num_blocks)
-    if clusters is not None:
-        router = train_router(config, clusters, start, table, tokenizer, dataset, data, pretraining_args, training_args)
+    if found is not None:
+        router = train_router(config, *found, start, table, tokenizer, dataset, data, pretraining_args, training_args)
         origin["clusters"] = clusters_hash(router.state_dict())
     if not training_args.should_save:
         return

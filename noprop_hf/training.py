@@ -22,13 +22,12 @@ from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .arguments import BlockArguments, ModelArguments, check_training_arguments, parse_blocks
 from .checkpoints import (
-    OTHER_DIRECTORY,
     DurableTrainer,
     newest_checkpoint,
-    other_settings,
     run_identity,
     trainer_arguments,
     training_note,
+    warn_of_other_settings,
 )
 from .clusters import assign_clusters, check_clustered_data, select_cluster
 from .configuration_noprop import NoPropConfig
@@ -149,6 +148,11 @@ def block_seed(seed: int, block_index: int) -> int:
     return int(np.random.SeedSequence([seed, block_index]).generate_state(1)[0] >> 1)
 
 
+def block_arguments(args: TrainingArguments, block_index: int) -> TrainingArguments:
+    """Derive the training arguments of a block from those of the run."""
+    return trainer_arguments(args, block_name(block_index), seed=block_seed(args.seed, block_index))
+
+
 def new_block(directory: Path, config: NoPropConfig, table: TokenTable, block_index: int) -> DenoisingBlock:
     """Create an untrained block: random, or initialised from the model of phase 1 (`config.block_initialization`).
 
@@ -199,8 +203,7 @@ class BlockRun:
 
     def arguments(self, block_index: int) -> tuple[TrainingArguments, dict[str, Any]]:
         """Derive the training arguments of a block, and everything else that its result depends on."""
-        seed = block_seed(self.training_args.seed, block_index)
-        args = trainer_arguments(self.training_args, block_name(block_index), seed=seed)
+        args = block_arguments(self.training_args, block_index)
         identity = block_provenance(self.directory, self.config, self.table)
         return args, {**identity, **self.start_identity, **data_identity(self.data, self.dataset, args)}
 
@@ -337,11 +340,9 @@ def train_blocks(
         elif index in trained or index in faults:
             logger.info(f"Block {index} is trained already: skipped.")
         if index in trained:
-            args = trainer_arguments(training_args, block_name(index), seed=block_seed(training_args.seed, index))
-            noted = read_metadata(directory / block_shard(index)).get("training")
-            changed = other_settings(noted, training_note(args, training_args.seed))
-            if changed:
-                logger.warning(f"Block {index} is kept, with its own settings: {changed}. {OTHER_DIRECTORY}")
+            args = block_arguments(training_args, index)
+            metadata = read_metadata(directory / block_shard(index))
+            warn_of_other_settings(f"Block {index}", metadata, args, training_args.seed)
     waiting = [index for index in selected if index not in trained and index not in faults]
     waiting = broadcast_from_first(training_args, waiting)
     if waiting:

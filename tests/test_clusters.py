@@ -263,11 +263,11 @@ def test_the_router_resumes_only_the_run_of_its_configuration(phase1, data, tmp_
     table, tokenizer, rows = load_table(phase1, config), load_tokenizer(str(phase1)), rows_of(phase1, data)
     args = arguments(tmp_path, **RARELY)
     steps = PretrainingArguments(pretraining_max_steps=20)
-    clusters = find_clusters(config, rows, args.seed)
-    train_router(config, clusters, None, table, tokenizer, rows, "data", steps, args)
+    found = find_clusters(config, rows, args.seed)
+    train_router(config, *found, None, table, tokenizer, rows, "data", steps, args)
     config.rms_norm_eps = 1e-4
     with pytest.raises(ValueError, match="the embedding table or the configuration changed"):
-        train_router(config, clusters, None, table, tokenizer, rows, "data", steps, args)
+        train_router(config, *found, None, table, tokenizer, rows, "data", steps, args)
 
 
 @pytest.mark.parametrize(("given", "expected"), [(0, 0), (0.3, 0.3), (1, 1), (25, 3)])
@@ -290,13 +290,11 @@ def test_an_empty_cluster_is_found_before_phase_1(tmp_path):
     text = tmp_path / "same.txt"
     text.write_text("the same line\n" * 200)
     data = DataArguments(train_file=str(text), max_length=16, packing=False)
-    for model in (CLUSTERED, dataclasses.replace(CLUSTERED, num_blocks=1)):  # the advice works in the same directory
-        if model.num_blocks == 1:
-            pretrain_embeddings(model, data, STEPS, arguments(tmp_path / "model", **RARELY))
-        else:
-            with pytest.raises(ValueError, match="fewer blocks"):
-                pretrain_embeddings(model, data, STEPS, arguments(tmp_path / "model", **RARELY))
-            assert not (tmp_path / "model" / "checkpoints" / "pretraining").exists()
+    args = arguments(tmp_path / "model", **RARELY)
+    with pytest.raises(ValueError, match="fewer blocks"):
+        pretrain_embeddings(CLUSTERED, data, STEPS, args)
+    assert not (tmp_path / "model" / "checkpoints" / "pretraining").exists()
+    pretrain_embeddings(dataclasses.replace(CLUSTERED, num_blocks=1), data, STEPS, args)  # the advice works
 
 
 @pytest.mark.parametrize(("count", "num_clusters", "repeated"), [(300, 100, 0.5), (1000, 50, 0.5), (61, 3, 0.9)])
