@@ -1,4 +1,4 @@
-# make demo    the main job: pretrain, train, evaluate, sample (two cores, ten to fifteen minutes after the installation)
+# make demo    the main job: pretrain, train, evaluate, sample (two cores, six to ten minutes after the installation)
 # make test    lint, types and all tests
 # make lint    ruff and mypy
 # make matrix  tests with the versions of matrix/cells.yaml, oldest to newest (keeps 25 GB of virtual environments)
@@ -7,8 +7,8 @@
 # make clean   remove the virtual environments and runs/
 # demo, test, lint and matrix create .venv and install the tested versions of constraints.txt when they are missing.
 
-# Waiting threads yield the processor. Otherwise they slow training down where other processes are busy.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Waiting threads spin briefly, then yield the processor (README.md, "A busy CPU").
+export GOMP_SPINCOUNT ?= 4000
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv

@@ -6,7 +6,7 @@ set -euo pipefail
 repository=$1 recipe=$2 num_blocks=$3 flavor=$4
 source=${SOURCE:?the address of this repository, for git clone}
 setup="git clone --depth 1 $source noprop && cd noprop && pip install -c constraints.txt -e ."
-jobs="--secrets HF_TOKEN --env OMP_WAIT_POLICY=PASSIVE"
+jobs="--secrets HF_TOKEN --env GOMP_SPINCOUNT=4000"
 share="--push_to_hub true --hub_model_id $repository"
 
 # On a second run, the repository already holds phase 1, and jobs of trained blocks end at once.
