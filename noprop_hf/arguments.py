@@ -31,6 +31,7 @@ from .configuration_noprop import NoPropConfig
 
 CPYTHON_DOCS = "cpython-docs"
 PACKAGE = Path(__file__).parent
+SMALLEST_VOCABULARY = 256 + 3  # of a trained tokenizer: all bytes and the special tokens
 # Errors of the operating system that the user can correct: disk space, permissions, a file where a directory is needed.
 MENDABLE = {
     getattr(errno, name) for name in "ENOSPC EDQUOT EACCES EPERM EROFS EISDIR ENOTDIR EEXIST ENAMETOOLONG".split()
@@ -99,6 +100,11 @@ class ModelArguments:
     def __post_init__(self):
         if self.embeddings_from is not None and self.trunk_from is not None:
             raise ValueError("A trunk comes with its embeddings: leave --embeddings_from out.")
+        if self.trains_tokenizer and (self.vocab_size or SMALLEST_VOCABULARY) < SMALLEST_VOCABULARY:
+            raise ValueError(
+                f"--vocab_size must be at least {SMALLEST_VOCABULARY} (all bytes and the special tokens) to train a "
+                f"tokenizer: got {self.vocab_size}."
+            )
 
     @property
     def trains_tokenizer(self) -> bool:

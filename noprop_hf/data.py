@@ -50,7 +50,6 @@ logger = logging.get_logger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 PROBE = "A text, 2 lines\n of na\u00efve \u6f22\u5b57."  # a text on which tokenizers are compared
-SMALLEST_VOCABULARY = 256 + 3  # of a trained tokenizer: all bytes and the special tokens
 TOKENS_AT_ONCE = 2**17  # tokens per batch while windows are cut
 
 

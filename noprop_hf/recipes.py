@@ -35,7 +35,6 @@ from .arguments import (
     refuse_unsupported,
 )
 from .configuration_noprop import NoPropConfig
-from .data import SMALLEST_VOCABULARY
 from .layout import CORPUS_FILE
 from .model_directory import read_config
 from .parallel import GROUP_VARIABLES, arrange_processes
@@ -99,21 +98,14 @@ def parse_recipe(description: str, arguments: list[str] | None = None, paralleli
 
 
 def check_values(values: Namespace) -> None:
-    """Check values that `TrainingArguments` would fail on, the size of the vocabulary, and `output_dir`.
+    """Check values that `TrainingArguments` would fail on, and `output_dir`.
 
     Raises:
-        ValueError: if steps are not finite, the vocabulary is too small to train a tokenizer, or `output_dir` is not
-            writable.
+        ValueError: if steps are not finite, or `output_dir` is not writable.
     """
     for name in ("logging_steps", "eval_steps", "save_steps"):
         if not math.isfinite(getattr(values, name) or 0):
             raise ValueError(f"--{name} must be positive and finite, got {getattr(values, name)}.")
-    trains_tokenizer = values.tokenizer_name is None and values.embeddings_from is None and values.trunk_from is None
-    if trains_tokenizer and (values.vocab_size or SMALLEST_VOCABULARY) < SMALLEST_VOCABULARY:
-        raise ValueError(
-            f"--vocab_size must be at least {SMALLEST_VOCABULARY} (all bytes and the special tokens) to train a "
-            f"tokenizer: got {values.vocab_size}."
-        )
     if values.output_dir == "":
         raise ValueError("--output_dir must not be empty: name a directory for the model.")
     if values.output_dir is not None:
