@@ -12,7 +12,7 @@
 #SBATCH --signal=B:TERM@120
 #SBATCH --output=runs/slurm-%A-block-%a.log
 set -euo pipefail
-export GOMP_SPINCOUNT=4000
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-4000}
 
 is_stopped=false
 trap 'is_stopped=true; kill -TERM "$!"' TERM # the signal may come before `step` is set

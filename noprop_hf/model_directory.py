@@ -220,8 +220,8 @@ def read_config(name_or_path: str | Path, token: str | None = None) -> NoPropCon
     """
     try:
         fields, _ = NoPropConfig.get_config_dict(name_or_path, token=token)
-        kind = fields.get("model_type")
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        kind = fields["model_type"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(
             f"There is no model {str(name_or_path)!r} with a readable {CONFIG_NAME}. Give a model directory, or a "
             "repository of the Hub (and a connection to it)."

@@ -35,7 +35,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 
 from .arguments import check_training_arguments, parse_blocks
 from .checkpoints import CHECKPOINTING, DurableTrainer, newest_checkpoint, run_identity, use_one_device
-from .clusters import check_clustered_data, router_fields
+from .clusters import check_clustered_data, find_clusters, router_fields
 from .configuration_noprop import NoPropConfig
 from .data import load_corpus, load_tokenizer, tokenize, training_fingerprint
 from .meeting_place import NoMeetingPlace
@@ -50,6 +50,7 @@ from .pretraining import (
     prepare_pretraining,
     pretraining_run,
     pretraining_trainer,
+    select_block_data,
 )
 from .recipes import Recipe
 from .shards_noprop import EMBEDDINGS_SHARD
@@ -72,12 +73,17 @@ CHECKPOINT_FILES = 100_000  # bytes of a checkpoint's states and logs, without w
 
 @dataclass
 class Sizes:
-    """Bytes of float32 weights: of the table, the model of phase 1, the largest block, and the whole model."""
+    """Bytes of float32 weights: of the table, the model of phase 1, the largest block, and the whole model.
+
+    Attributes:
+        parameters: the number of parameters of the whole model without the table.
+    """
 
     table: int
     phase1: int
     block: int
     model: int
+    parameters: int
 
     @classmethod
     def of(cls, config: NoPropConfig) -> "Sizes":
@@ -90,7 +96,11 @@ class Sizes:
                 DenoisingBlock(config, config.num_blocks - 1),
                 NoPropForCausalLM(config),
             )
-        return cls(*(sum(tensor.nbytes for tensor in module.state_dict().values()) for module in modules))
+        frozen, *_, together = (sum(parameter.numel() for parameter in module.parameters()) for module in modules)
+        table, phase1, block, model = (
+            sum(tensor.nbytes for tensor in module.state_dict().values()) for module in modules
+        )
+        return cls(table, phase1, block, model, parameters=together - frozen)
 
 
 def checkpoint_bytes(weights: int, kept: int = 2) -> int:
@@ -559,7 +569,7 @@ class Plan:
             ("table", f"{table:,} parameters, frozen"),
             *trunk,
             ("one block", f"{sizes.block // 4:,} parameters"),
-            ("all", f"{(sizes.model - sizes.table) // 4:,} parameters in {parts}, and the table"),
+            ("all", f"{sizes.parameters:,} parameters in {parts}, and the table"),
             ("noise", f"{config.noise_schedule}, levels {levels}" + " (a guess: phase 1 sets them)" * is_guess),
         ]
 
@@ -675,11 +685,15 @@ def plan(recipe: Recipe) -> Plan:
         if not table.weight.any():  # it does not come from another model
             table.weight.copy_(standardize(torch.randn_like(table.weight)))
     dataset = tokenize(corpus, tokenizer, recipe.data)
+    check_clustered_data(config, dataset["train"])
     data = training_fingerprint(dataset["train"], recipe.data)
     check_data(directory, data)
-    check_clustered_data(config, dataset["train"])
     check_block_data(recipe.blocks, tokenizer, dataset["train"], args)
     router = load_router(directory, config) if has_table else None
+    if config.block_data == "clusters" and not has_table:
+        _, clusters = find_clusters(config, dataset, args.seed)
+        for index in range(config.num_blocks):
+            select_block_data(dataset, clusters, index, recipe.blocks, tokenizer, args)
     splits = {name: SplitSize.of(corpus[name], dataset[name]) for name in dataset}
     if not has_table:
         table.log_prior.copy_(log_prior(dataset["train"], config.vocab_size))

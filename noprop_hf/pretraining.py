@@ -8,10 +8,12 @@ or it comes from another model (`--embeddings_from`). The language model can rea
 import copy
 import hashlib
 import shutil
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from datasets import Dataset, IterableDataset
@@ -28,7 +30,7 @@ from transformers.utils import logging
 
 from .arguments import BlockArguments, ModelArguments, PretrainingArguments, check_training_arguments
 from .checkpoints import DurableTrainer, trainer_arguments, training_note, warn_of_other_settings
-from .clusters import check_clustered_data, find_clusters, train_router
+from .clusters import check_clustered_data, find_clusters, select_cluster, train_router
 from .configuration_noprop import NoPropConfig
 from .data import (
     DataArguments,
@@ -110,15 +112,18 @@ def _make_table(
     corpus = load_corpus(data_args)
     config, tokenizer, table = prepare_pretraining(model_args, data_args, corpus["train"])
     dataset = tokenize(corpus, tokenizer, data_args)
+    check_clustered_data(config, dataset["train"])
     data = training_fingerprint(dataset["train"], data_args)
     check_data(directory, data)
-    check_clustered_data(config, dataset["train"])
     if block_args is not None:
         check_block_data(block_args, tokenizer, dataset["train"], training_args)
 
     start, router, found = None, None, None
     if config.block_data == "clusters":
         found = find_clusters(config, dataset, training_args.seed)
+        if block_args is not None:
+            for block_index in range(config.num_blocks):
+                select_block_data(dataset, found[1], block_index, block_args, tokenizer, training_args)
     origin = {"data": data} | sources(model_args)
     if model_args.embeddings_from is None:
         model, origin["training"] = pretrain_language_model(
@@ -206,23 +211,47 @@ def check_block_data(
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset | IterableDataset,
     training_args: TrainingArguments,
+    source: str = "The training split",
 ) -> None:
     """Check that the blocks can be trained with a tokenizer and data.
 
     Args:
-        rows: the tokenized training split.
+        rows: the tokenized training split, or a block's part of it.
+        source: the name of these rows in an error.
 
     Raises:
-        ValueError: if a prompt has no token, or the split has too few rows for a batch.
+        ValueError: if a prompt has no token, or there are too few rows for a batch.
     """
     for prompt in block_args.sample_prompts:
         encode_prompt(prompt, tokenizer)
     batch = training_args.train_batch_size * training_args.world_size
     if training_args.dataloader_drop_last and isinstance(rows, Dataset) and len(rows) < batch:
         raise ValueError(
-            f"The training split has {len(rows)} rows, too few for one batch of {batch}: give more text, a smaller "
+            f"{source} has {len(rows)} rows, too few for one batch of {batch}: give more text, a smaller "
             "--per_device_train_batch_size, or leave --dataloader_drop_last out."
         )
+
+
+def select_block_data(
+    dataset: Mapping[str, Dataset],
+    clusters: Mapping[str, np.ndarray],
+    block_index: int,
+    block_args: BlockArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    training_args: TrainingArguments,
+) -> dict[str, Dataset]:
+    """Select the splits of a block's cluster, and check that the block can be trained with them.
+
+    Args:
+        clusters: the cluster of each window, by split.
+
+    Raises:
+        ValueError: as [`select_cluster`] and [`check_block_data`].
+    """
+    selected = select_cluster(dataset, clusters, block_index)
+    source = f"The cluster of block {block_index}"
+    check_block_data(block_args, tokenizer, selected["train"], training_args, source)
+    return selected
 
 
 def log_prior(rows: Dataset | IterableDataset, vocab_size: int) -> torch.Tensor:

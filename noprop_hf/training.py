@@ -29,7 +29,7 @@ from .checkpoints import (
     training_note,
     warn_of_other_settings,
 )
-from .clusters import assign_clusters, check_clustered_data, select_cluster
+from .clusters import assign_clusters, check_clustered_data
 from .configuration_noprop import NoPropConfig
 from .data import (
     CausalCollator,
@@ -55,7 +55,7 @@ from .model_directory import (
 )
 from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForPreTraining, Router, TokenTable
 from .parallel import broadcast_from_first, hold_lock, holder_of, run_once
-from .pretraining import check_block_data, load_config
+from .pretraining import check_block_data, load_config, select_block_data
 from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, block_shard, pretraining_folder
 from .tracking import TrackingCallback, track
 
@@ -219,9 +219,9 @@ class BlockRun:
         """Return the splits that a block is trained and evaluated on: all text, or that of its cluster."""
         if self.router is None:
             return self.dataset
-        dataset = select_cluster(self.dataset, self.clusters, block_index)
-        check_block_data(self.block_args, self.tokenizer, dataset["train"], self.training_args)
-        return dataset
+        return select_block_data(
+            self.dataset, self.clusters, block_index, self.block_args, self.tokenizer, self.training_args
+        )
 
     @cached_property
     def clusters(self) -> dict[str, np.ndarray]:
@@ -348,9 +348,9 @@ def train_blocks(
     if waiting:
         tokenizer = load_tokenizer(str(directory), config.vocab_size)
         dataset = tokenize(load_corpus(data_args), tokenizer, data_args)
+        check_clustered_data(config, dataset["train"])
         data = training_fingerprint(dataset["train"], data_args)
         check_data(directory, data)
-        check_clustered_data(config, dataset["train"])
         check_block_data(block_args, tokenizer, dataset["train"], training_args)
         router = load_router(directory, config)
         run = BlockRun(directory, config, table, router, tokenizer, dataset, data, training_args, block_args, meeting)

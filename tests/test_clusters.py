@@ -22,7 +22,7 @@ from noprop_hf import (
     NoPropForPreTraining,
     NoPropForSequenceClassification,
 )
-from noprop_hf.arguments import BlockArguments, PretrainingArguments
+from noprop_hf.arguments import BlockArguments, PretrainingArguments, RunArguments, ShareArguments
 from noprop_hf.checkpoints import DurableTrainer
 from noprop_hf.clusters import (
     assign_clusters,
@@ -36,7 +36,9 @@ from noprop_hf.clusters import (
 from noprop_hf.data import DataArguments, load_corpus, load_tokenizer, tokenize
 from noprop_hf.model_directory import load_router, load_table, read_metadata
 from noprop_hf.modeling_noprop import NUM_TOPICS, Router
+from noprop_hf.planning import Sizes, plan
 from noprop_hf.pretraining import pretrain_embeddings
+from noprop_hf.recipes import Recipe
 from noprop_hf.shards_noprop import EMBEDDINGS_SHARD, block_shard
 from noprop_hf.training import BlockRun, train_blocks
 
@@ -297,6 +299,19 @@ def test_an_empty_cluster_is_found_before_phase_1(tmp_path):
     pretrain_embeddings(dataclasses.replace(CLUSTERED, num_blocks=1), data, STEPS, args)  # the advice works
 
 
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_a_cluster_without_a_batch_is_found_before_phase_1(phase1, data, tmp_path, command):
+    rows = len(rows_of(phase1, data)["train"])
+    args = arguments(tmp_path / "model", dataloader_drop_last=True, per_device_train_batch_size=rows - 1, **RARELY)
+    blocks = BlockArguments(sample_prompts=[])
+    with pytest.raises(ValueError, match=f"cluster of block 0 has .* rows, too few for one batch of {rows - 1}"):
+        if command == "train":
+            pretrain_embeddings(CLUSTERED, data, STEPS, args, blocks)
+        else:
+            plan(Recipe(CLUSTERED, data, STEPS, blocks, ShareArguments(), args, RunArguments()))
+    assert not (tmp_path / "model" / "checkpoints" / "pretraining").exists()
+
+
 @pytest.mark.parametrize(("count", "num_clusters", "repeated"), [(300, 100, 0.5), (1000, 50, 0.5), (61, 3, 0.9)])
 def test_no_cluster_is_empty_where_many_windows_are_alike(count, num_clusters, repeated):
     for seed in range(3):
@@ -370,6 +385,18 @@ def test_a_cache_without_its_first_layer_is_refused(lost):
             cache = model(input_ids[:, :4], use_cache=True).past_key_values
             with pytest.raises(ValueError, match="lost that layer"):
                 model(input_ids[:, 4:], past_key_values=cache)
+
+
+def test_the_plan_counts_the_parameters_of_the_router():
+    model = NoPropForCausalLM(routed_config())
+    assert Sizes.of(model.config).parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_blocks_refuse_a_stream_of_clustered_text(phase1, data, tmp_path):
+    directory = Path(shutil.copytree(phase1, tmp_path / "model"))
+    streamed = dataclasses.replace(data, streaming=True, validation_file=data.train_file)
+    with pytest.raises(ValueError, match="leave --streaming out"):
+        train_blocks(streamed, BlockArguments(sample_prompts=[]), arguments(directory, max_steps=2, **RARELY))
 
 
 def test_data_that_cannot_be_clustered_are_refused(data, tmp_path):

@@ -81,6 +81,12 @@ def blocks(document: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
+def test_documents_draw_the_same_picture_of_the_chain():
+    texts = [(ROOT / document).read_text() for document in DOCUMENTS]
+    found = [seed for text in texts for seed in re.findall(r"watch.py .* --seed (\d+) --save docs/chain.png", text)]
+    assert len(found) == 2 and len(set(found)) == 1
+
+
 def commands(document: str) -> list[str]:
     lines = [line for block in blocks(document, "bash") for line in block.replace("\\\n", " ").splitlines()]
     inline = re.findall(r"`(\.venv/bin/[^`]+)`", (ROOT / document).read_text())

@@ -284,6 +284,14 @@ IN_DIRECTORY = {
 }
 
 
+@pytest.mark.parametrize("content", [None, "{}", "{", "[]"])
+def test_a_directory_without_a_model_is_not_called_another_model(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="There is no model .* with a readable config.json"):
+        read_config(tmp_path)
+
+
 def uses(directory: Path) -> dict:
     """All that looks at the weights of a directory."""
 
