@@ -1,10 +1,11 @@
 """Encode the context with several blocks side by side, with the same result as block by block.
 
 Independent blocks read the same context and do not depend on one another. So everything between the linear layers of a
-decoder layer (norms, rotary positions, the cache, attention, activation, residual sums) is computed for all blocks at
-once. The linear layers themselves are called as modules, one by one (or, if a layer is nothing but its weight, computed
-from the present weight): adapters, quantization and changed weights act on them as elsewhere, and no weight is copied
-or moved. Hooks on linear layers may depend on the order of the calls: with such hooks, blocks run one by one.
+decoder layer (norms, rotary positions, the cache, attention, residual sums) but the activation is computed for all
+blocks at once. The linear layers themselves are called as modules, one by one (or, if a layer is nothing but its
+weight, computed from the present weight): adapters, quantization and changed weights act on them as elsewhere, and no
+weight is copied or moved. Hooks on linear layers may depend on the order of the calls: with such hooks, blocks run one
+by one.
 
 The forward passes of the modules around the linear layers are bypassed. [`find_layers`] checks that they are those of
 `modeling_llama.py` and [`ContextEncoder`]: with a hook, a patch or another class, blocks run one by one.
@@ -191,7 +192,7 @@ def _kind(layer: LayerModules) -> tuple:
     """Return the properties that layers of several blocks must share to be computed at once."""
     attention = layer.attention
     return (
-        *(_width(linear) for linear in (*layer.projections, layer.gate, layer.up)),
+        *(_width(linear) for linear in layer.projections),
         attention.head_dim,
         attention.scaling,
         attention.num_key_value_groups,
@@ -295,12 +296,16 @@ def _encode(
         mixed = mixed.reshape(batch, length, count, -1).permute(2, 0, 1, 3).contiguous()
         states = states + _stack([call(layer.output, rows) for layer, rows in zip(group_layers, mixed, strict=True)])
         normed = _norm(states, [layer.output_norm for layer in group_layers])
-        hidden = _stack([call(layer.gate, rows) for layer, rows in zip(group_layers, normed, strict=True)])
-        hidden = group_layers[0].activation(hidden)
-        hidden *= _stack([call(layer.up, rows) for layer, rows in zip(group_layers, normed, strict=True)])
-        states = states + _stack([call(layer.down, rows) for layer, rows in zip(group_layers, hidden, strict=True)])
-        del hidden
+        states = states + _stack(
+            [_feed_forward(layer, rows, call) for layer, rows in zip(group_layers, normed, strict=True)]
+        )
     return _norm(states, [encoder.norm for encoder in encoders[group]])
+
+
+def _feed_forward(layer: LayerModules, rows: torch.Tensor, call: Callable) -> torch.Tensor:
+    """Compute `LlamaMLP.forward`, without a further tensor for the product."""
+    gate, up = layer.activation(call(layer.gate, rows)), call(layer.up, rows)
+    return call(layer.down, gate.mul_(up) if gate.dtype == up.dtype else gate * up)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
