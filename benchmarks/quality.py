@@ -19,6 +19,7 @@ Results in --output_dir are reused, so an interrupted run resumes, and single ro
 python benchmarks/quality.py --setting plentiful_64 --corpora plentiful=DIR --models end_to_end_4 --learning_rates 6e-3
 """
 
+import copy
 import json
 import math
 import shutil
@@ -389,7 +390,7 @@ class Bench:
     def stock_flops(self, config: LlamaConfig) -> float:
         """Count the floating-point operations per training token of an end-to-end model."""
         with torch.device("meta"):
-            model, tokens = LlamaForCausalLM(config), self.random_tokens()
+            model, tokens = LlamaForCausalLM(copy.deepcopy(config)), self.random_tokens()
         model.set_attn_implementation("eager")  # its products are known to the counter
         return count_flops(lambda: model(tokens, labels=tokens).loss) / tokens.numel()
 
@@ -689,8 +690,11 @@ def training_bytes(compute: Callable[[], torch.Tensor], *modules: nn.Module) -> 
 @torch.no_grad()
 def generation_flops(model: PreTrainedModel, batch: torch.Tensor) -> float:
     """Count the floating-point operations per token of the predictive distribution, over windows of text."""
-    model.eval().set_attn_implementation("eager")
-    return count_flops(lambda: model(batch).logits, backward=False) / batch.numel()
+    implementation = model.config._attn_implementation
+    model.eval().set_attn_implementation("eager")  # its products are known to the counter
+    flops = count_flops(lambda: model(batch).logits, backward=False)
+    model.set_attn_implementation(implementation)
+    return flops / batch.numel()
 
 
 def run_job(args: QualityArguments, corpus: str, seed: int, name: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import ablation
 import gpu
 import memory
+import scaling
 import trunk
 from ablation import GROUPS
 from common import SHAPES, EndToEnd, OneBlock, SampledEndToEnd, Training, num_parameters, random_text
@@ -37,6 +38,7 @@ from quality import (
     Blocks,
     Plentiful64,
     QualityArguments,
+    generation_flops,
     main,
     measure_rows,
     parse,
@@ -77,6 +79,9 @@ def test_every_model_gets_the_same_arithmetic_parameters_and_depth():
     spent = flops["phase1"] * budgets["phase1"] + args.num_blocks * flops["block"] * budgets["block"]
     assert spent == pytest.approx(total)
     baseline = bench.baseline()
+    for model in (baseline, bench.baseline(4)):  # counting arithmetic leaves their attention as it was
+        generation_flops(model, bench.random_tokens())
+        assert model.config._attn_implementation == "sdpa"
     assert baseline.config.num_hidden_layers == args.num_blocks * args.num_layers_per_block
     assert num_parameters(baseline) == pytest.approx(num_parameters(NoPropForCausalLM(bench.config())), rel=0.01)
 
@@ -474,6 +479,16 @@ def test_the_sampled_softmax_of_the_stock_model_is_the_corrected_softmax_over_th
     table = model.model.lm_head.weight
     gradients = [torch.autograd.grad(loss, table)[0] for loss in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5 * float(gradients[1].abs().max()))
+
+
+@pytest.mark.slow
+def test_scaling_compares_one_process_with_two(tmp_path, monkeypatch, capsys):
+    results = tmp_path / "scaling.json"
+    monkeypatch.setattr("sys.argv", ["scaling.py", "--small", "--num_blocks", "2", "--results", str(results)])
+    scaling.main()
+    figures = json.loads(results.read_text())
+    (one,), (two,) = figures["seconds"].values()
+    assert figures["efficiency"] == pytest.approx(one / (2 * two)) and f"{one / two / 2:.3f}" in capsys.readouterr().out
 
 
 @pytest.mark.slow

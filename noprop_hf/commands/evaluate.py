@@ -17,8 +17,12 @@ from ..recipes import entry_point, parse_arguments
 
 @dataclass
 class EvaluationArguments:
-    split: str = field(
-        default="test", metadata={"help": "Split to measure.", "choices": ["test", "validation", "train"]}
+    split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split to measure. Default: test, or validation where there is no test split.",
+            "choices": ["test", "validation", "train"],
+        },
     )
     batch_size: int = field(default=32, metadata={"help": "Windows evaluated at once."})
     seed: int = field(default=0, metadata={"help": "Seed of the noise of the bound."})
@@ -36,23 +40,24 @@ def main() -> None:
     model = load_model(name)
     tokenizer = load_tokenizer(name, model.config.vocab_size)
     corpus = load_corpus(data_args)
-    if args.split not in corpus:
-        raise SystemExit(f"The corpus has no {args.split!r} split, only {', '.join(corpus)}: choose one with --split.")
-    corpus = {args.split: corpus[args.split]}
+    split = args.split or ("test" if "test" in corpus else "validation")
+    if split not in corpus:
+        raise SystemExit(f"The corpus has no {split!r} split, only {', '.join(corpus)}: choose one with --split.")
+    corpus = {split: corpus[split]}
     if not data_args.packing:
-        texts = [row[data_args.text_column_name] or "" for row in corpus[args.split]]
+        texts = [row[data_args.text_column_name] or "" for row in corpus[split]]
         lengths = map(len, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
         shortest = 2 if tokenizer.bos_token_id is None else 1  # without a start, the first token is not predicted
         texts = [text for text, length in zip(texts, lengths, strict=True) if length >= shortest]
         if not texts:
-            raise SystemExit(f"No text of the {args.split} split has a token to predict: choose another --split.")
+            raise SystemExit(f"No text of the {split} split has a token to predict: choose another --split.")
         result = Perplexity().compute(predictions=texts, model=model, tokenizer=tokenizer, batch_size=args.batch_size)
-        print(f"{len(result['perplexities'])} texts of {args.split}")
+        print(f"{len(result['perplexities'])} texts of {split}")
         print(f"  mean perplexity          {result['mean_perplexity']:.6f}")
         return
-    rows = tokenize(corpus, tokenizer, data_args)[args.split]
+    rows = tokenize(corpus, tokenizer, data_args)[split]
     nats = evaluate_model(model, rows, tokenizer, args.batch_size, args.seed)
-    print(f"{nats.num_tokens} tokens of {args.split}")
+    print(f"{nats.num_tokens} tokens of {split}")
     for name, value in (("predictive distribution", nats.predictive), ("bound of the chain", nats.bound)):
         print(f"  {name:24} {value:.4f} nats per token, perplexity {perplexity(value):.2f}")
     for block, (gain, error) in enumerate(zip(nats.block_nats, nats.block_errors, strict=True)):
