@@ -19,7 +19,6 @@ Results in --output_dir are reused, so an interrupted run resumes, and single ro
 python benchmarks/quality.py --setting plentiful_64 --corpora plentiful=DIR --models end_to_end_4 --learning_rates 6e-3
 """
 
-import copy
 import json
 import math
 import shutil
@@ -390,9 +389,8 @@ class Bench:
     def stock_flops(self, config: LlamaConfig) -> float:
         """Count the floating-point operations per training token of an end-to-end model."""
         with torch.device("meta"):
-            model, tokens = LlamaForCausalLM(copy.deepcopy(config)), self.random_tokens()
-        model.set_attn_implementation("eager")  # its products are known to the counter
-        return count_flops(lambda: model(tokens, labels=tokens).loss) / tokens.numel()
+            model, tokens = LlamaForCausalLM(config), self.random_tokens()
+        return count_flops(lambda: model(tokens, labels=tokens).loss, model) / tokens.numel()
 
     def end_to_end_tokens(self, num_layers: int | None) -> float:
         """Return the training tokens of an end-to-end model (see `baseline`)."""
@@ -426,8 +424,6 @@ class Bench:
         table = TokenTable(config)
         phase1 = NoPropForPreTraining(self.config(pretraining_objective="clm")).train()
         predicted = PretrainingArguments().mlm_probability if self.config().pretraining_objective == "mlm" else 1.0
-        for model in (block, phase1):
-            model.set_attn_implementation("eager")  # its products are known to the counter
         # All tokens pass through the whole vocabulary here: forward and backward to the input and, where it is learned,
         # to the table. In a masked phase 1 only predicted tokens do, and blocks see the tokens of the batch alone.
         product = 2 * args.hidden_size * (args.max_length - 1) / args.max_length
@@ -436,14 +432,13 @@ class Bench:
         router_flops = 0.0
         if config.block_data == "clusters":
             router, labels = Router(config).train(), torch.zeros(args.batch_size, dtype=torch.long)
-            router.set_attn_implementation("eager")
-            router_flops = count_flops(lambda: router(tokens, labels, table).loss) / tokens.numel()
+            router_flops = count_flops(lambda: router(tokens, labels, table).loss, router) / tokens.numel()
         return {
             "end_to_end": self.total_flops / args.tokens,
-            "phase1": count_flops(lambda: phase1(tokens, labels=tokens).loss) / tokens.numel()
+            "phase1": count_flops(lambda: phase1(tokens, labels=tokens).loss, phase1) / tokens.numel()
             - not_predicted
             + ROUTER_SHARE * router_flops,
-            "block": count_flops(lambda: block(tokens, tokens, table).loss) / tokens.numel() - not_sampled,
+            "block": count_flops(lambda: block(tokens, tokens, table).loss, block) / tokens.numel() - not_sampled,
         }
 
     def candidates(self) -> float:
@@ -671,13 +666,22 @@ class Bench:
         return nats
 
 
-def count_flops(compute: Callable[[], torch.Tensor], backward: bool = True) -> float:
-    """Count the floating-point operations of the matrix products in a forward pass and, optionally, a backward pass."""
+def count_flops(compute: Callable[[], torch.Tensor], *models: PreTrainedModel, backward: bool = True) -> float:
+    """Count the floating-point operations of the matrix products in a forward pass and, optionally, a backward pass.
+
+    Args:
+        models: models that have eager attention while they are counted, since the counter knows its products.
+    """
+    implementations = [model.config._attn_implementation for model in models]
+    for model in models:
+        model.set_attn_implementation("eager")
     in_place = {torch.ops.aten.addmm_: lambda _, a, b, **options: mm_flop(a, b)}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         result = compute()
         if backward:
             result.backward()
+    for model, implementation in zip(models, implementations, strict=True):
+        model.set_attn_implementation(implementation)
     return counter.get_total_flops()
 
 
@@ -690,11 +694,8 @@ def training_bytes(compute: Callable[[], torch.Tensor], *modules: nn.Module) -> 
 @torch.no_grad()
 def generation_flops(model: PreTrainedModel, batch: torch.Tensor) -> float:
     """Count the floating-point operations per token of the predictive distribution, over windows of text."""
-    implementation = model.config._attn_implementation
-    model.eval().set_attn_implementation("eager")  # its products are known to the counter
-    flops = count_flops(lambda: model(batch).logits, backward=False)
-    model.set_attn_implementation(implementation)
-    return flops / batch.numel()
+    model.eval()
+    return count_flops(lambda: model(batch).logits, model, backward=False) / batch.numel()
 
 
 def run_job(args: QualityArguments, corpus: str, seed: int, name: str) -> dict[str, Any]:

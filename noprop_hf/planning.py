@@ -35,22 +35,22 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 
 from .arguments import check_training_arguments, parse_blocks
 from .checkpoints import CHECKPOINTING, DurableTrainer, newest_checkpoint, run_identity, use_one_device
-from .clusters import check_clustered_data, find_clusters, router_fields
+from .clusters import router_fields
 from .configuration_noprop import NoPropConfig
-from .data import load_corpus, load_tokenizer, tokenize, training_fingerprint
+from .data import load_corpus, load_tokenizer, tokenize
 from .meeting_place import NoMeetingPlace
-from .model_directory import block_is_trained, check_data, load_router, load_table
+from .model_directory import block_is_trained, load_router, load_table
 from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForPreTraining, TokenTable
 from .noise_noprop import standardize
 from .parallel import group_processes
 from .pretraining import (
-    check_block_data,
+    check_dataset,
     load_config,
     log_prior,
+    prepare_clusters,
     prepare_pretraining,
     pretraining_run,
     pretraining_trainer,
-    select_block_data,
 )
 from .recipes import Recipe
 from .shards_noprop import EMBEDDINGS_SHARD
@@ -685,15 +685,12 @@ def plan(recipe: Recipe) -> Plan:
         if not table.weight.any():  # it does not come from another model
             table.weight.copy_(standardize(torch.randn_like(table.weight)))
     dataset = tokenize(corpus, tokenizer, recipe.data)
-    check_clustered_data(config, dataset["train"])
-    data = training_fingerprint(dataset["train"], recipe.data)
-    check_data(directory, data)
-    check_block_data(recipe.blocks, tokenizer, dataset["train"], args)
-    router = load_router(directory, config) if has_table else None
-    if config.block_data == "clusters" and not has_table:
-        _, clusters = find_clusters(config, dataset, args.seed)
-        for index in range(config.num_blocks):
-            select_block_data(dataset, clusters, index, recipe.blocks, tokenizer, args)
+    data = check_dataset(directory, config, tokenizer, dataset, recipe.data, args, recipe.blocks)
+    router = None
+    if has_table:
+        router = load_router(directory, config)
+    else:
+        prepare_clusters(config, tokenizer, dataset, args, recipe.blocks)  # raises if a cluster is too small
     splits = {name: SplitSize.of(corpus[name], dataset[name]) for name in dataset}
     if not has_table:
         table.log_prior.copy_(log_prior(dataset["train"], config.vocab_size))

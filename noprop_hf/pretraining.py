@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from .arguments import BlockArguments, ModelArguments, PretrainingArguments, check_training_arguments
 from .checkpoints import DurableTrainer, trainer_arguments, training_note, warn_of_other_settings
-from .clusters import check_clustered_data, find_clusters, select_cluster, train_router
+from .clusters import Clusters, check_clustered_data, find_clusters, select_cluster, train_router
 from .configuration_noprop import NoPropConfig
 from .data import (
     DataArguments,
@@ -112,18 +112,9 @@ def _make_table(
     corpus = load_corpus(data_args)
     config, tokenizer, table = prepare_pretraining(model_args, data_args, corpus["train"])
     dataset = tokenize(corpus, tokenizer, data_args)
-    check_clustered_data(config, dataset["train"])
-    data = training_fingerprint(dataset["train"], data_args)
-    check_data(directory, data)
-    if block_args is not None:
-        check_block_data(block_args, tokenizer, dataset["train"], training_args)
-
-    start, router, found = None, None, None
-    if config.block_data == "clusters":
-        found = find_clusters(config, dataset, training_args.seed)
-        if block_args is not None:
-            for block_index in range(config.num_blocks):
-                select_block_data(dataset, found[1], block_index, block_args, tokenizer, training_args)
+    data = check_dataset(directory, config, tokenizer, dataset, data_args, training_args, block_args)
+    found = prepare_clusters(config, tokenizer, dataset, training_args, block_args)
+    start, router = None, None
     origin = {"data": data} | sources(model_args)
     if model_args.embeddings_from is None:
         model, origin["training"] = pretrain_language_model(
@@ -204,6 +195,61 @@ def prepare_pretraining(
             ) from error
         check_trunk(table.trunk, name)
     return config, tokenizer, table
+
+
+def check_dataset(
+    directory: Path,
+    config: NoPropConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Mapping[str, Dataset | IterableDataset],
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    block_args: BlockArguments | None,
+) -> str:
+    """Check that a model can be trained with tokenized splits.
+
+    Args:
+        block_args: arguments of phase 2; None if it does not follow.
+
+    Returns:
+        The fingerprint of the training split.
+
+    Raises:
+        ValueError: as [`check_clustered_data`], [`check_data`] and [`check_block_data`].
+    """
+    check_clustered_data(config, dataset["train"])
+    data = training_fingerprint(dataset["train"], data_args)
+    check_data(directory, data)
+    if block_args is not None:
+        check_block_data(block_args, tokenizer, dataset["train"], training_args)
+    return data
+
+
+def prepare_clusters(
+    config: NoPropConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Mapping[str, Dataset],
+    training_args: TrainingArguments,
+    block_args: BlockArguments | None,
+) -> tuple[Clusters, dict[str, np.ndarray]] | None:
+    """Find the clusters of a training split, and check that blocks can be trained on them.
+
+    Args:
+        block_args: arguments of phase 2; None if it does not follow.
+
+    Returns:
+        The result of [`find_clusters`]; None if all blocks are trained on all text.
+
+    Raises:
+        ValueError: as [`find_clusters`] and [`select_block_data`].
+    """
+    if config.block_data != "clusters":
+        return None
+    clusters, labels = find_clusters(config, dataset, training_args.seed)
+    if block_args is not None:
+        for block_index in range(config.num_blocks):
+            select_block_data(dataset, labels, block_index, block_args, tokenizer, training_args)
+    return clusters, labels
 
 
 def check_block_data(

@@ -29,7 +29,7 @@ from .checkpoints import (
     training_note,
     warn_of_other_settings,
 )
-from .clusters import assign_clusters, check_clustered_data
+from .clusters import assign_clusters
 from .configuration_noprop import NoPropConfig
 from .data import (
     CausalCollator,
@@ -38,7 +38,6 @@ from .data import (
     load_corpus,
     load_tokenizer,
     tokenize,
-    training_fingerprint,
 )
 from .evaluation import sample_texts
 from .layout import block_name, lock_file
@@ -46,7 +45,6 @@ from .meeting_place import BlockPublished, MeetingPlace, NoMeetingPlace, noted_h
 from .model_directory import (
     block_is_trained,
     block_provenance,
-    check_data,
     check_whole,
     load_router,
     load_table,
@@ -55,7 +53,7 @@ from .model_directory import (
 )
 from .modeling_noprop import DenoisingBlock, NoPropForCausalLM, NoPropForPreTraining, Router, TokenTable
 from .parallel import broadcast_from_first, hold_lock, holder_of, run_once
-from .pretraining import check_block_data, load_config, select_block_data
+from .pretraining import check_dataset, load_config, select_block_data
 from .shards_noprop import CONTENT_HASH, EMBEDDINGS_SHARD, block_shard, pretraining_folder
 from .tracking import TrackingCallback, track
 
@@ -348,10 +346,7 @@ def train_blocks(
     if waiting:
         tokenizer = load_tokenizer(str(directory), config.vocab_size)
         dataset = tokenize(load_corpus(data_args), tokenizer, data_args)
-        check_clustered_data(config, dataset["train"])
-        data = training_fingerprint(dataset["train"], data_args)
-        check_data(directory, data)
-        check_block_data(block_args, tokenizer, dataset["train"], training_args)
+        data = check_dataset(directory, config, tokenizer, dataset, data_args, training_args, block_args)
         router = load_router(directory, config)
         run = BlockRun(directory, config, table, router, tokenizer, dataset, data, training_args, block_args, meeting)
         _train_waiting(run, waiting)
